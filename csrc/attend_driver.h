@@ -1,0 +1,236 @@
+// Online softmax over the kept key blocks of one block of query rows, and the loop over all of them.
+#pragma once
+#include <omp.h>
+#include <stdlib.h>
+
+#include "engine_full.h"
+#include "engine_int8.h"
+
+// The running state of an item's rows; m in units of log 2.
+struct State {
+  float *m, *l, *o;  // [rows], [rows], [tiles][value_dim][32]
+  float *s, *rows;   // a tile of scores; a tile of fp32 rows
+};
+
+static inline bool group_moves(const vf& block_top, const vf& top, const float* real, float threshold) {
+  // `real` is -inf on rows beyond the last one. No row with block_top - top > -threshold: skip.
+  return any_above(block_top - where_minus_inf_zero(top) + load(real), set1(-threshold));
+}
+
+template <class Engine, int R>
+static void accumulate_rows(Engine& e, int64_t tile, int r0, const State& st, const vf* block_top, const vf* top,
+                            const vf* alpha) {
+  e.template accumulate<R>(tile, r0, st.s, block_top + r0, top + r0, alpha + r0, st.o + tile * e.a.value_dim * kTileRows);
+}
+
+// One tile of 32 rows against the engine's current block. Returns the rows whose PV product was done.
+template <class Engine>
+static int64_t visit_tile(Engine& e, const Item& it, State& st, int64_t tile, int64_t rows, Sight sight, int64_t j0,
+                          float threshold, const float* real) {
+  constexpr int kVecs = kTileRows / W;
+  const tamis_attend_args& a = e.a;
+  const int vecs = (int)((rows + W - 1) / W);
+  const bool plain = sight == Sight::all && !a.attn_mask.data && !(a.softcap > 0);
+  float *m = st.m + tile * kTileRows, *l = st.l + tile * kTileRows;
+  vf block_top[kVecs], top[kVecs], alpha[kVecs];
+  for (int r = 0; r < vecs; ++r) block_top[r] = set1(-INFINITY);
+  for (int r = 0; r < vecs; r += 2) {
+    if (r + 1 < vecs)
+      e.template scores<2>(tile, r, st.s, block_top + r);
+    else
+      e.template scores<1>(tile, r, st.s, block_top + r);
+  }
+  uint32_t seen[kKeys];
+  if (!plain) {
+    if (a.softcap > 0) e.unsmooth(tile, vecs, st.s);
+    finish_scores(a, it, sight, it.i0 + tile * kTileRows, rows, j0, e.keys, st.s, seen);
+    for (int r = 0; r < vecs; ++r) block_top[r] = column_max(st.s, e.keys, r);
+  }
+  bool active[kVecs], blind[kVecs];  // blind: sees no key of this block, so nothing was skipped
+  for (int r = 0; r < vecs; ++r) {
+    vf old = load(m + r * W);
+    top[r] = vmax(block_top[r], old);
+    alpha[r] = exp2_full(old - where_minus_inf_zero(top[r]));
+    active[r] = threshold == 0 || group_moves(block_top[r], top[r], real + r * W, threshold);
+    blind[r] = !any_above(block_top[r] + load(real + r * W), set1(-INFINITY));
+  }
+  if (W < kGroupRows)
+    for (int r = 0; r < vecs; ++r)
+      for (int i = r / (kGroupRows / W) * (kGroupRows / W), end = i + kGroupRows / W; i < end && i < vecs; ++i)
+        active[r] |= active[i], blind[r] &= blind[i];
+  for (int r = 0; r < vecs; r += 2) {
+    vf sum[2];
+    if (r + 1 < vecs)
+      e.template exponentials<2>(r, st.s, block_top + r, top + r, sum);
+    else
+      e.template exponentials<1>(r, st.s, block_top + r, top + r, sum);
+    for (int i = r; i < vecs && i < r + 2; ++i) {
+      store(m + i * W, top[i]);
+      store(l + i * W, fma(load(l + i * W), alpha[i], sum[i - r] * Engine::sum_factor(block_top[i], top[i])));
+    }
+  }
+  int64_t done = 0;
+  uint32_t active_rows = 0;
+  for (int r = 0; r < vecs; ++r) {
+    if (active[r] || blind[r]) done += least(W, rows - r * W);
+    if (active[r]) {
+      active_rows |= ((1u << W) - 1) << (r * W);
+    }
+  }
+  if (!plain && e.needs_care(active_rows)) {
+    float factor[kTileRows];
+    for (int r = 0; r < vecs; ++r) store(factor + r * W, alpha[r]);
+    e.accumulate_carefully(seen, st.s, factor, st.o + tile * a.value_dim * kTileRows, active_rows);
+    return done;
+  }
+  for (int r = 0; r < vecs;) {
+    if (r + 1 < vecs && active[r] && active[r + 1]) {
+      accumulate_rows<Engine, 2>(e, tile, r, st, block_top, top, alpha);
+      r += 2;
+    } else {
+      if (active[r]) accumulate_rows<Engine, 1>(e, tile, r, st, block_top, top, alpha);
+      r += 1;
+    }
+  }
+  return done;
+}
+
+// Divides by the denominator, adds the sink to it, writes output and log-sum-exp.
+template <class Engine>
+static void finish_item(Engine& e, const Item& it, State& st) {
+  const tamis_attend_args& a = e.a;
+  const int64_t dim = a.value_dim, head = it.b * a.heads + it.h;
+  for (int64_t tile = 0; tile * kTileRows < it.rows; ++tile) {
+    const int64_t rows = least(kTileRows, it.rows - tile * kTileRows);
+    float* o = st.o + tile * dim * kTileRows;
+    float inverse[kTileRows];
+    for (int64_t i = 0; i < kTileRows; ++i) {
+      const int64_t at = tile * kTileRows + i;
+      float m = st.m[at], l = st.l[at];
+      // Scores of a smoothed key are lower by the query's product with the mean: put it back first.
+      float lse = l == 0 ? -INFINITY : (m + log2f(l)) * kLn2 + (i < rows ? e.lse_shift(it, at) : 0.f);
+      float share = 1.f;
+      if (a.sink_logits && i < rows) {
+        const float sink = a.sink_logits[it.h], high = lse > sink ? lse : sink;
+        const float with = l == 0 ? sink : high + log1pf(expf((lse > sink ? sink : lse) - high));
+        share = l == 0 ? 0.f : expf(lse - with);
+        lse = with;
+      }
+      inverse[i] = l == 0 ? 0.f : share / l;
+      if (i < rows) a.lse[head * a.geometry.q_len + it.i0 + at] = lse;
+    }
+    for (int64_t c = 0; c < dim; ++c)
+      for (int r = 0; r < kTileRows; r += W)
+        store(o + c * kTileRows + r, load(o + c * kTileRows + r) * load(inverse + r));
+    const int64_t ld = round_up(dim, 16);
+    transpose(o, kTileRows, dim, kTileRows, st.rows, ld);
+    for (int64_t i = 0; i < rows; ++i)
+      store_row(a.output, (head * a.geometry.q_len + it.i0 + tile * kTileRows + i) * dim, a.query.dtype,
+                st.rows + i * ld, dim);
+  }
+}
+
+// Returns false where the row of the mask is corrupt: nothing out of range is ever read.
+template <class Engine>
+static bool attend_item(Engine& e, const Item& it, State& st) {
+  const tamis_attend_args& a = e.a;
+  const tamis_geometry& g = a.geometry;
+  const int64_t tiles = blocks_of(it.rows, kTileRows), kv_blocks = blocks_of(g.kv_len, g.block_kv);
+  const int64_t ld = round_up(a.head_dim, 16);
+  const float threshold = a.pv_threshold ? a.pv_threshold[it.h] * kLog2e : 0.f;
+  float real[kTileRows];
+
+  const int32_t* list = nullptr;
+  int64_t count = kv_blocks;
+  if (a.kv_num_blocks) {
+    count = a.kv_num_blocks[it.b * a.num_stride[0] + it.h * a.num_stride[1] + it.qb * a.num_stride[2]];
+    list = a.kv_indices + it.b * a.idx_stride[0] + it.h * a.idx_stride[1] + it.qb * a.idx_stride[2];
+    if (count < 0 || count > a.max_blocks) return false;
+    for (int64_t n = 0; n < count; ++n)
+      if (list[n] < 0 || list[n] >= kv_blocks || (n && list[n] <= list[n - 1])) return false;
+  }
+  for (int64_t tile = 0; tile < tiles; ++tile) {
+    const int64_t rows = least(kTileRows, it.rows - tile * kTileRows);
+    memset(st.rows, 0, kTileRows * ld * 4);
+    for (int64_t i = 0; i < rows; ++i)
+      load_row(a.query, it.b, it.h, it.i0 + tile * kTileRows + i, a.head_dim, st.rows + i * ld);
+    e.set_queries(it, tile, st.rows, ld, rows);
+  }
+  for (int64_t i = 0; i < tiles * kTileRows; ++i) st.m[i] = -INFINITY, st.l[i] = 0.f;
+  memset(st.o, 0, tiles * kTileRows * a.value_dim * 4);
+
+  double qk = 0, pv = 0;
+  for (int64_t n = 0; n < count; ++n) {
+    const int64_t kb = list ? list[n] : n;
+    if (!block_visible(g, it.b, it.h, it.qb, kb)) continue;
+    const int64_t j_end = least((kb + 1) * g.block_kv, g.kv_len);
+    int64_t done = 0, parts = 0;
+    for (int64_t j0 = kb * g.block_kv; j0 < j_end; j0 += kKeys, ++parts) {
+      const int64_t keys = least(kKeys, j_end - j0);
+      e.set_block(it, j0, keys);
+      for (int64_t tile = 0; tile < tiles; ++tile) {
+        const int64_t rows = least(kTileRows, it.rows - tile * kTileRows), i0 = it.i0 + tile * kTileRows;
+        const Sight s = sight(g, it.b, it.qb, kb, i0, i0 + rows, j0, j0 + keys);
+        if (s == Sight::none) {
+          done += rows;
+          continue;
+        }
+        for (int64_t i = 0; i < kTileRows; ++i) real[i] = i < rows ? 0.f : -INFINITY;
+        done += visit_tile(e, it, st, tile, rows, s, j0, threshold, real);
+      }
+    }
+    qk += 1;
+    pv += (double)done / (double)(it.rows * parts);
+  }
+  double visible = 0;
+  for (int64_t kb = 0; kb < kv_blocks; ++kb) visible += block_visible(g, it.b, it.h, it.qb, kb);
+  double* counts = a.counts + ((it.b * a.heads + it.h) * blocks_of(g.q_len, g.block_q) + it.qb) * 3;
+  counts[0] = visible, counts[1] = qk, counts[2] = pv;
+  finish_item(e, it, st);
+  return true;
+}
+
+template <class Engine>
+static int attend_all(const tamis_attend_args& a) {
+  const tamis_geometry& g = a.geometry;
+  const int64_t q_blocks = blocks_of(g.q_len, g.block_q), items = a.batch * a.heads * q_blocks;
+  const int64_t rows = g.block_q, vdim = a.value_dim, wide = round_up(greatest(a.head_dim, vdim), 16);
+  const int64_t floats = 2 * rows + rows * vdim + kKeys * kTileRows + kTileRows * wide;
+  const int64_t own = round_up(floats * 4, 64);
+  int error = TAMIS_OK;
+  if (items == 0) return TAMIS_OK;
+#pragma omp parallel num_threads(a.threads)
+  {
+    char* scratch = (char*)aligned_alloc(64, round_up(own + Engine::scratch_bytes(a), 64));
+    if (!scratch) {
+#pragma omp atomic write
+      error = TAMIS_NO_MEMORY;
+    }
+    State st;
+    st.o = (float*)scratch;
+    st.s = st.o + rows * vdim;
+    st.rows = st.s + kKeys * kTileRows;
+    st.m = st.rows + kTileRows * wide;
+    st.l = st.m + rows;
+    Engine e(a, scratch + own);
+    // Heads in order, so that threads share a head's key and value in cache; the long rows of a causal
+    // head first, so that the short ones fill the end.
+#pragma omp for schedule(dynamic, 1)
+    for (int64_t n = 0; n < items; ++n) {
+      if (!scratch) continue;
+      const int64_t bh = n / q_blocks;
+      Item it;
+      it.b = bh / a.heads, it.h = bh % a.heads, it.kv_head = it.h / (a.heads / a.kv_heads);
+      it.qb = q_blocks - 1 - n % q_blocks, it.i0 = it.qb * g.block_q;
+      it.rows = least(g.block_q, g.q_len - it.i0);
+      if (!attend_item(e, it, st)) {
+#pragma omp atomic write
+        error = TAMIS_CORRUPT_MASK;
+      }
+    }
+    free(scratch);
+  }
+  return error;
+}
+
+static int attend(const tamis_attend_args* a) { return a->int8 ? attend_all<Int8Engine>(*a) : attend_all<FullEngine>(*a); }

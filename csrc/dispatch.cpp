@@ -1,0 +1,105 @@
+// The C ABI: finds the target by name and calls it. This file and baseline are compiled for the oldest
+// processor of the platform.
+#include <string.h>
+
+#include "target.h"
+
+extern const tamis_kernels tamis_kernels_baseline;
+#if defined(__x86_64__)
+extern const tamis_kernels tamis_kernels_avx2, tamis_kernels_avx512, tamis_kernels_avx512_vnni;
+#endif
+
+namespace {
+
+struct Target {
+  const char* name;
+  const tamis_kernels* kernels;
+  bool (*runs_here)();
+};
+
+bool always() { return true; }
+
+#if defined(__x86_64__)
+bool has_avx2() {
+  return __builtin_cpu_supports("avx2") && __builtin_cpu_supports("fma") && __builtin_cpu_supports("f16c");
+}
+bool has_avx512() {
+  return has_avx2() && __builtin_cpu_supports("avx512f") && __builtin_cpu_supports("avx512bw") &&
+         __builtin_cpu_supports("avx512dq") && __builtin_cpu_supports("avx512vl");
+}
+bool has_vnni() { return has_avx512() && __builtin_cpu_supports("avx512vnni"); }
+#endif
+
+// Best first.
+const Target kTargets[] = {
+#if defined(__x86_64__)
+    {"avx512_vnni", &tamis_kernels_avx512_vnni, has_vnni},
+    {"avx512", &tamis_kernels_avx512, has_avx512},
+    {"avx2", &tamis_kernels_avx2, has_avx2},
+#endif
+    {"baseline", &tamis_kernels_baseline, always},
+};
+
+void append_names(char* list, size_t size, bool only_here) {
+  list[0] = 0;
+  for (const Target& t : kTargets) {
+    if (only_here && !t.runs_here()) continue;
+    if (list[0]) strncat(list, " ", size - strlen(list) - 1);
+    strncat(list, t.name, size - strlen(list) - 1);
+  }
+}
+
+const tamis_kernels* find(const char* name) {
+  for (const Target& t : kTargets)
+    if (name && !strcmp(t.name, name) && t.runs_here()) return t.kernels;
+  return nullptr;
+}
+
+struct Lists {
+  char here[128], built[128];
+  Lists() {
+    append_names(here, sizeof here, true);
+    append_names(built, sizeof built, false);
+  }
+};
+const Lists& lists() {
+  static const Lists both;
+  return both;
+}
+
+template <class Args>
+int call(const char* target, int (*tamis_kernels::*function)(const Args*), const Args* args) {
+  const tamis_kernels* kernels = find(target);
+  return kernels ? (kernels->*function)(args) : TAMIS_UNKNOWN_TARGET;
+}
+
+}  // namespace
+
+int tamis_abi_version(void) { return TAMIS_ABI_VERSION; }
+const char* tamis_targets(void) { return lists().here; }
+const char* tamis_built_targets(void) { return lists().built; }
+
+int tamis_attend(const char* target, const tamis_attend_args* a) { return call(target, &tamis_kernels::attend, a); }
+int tamis_key_mean(const char* target, const tamis_summarize_args* a) {
+  return call(target, &tamis_kernels::key_mean, a);
+}
+int tamis_summarize(const char* target, const tamis_summarize_args* a) {
+  return call(target, &tamis_kernels::summarize, a);
+}
+int tamis_pack_kv(const char* target, const tamis_pack_args* a) { return call(target, &tamis_kernels::pack_kv, a); }
+int tamis_select(const char* target, const tamis_select_args* a) { return call(target, &tamis_kernels::select, a); }
+
+int tamis_expand(const uint64_t* bits, int64_t rows, int64_t kv_blocks, int64_t max_blocks, int32_t* kv_indices,
+                 int32_t threads) {
+  const int64_t words = (kv_blocks + 63) / 64;
+#pragma omp parallel for num_threads(threads) schedule(static)
+  for (int64_t r = 0; r < rows; ++r) {
+    int32_t* to = kv_indices + r * max_blocks;
+    int64_t n = 0;
+    for (int64_t w = 0; w < words; ++w)
+      for (uint64_t word = bits[r * words + w]; word && n < max_blocks; word &= word - 1)
+        to[n++] = (int32_t)(w * 64 + __builtin_ctzll(word));
+    for (; n < max_blocks; ++n) to[n] = -1;
+  }
+  return TAMIS_OK;
+}

@@ -1,0 +1,193 @@
+// precision="int8": both products in 8 bits with 32-bit sums.
+//
+//   S[j][rows]  = (q8 . k8) * q_scale[rows] * k_scale * scale           one k_scale per 64 keys
+//   P8[j][rows] = round(254 * 2^(S - block maximum)), unsigned          relative to the row's own block
+//   O[c][rows]  = O * alpha + (P8 . v8) * v_scale[c] * 2^(block maximum - maximum) / 254
+//
+// Lanes are query rows, as in engine_full.h. A query row has a scale of its own: it costs nothing here.
+#pragma once
+#include "softmax.h"
+
+constexpr float kProbLevels = 254.f;  // even, so that an offset of 127 centres it for signed products
+
+template <int R, int N>
+static inline void qk_int8(const uint8_t* q, const int8_t* k, int64_t ld, int64_t dim4, const int32_t* key_sum,
+                           const vf* factor, float* s, vf* top) {
+  vi acc[N][R];
+#pragma GCC unroll 16
+  for (int n = 0; n < N; ++n) {
+    vi start = set1i(-kQueryOffset * key_sum[n]);
+#pragma GCC unroll 4
+    for (int r = 0; r < R; ++r) acc[n][r] = start;
+  }
+  for (int64_t c = 0; c < dim4; c += 4) {
+    vi row[R];
+#pragma GCC unroll 4
+    for (int r = 0; r < R; ++r) row[r] = loadi(q + c * kTileRows + r * W * 4);
+#pragma GCC unroll 16
+    for (int n = 0; n < N; ++n) {
+      int32_t four;
+      memcpy(&four, k + n * ld + c, 4);
+      vi key = set1i(four);
+#pragma GCC unroll 4
+      for (int r = 0; r < R; ++r) acc[n][r] = dot4(acc[n][r], row[r], key);
+    }
+  }
+#pragma GCC unroll 16
+  for (int n = 0; n < N; ++n)
+#pragma GCC unroll 4
+    for (int r = 0; r < R; ++r) {
+      vf x = to_float(acc[n][r]) * factor[r];
+      store(s + n * kTileRows + r * W, x);
+      top[r] = vmax(x, top[r]);
+    }
+}
+
+template <int R, int N>
+static inline void pv_int8(const uint8_t* p, const int8_t* v, int64_t value_dim, int64_t fours, const int32_t* v_sum,
+                           const float* v_scale, const vf* alpha, const vf* beta, float* o) {
+  vi acc[N][R];
+#pragma GCC unroll 16
+  for (int n = 0; n < N; ++n) {
+    vi start = set1i(-kProbOffset * v_sum[n]);
+#pragma GCC unroll 4
+    for (int r = 0; r < R; ++r) acc[n][r] = start;
+  }
+  for (int64_t g = 0; g < fours; ++g) {
+    vi row[R];
+#pragma GCC unroll 4
+    for (int r = 0; r < R; ++r) row[r] = loadi(p + (g * kTileRows + r * W) * 4);
+#pragma GCC unroll 16
+    for (int n = 0; n < N; ++n) {
+      int32_t four;
+      memcpy(&four, v + (g * value_dim + n) * 4, 4);
+      vi value = set1i(four);
+#pragma GCC unroll 4
+      for (int r = 0; r < R; ++r) acc[n][r] = dot4(acc[n][r], row[r], value);
+    }
+  }
+#pragma GCC unroll 16
+  for (int n = 0; n < N; ++n)
+#pragma GCC unroll 4
+    for (int r = 0; r < R; ++r) {
+      float* at = o + n * kTileRows + r * W;
+      store(at, fma(to_float(acc[n][r]), beta[r] * set1(v_scale[n]), load(at) * alpha[r]));
+    }
+}
+
+struct Int8Engine {
+  const tamis_attend_args& a;
+  uint8_t* q;        // [tiles][dim4 / 4][32][4], with kQueryOffset added
+  uint8_t* p;        // [16][32][4], with kProbOffset added
+  float* row_scale;  // of each row, softmax scale included
+  float* shift;      // scale * q . key_mean, natural log
+  int8_t* bytes;     // one tile of quantised rows
+  int64_t keys, kv_block, head;
+
+  static int64_t scratch_bytes(const tamis_attend_args& a) {
+    int64_t dim = round_up(a.head_dim, 16);
+    return a.geometry.block_q * (dim + 8) + kKeys * kTileRows + kTileRows * dim + 256;
+  }
+  Int8Engine(const tamis_attend_args& args, char* scratch) : a(args) {
+    int64_t dim = round_up(a.head_dim, 16), rows = a.geometry.block_q;
+    q = (uint8_t*)scratch;
+    p = q + rows * dim;
+    bytes = (int8_t*)p + kKeys * kTileRows;
+    row_scale = (float*)(bytes + kTileRows * dim);
+    shift = row_scale + rows;
+  }
+
+  void set_queries(const Item& it, int64_t tile, float* rows, int64_t ld, int64_t n) {
+    const float* mean = a.packed.key_mean + (it.b * a.kv_heads + it.kv_head) * a.head_dim;
+    for (int64_t i = 0; i < kTileRows; ++i) {
+      const float* x = rows + i * ld;
+      float top = i < n ? max_abs(x, a.head_dim) : 0.f, dot = 0.f;
+      // A NaN or infinite row keeps a broken scale, so that its own output shows it and no other does.
+      if (i < n && !all_finite(x, a.head_dim)) top = NAN;
+      for (int64_t c = 0; c < a.head_dim; ++c) dot += x[c] * mean[c];
+      float inverse = top > 0 ? 127.f / top : 0.f;
+      row_scale[tile * kTileRows + i] = top / 127.f * score_scale(a);
+      shift[tile * kTileRows + i] = dot * a.scale;
+      quantise_row(x, ld, inverse, bytes + i * ld);
+    }
+    int64_t words = a.packed.dim4 / 4;
+    uint8_t* to = q + tile * kTileRows * a.packed.dim4;
+    transpose((const float*)bytes, ld / 4, kTileRows, words, (float*)to, kTileRows);
+    if (kQueryOffset)
+      for (int64_t i = 0; i < kTileRows * a.packed.dim4; ++i) to[i] = (uint8_t)(to[i] ^ 0x80);
+  }
+
+  void set_block(const Item& it, int64_t j0, int64_t n) {
+    keys = n;
+    head = it.b * a.kv_heads + it.kv_head;
+    kv_block = head * a.packed.capacity + j0 / kKeys;
+  }
+
+  template <int R>
+  void scores(int64_t tile, int r0, float* s, vf* top) {
+    const tamis_packed& k = a.packed;
+    const uint8_t* rows = q + tile * kTileRows * k.dim4 + r0 * W * 4;
+    const int8_t* block = k.key + kv_block * kKeys * k.dim4;
+    const int32_t* sums = k.key_sum + kv_block * kKeys;
+    vf factor[R];
+    for (int r = 0; r < R; ++r)
+      factor[r] = load(row_scale + tile * kTileRows + (r0 + r) * W) * set1(k.key_scale[kv_block]);
+    int64_t j = 0;
+    s += r0 * W;
+    for (; j + kQkTile <= keys; j += kQkTile)
+      qk_int8<R, kQkTile>(rows, block + j * k.dim4, k.dim4, k.dim4, sums + j, factor, s + j * kTileRows, top);
+    for (; j < keys; ++j)
+      qk_int8<R, 1>(rows, block + j * k.dim4, k.dim4, k.dim4, sums + j, factor, s + j * kTileRows, top);
+  }
+
+  static vi probability_bytes(vf e) {
+    vi x = round_to_int(fma(e, set1(kProbLevels), set1((float)kProbOffset)));
+    return kProbOffset ? x & set1i(255) : x;
+  }
+  template <int R>
+  void exponentials(int r0, float* s, const vf* block_top, const vf*, vf* sum) {
+    vf base[R];
+    for (int r = 0; r < R; ++r) base[r] = where_minus_inf_zero(block_top[r]), sum[r] = set1(0.f);
+    for (int64_t j = keys; j & 3; ++j)  // the last four keys may be fewer: value bytes are 0 there
+      for (int r = 0; r < R; ++r) store(s + j * kTileRows + (r0 + r) * W, set1(-INFINITY));
+    for (int64_t g = 0; g * 4 < keys; ++g)
+      for (int r = 0; r < R; ++r) {
+        const float* at = s + g * 4 * kTileRows + (r0 + r) * W;
+        vf e0 = exp2_fast(load(at) - base[r]), e1 = exp2_fast(load(at + kTileRows) - base[r]);
+        vf e2 = exp2_fast(load(at + 2 * kTileRows) - base[r]), e3 = exp2_fast(load(at + 3 * kTileRows) - base[r]);
+        sum[r] = sum[r] + ((e0 + e1) + (e2 + e3));
+        vi low = either(probability_bytes(e0), shift_left(probability_bytes(e1), 8));
+        vi high = either(shift_left(probability_bytes(e2), 16), shift_left(probability_bytes(e3), 24));
+        storei(p + (g * kTileRows + (r0 + r) * W) * 4, either(low, high));
+      }
+  }
+  static vf sum_factor(vf block_top, vf top) { return exp2_full(block_top - where_minus_inf_zero(top)); }
+
+  template <int R>
+  void accumulate(int64_t, int r0, const float*, const vf* block_top, const vf* top, const vf* alpha, float* o) {
+    const tamis_packed& k = a.packed;
+    const int8_t* v = k.value + kv_block * kKeys * a.value_dim;
+    const float* v_scale = k.value_scale + kv_block * a.value_dim;
+    const int32_t* v_sum = k.value_sum + kv_block * a.value_dim;
+    const uint8_t* rows = p + r0 * W * 4;
+    int64_t fours = (keys + 3) / 4, c = 0;
+    vf beta[R];
+    for (int r = 0; r < R; ++r) beta[r] = sum_factor(block_top[r], top[r]) * set1(1.f / kProbLevels);
+    o += r0 * W;
+    for (; c + kPvTile <= a.value_dim; c += kPvTile)
+      pv_int8<R, kPvTile>(rows, v + c * 4, a.value_dim, fours, v_sum + c, v_scale + c, alpha, beta, o + c * kTileRows);
+    for (; c < a.value_dim; ++c)
+      pv_int8<R, 1>(rows, v + c * 4, a.value_dim, fours, v_sum + c, v_scale + c, alpha, beta, o + c * kTileRows);
+  }
+  // A softcap must see the scores of the unsmoothed key: natural units, as score_scale() left them.
+  void unsmooth(int64_t tile, int vecs, float* s) const {
+    for (int64_t j = 0; j < keys; ++j)
+      for (int r = 0; r < vecs; ++r) {
+        float* at = s + j * kTileRows + r * W;
+        store(at, load(at) + load(shift + tile * kTileRows + r * W));
+      }
+  }
+  bool needs_care(uint32_t) { return false; }
+  void accumulate_carefully(const uint32_t*, const float*, const float*, float*, uint32_t) {}
+  float lse_shift(const Item&, int64_t row) const { return a.softcap > 0 ? 0.f : shift[row]; }
+};

@@ -1,0 +1,118 @@
+// Key and value in 8 bits, 64 keys a block: one scale per key block, one per value channel of a block.
+// Keys have their head's mean subtracted. Layout: tamis_packed in attend.h.
+#pragma once
+#include "summarize.h"
+
+struct PackScratch {
+  float* rows;   // [64][padded], key or value block in fp32
+  int8_t* bytes; // [padded]
+};
+
+// Loads a block; rows that do not count become zero. False where a counted entry is NaN or infinite.
+static bool load_block(const tamis_pack_args& a, const tamis_tensor& t, int64_t b, int64_t h, int64_t j0, int64_t n,
+                       int64_t dim, const float* mean, float* rows) {
+  const int64_t padded = round_up(dim, 16);
+  bool finite = true;
+  for (int64_t j = 0; j < n; ++j) {
+    float* row = rows + j * padded;
+    memset(row + dim, 0, (padded - dim) * 4);
+    if (!counts_row(a.segments, a.segment_stride, b, j0 + j)) {
+      memset(row, 0, dim * 4);
+      continue;
+    }
+    load_row(t, b, h, j0 + j, dim, row);
+    if (mean)
+      for (int64_t c = 0; c < dim; ++c) row[c] -= mean[c];
+    finite = finite && all_finite(row, dim);
+  }
+  return finite;
+}
+
+static void pack_key_block(const tamis_pack_args& a, int64_t b, int64_t h, int64_t block, PackScratch s) {
+  const tamis_packed& p = a.packed;
+  const int64_t head = b * a.kv_heads + h, at = head * p.capacity + a.first_block + block, dim = a.head_dim;
+  const int64_t padded = round_up(dim, 16), j0 = block * 64, n = a.seq - j0 < 64 ? a.seq - j0 : 64;
+  const bool finite = load_block(a, a.key, b, h, j0, n, dim, p.key_mean + head * dim, s.rows);
+  float top = 0.f;
+  for (int64_t j = 0; j < n; ++j) {
+    float m = max_abs(s.rows + j * padded, dim);
+    top = m > top ? m : top;
+  }
+  int8_t* to = p.key + at * 64 * p.dim4;
+  for (int64_t j = 0; j < 64; ++j) {
+    if (j < n) {
+      p.key_sum[at * 64 + j] = quantise_row(s.rows + j * padded, padded, finite && top > 0 ? 127.f / top : 0.f, s.bytes);
+      memcpy(to + j * p.dim4, s.bytes, p.dim4);
+    } else {
+      p.key_sum[at * 64 + j] = 0;
+      memset(to + j * p.dim4, 0, p.dim4);
+    }
+  }
+  p.key_scale[at] = finite ? top / 127.f : NAN;
+}
+
+static void pack_value_block(const tamis_pack_args& a, int64_t b, int64_t h, int64_t block, PackScratch s) {
+  const tamis_packed& p = a.packed;
+  const int64_t head = b * a.kv_heads + h, at = head * p.capacity + a.first_block + block, dim = a.value_dim;
+  const int64_t padded = round_up(dim, 16), j0 = block * 64, n = a.seq - j0 < 64 ? a.seq - j0 : 64;
+  load_block(a, a.value, b, h, j0, n, dim, nullptr, s.rows);
+  memset(s.rows + n * padded, 0, (64 - n) * padded * 4);
+  int8_t* to = p.value + at * 64 * dim;
+  for (int64_t c = 0; c < dim; c += W) {
+    vf top = set1(0.f), broken = set1(0.f);
+    for (int64_t j = 0; j < 64; ++j) {
+      vf x = load(s.rows + j * padded + c);
+      top = vmax(vabs(x), top);
+      broken = fma(x, set1(0.f), broken);
+    }
+    float tops[W], bad[W], inverse[W];
+    store(tops, top);
+    store(bad, broken);
+    for (int i = 0; i < W; ++i) inverse[i] = bad[i] == 0.f && tops[i] > 0 ? 127.f / tops[i] : 0.f;
+    const vf inv = load(inverse), lo = set1(-127.f), hi = set1(127.f);
+    vi sum = set1i(0);
+    int32_t words[W];
+    for (int64_t g = 0; g < 16; ++g) {
+      vi word = set1i(0);
+      for (int t = 0; t < 4; ++t) {
+        vi q = round_to_int(vmax(vmin(load(s.rows + (g * 4 + t) * padded + c) * inv, hi), lo));
+        sum = addi(sum, q);
+        word = either(word, shift_left(q & set1i(255), 8 * t));
+      }
+      storei(words, word);
+      memcpy(to + (g * dim + c) * 4, words, 4 * (dim - c < W ? dim - c : W));
+    }
+    int32_t sums[W];
+    storei(sums, sum);
+    for (int i = 0; i < W && c + i < dim; ++i) {
+      p.value_scale[at * dim + c + i] = bad[i] == 0.f ? tops[i] / 127.f : NAN;
+      p.value_sum[at * dim + c + i] = sums[i];
+    }
+  }
+}
+
+static int pack_kv(const tamis_pack_args* args) {
+  const tamis_pack_args& a = *args;
+  const int64_t blocks = (a.seq + 63) / 64, wide = a.head_dim > a.value_dim ? a.head_dim : a.value_dim;
+  const int64_t padded = round_up(wide, 16);
+  int error = TAMIS_OK;
+#pragma omp parallel num_threads(a.threads)
+  {
+    float* scratch = (float*)aligned_alloc(64, round_up(64 * padded * 4 + padded + 64, 64));
+    if (!scratch) {
+#pragma omp atomic write
+      error = TAMIS_NO_MEMORY;
+    }
+    PackScratch s;
+    s.rows = scratch;
+    s.bytes = (int8_t*)(scratch + 64 * padded);
+#pragma omp for schedule(static)
+    for (int64_t n = 0; n < a.batch * a.kv_heads * blocks; ++n) {
+      if (!scratch || (a.used && !a.used[n])) continue;
+      pack_key_block(a, n / blocks / a.kv_heads, n / blocks % a.kv_heads, n % blocks, s);
+      pack_value_block(a, n / blocks / a.kv_heads, n / blocks % a.kv_heads, n % blocks, s);
+    }
+    free(scratch);
+  }
+  return error;
+}

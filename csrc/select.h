@@ -1,0 +1,180 @@
+// From block means to kept blocks, one row of query blocks at a time and in fp32.
+//
+//   score  = scale * q_mean . k_mean, -inf where block j is not self-similar; P = softmax of the visible ones
+//   cdf    keeps the fewest largest P whose sum reaches it; topk the largest ceil(topk * visible)
+//   always kept: blocks that are not self-similar, sink, diagonal, must-keep
+//
+// Neither mode sorts. Positive floats order like their bit patterns, so the smallest P that is kept is
+// found by bisection on the bits: 31 passes over the row, all of them vector code.
+#pragma once
+#include <omp.h>
+#include <stdlib.h>
+
+#include "geometry.h"
+#include "rows.h"
+
+static inline float float_of(uint32_t u) {
+  float f;
+  memcpy(&f, &u, 4);
+  return f;
+}
+
+// Sum and number of the entries that are at least `floor`.
+static void mass_from(const float* p, int64_t padded, float floor, float* mass, int64_t* number) {
+  vf sum = set1(0.f), count = set1(0.f);
+  for (int64_t j = 0; j < padded; j += W) {
+    vf x = load(p + j);
+    vf in = one_where_reaches(x, set1(floor));
+    sum = fma(x, in, sum);
+    count = count + in;
+  }
+  *mass = sum_lanes(sum);
+  *number = (int64_t)sum_lanes(count);
+}
+
+// The largest threshold at which `enough` holds; it holds at the smallest positive float or never.
+template <class Enough>
+static uint32_t largest_floor(const float* p, int64_t padded, uint32_t top, Enough enough) {
+  uint32_t lo = 1, hi = top;  // enough at lo is assumed; hi is the largest entry
+  float mass;
+  int64_t number;
+  while (lo < hi) {
+    uint32_t mid = lo + (hi - lo + 1) / 2;
+    mass_from(p, padded, float_of(mid), &mass, &number);
+    if (enough(mass, number))
+      lo = mid;
+    else
+      hi = mid - 1;
+  }
+  return lo;
+}
+
+static inline void set_bit(uint64_t* bits, int64_t j) { bits[j >> 6] |= 1ull << (j & 63); }
+
+// Keeps what is above the floor, then ties at the floor from the left while `want` says so.
+template <class Want>
+static void keep_from(const float* p, int64_t n, uint32_t floor, uint64_t* bits, Want want) {
+  const float f = float_of(floor);
+  float mass = 0;
+  int64_t number = 0;
+  for (int64_t j = 0; j < n; ++j)
+    if (p[j] > f) set_bit(bits, j), mass += p[j], ++number;
+  for (int64_t j = 0; j < n && want(mass, number); ++j)
+    if (p[j] == f) set_bit(bits, j), mass += p[j], ++number;
+}
+
+struct MassReaches {
+  float want;
+  bool operator()(float mass, int64_t) const { return mass >= want; }
+};
+struct NumberReaches {
+  int64_t want;
+  bool operator()(float, int64_t number) const { return number >= want; }
+};
+
+static void score_row(const tamis_select_args& a, const float* q, const float* k, int64_t kv_blocks, float* p) {
+  for (int64_t j = 0; j < kv_blocks; ++j) {
+    const float* key = k + j * a.head_dim;
+    vf sum = set1(0.f);
+    int64_t c = 0;
+    for (; c + W <= a.head_dim; c += W) sum = fma(load(q + c), load(key + c), sum);
+    float dot = sum_lanes(sum);
+    for (; c < a.head_dim; ++c) dot += q[c] * key[c];
+    p[j] = dot * a.scale;
+  }
+}
+
+// Softmax of p over the entries marked as candidates; the others become 0. False if there is none.
+static bool softmax_row(float* p, const uint8_t* candidate, int64_t n, int64_t padded) {
+  float top = -INFINITY;
+  for (int64_t j = 0; j < n; ++j)
+    if (candidate[j] && p[j] > top) top = p[j];
+  if (top == -INFINITY) return false;
+  for (int64_t j = 0; j < n; ++j) p[j] = candidate[j] ? (p[j] - top) * 1.44269504088896f : -INFINITY;
+  for (int64_t j = n; j < padded; ++j) p[j] = -INFINITY;
+  vf sum = set1(0.f);
+  for (int64_t j = 0; j < padded; j += W) {
+    vf e = exp2_full(load(p + j));
+    store(p + j, e);
+    sum = sum + e;
+  }
+  const vf share = set1(1.f / sum_lanes(sum));
+  for (int64_t j = 0; j < padded; j += W) store(p + j, load(p + j) * share);
+  return true;
+}
+
+static void select_row(const tamis_select_args& a, int64_t b, int64_t h, int64_t qb, float* p, uint8_t* candidate) {
+  const tamis_geometry& g = a.geometry;
+  const int64_t q_blocks = blocks_of(g.q_len, g.block_q), n = blocks_of(g.kv_len, g.block_kv);
+  const int64_t padded = round_up(n, 16), row = (b * a.heads + h) * q_blocks + qb, words = (n + 63) / 64;
+  const int64_t kv_head = b * a.kv_heads + h / (a.heads / a.kv_heads);
+  const float theta = a.similarity[h], *k_similarity = a.k_similarity + kv_head * n;
+  uint64_t* bits = a.bits + row * words;
+  memset(bits, 0, words * 8);
+  // Without self-similarity nobody can judge the block; NaN compares false and lands here too.
+  const bool judge = a.q_similarity[row] >= theta;
+  const int64_t i0 = qb * g.block_q, i1 = least(i0 + g.block_q, g.q_len), shift = g.kv_len - g.q_len;
+  int64_t visible = 0;
+  for (int64_t j = 0; j < n; ++j) {
+    candidate[j] = 0;
+    if (!block_visible(g, b, h, qb, j)) continue;
+    ++visible;
+    const int64_t j0 = j * g.block_kv, j1 = least(j0 + g.block_kv, g.kv_len), *s = a.must_stride;
+    const bool diagonal = g.causal && !is_explicit(g) && j0 <= i1 - 1 + shift && i0 + shift <= j1 - 1;
+    candidate[j] = k_similarity[j] >= theta;
+    if (!judge || !candidate[j] || diagonal || (a.sink && j == 0) ||
+        (a.must && a.must[b * s[0] + h * s[1] + qb * s[2] + j * s[3]]))
+      set_bit(bits, j);
+  }
+  if (judge && a.cdf && a.cdf[h] >= 1.f) {
+    for (int64_t j = 0; j < n; ++j)
+      if (block_visible(g, b, h, qb, j)) set_bit(bits, j);
+  } else if (judge && visible) {
+    score_row(a, a.q_means + row * a.head_dim, a.k_means + kv_head * n * a.head_dim, n, p);
+    for (int64_t j = 0; j < n; ++j)
+      if (candidate[j] && !(fabsf(p[j]) < INFINITY)) candidate[j] = 0, set_bit(bits, j);
+    if (softmax_row(p, candidate, n, padded)) {
+      uint32_t top;
+      const float largest = max_abs(p, padded);
+      memcpy(&top, &largest, 4);
+      int64_t positive;
+      float mass;
+      mass_from(p, padded, float_of(1), &mass, &positive);
+      if (a.cdf) {
+        MassReaches reach{a.cdf[h] < mass ? a.cdf[h] : mass};
+        keep_from(p, n, largest_floor(p, padded, top, reach), bits,
+                  [&](float m, int64_t k) { return k == 0 || !reach(m, k); });
+      }
+      if (a.topk) {
+        // The setting is fp32: less one part in a million, so that 0.1 of 30 is 3.
+        const int64_t want = least((int64_t)ceil(((double)a.topk[h] - 1e-6) * (double)visible), positive);
+        NumberReaches reach{want < 1 ? 1 : want};
+        keep_from(p, n, largest_floor(p, padded, top, reach), bits,
+                  [&](float m, int64_t k) { return !reach(m, k); });
+      }
+    }
+  }
+  int32_t kept = 0;
+  for (int64_t w = 0; w < words; ++w) kept += __builtin_popcountll(bits[w]);
+  a.kv_num_blocks[row] = kept;
+}
+
+static int select(const tamis_select_args* args) {
+  const tamis_select_args& a = *args;
+  const int64_t q_blocks = blocks_of(a.geometry.q_len, a.geometry.block_q);
+  const int64_t padded = round_up(blocks_of(a.geometry.kv_len, a.geometry.block_kv), 16) + 16;
+  int error = TAMIS_OK;
+#pragma omp parallel num_threads(a.threads)
+  {
+    float* p = (float*)aligned_alloc(64, round_up(padded * 5, 64));
+    if (!p) {
+#pragma omp atomic write
+      error = TAMIS_NO_MEMORY;
+    }
+#pragma omp for schedule(dynamic, 4)
+    for (int64_t n = 0; n < a.batch * a.heads * q_blocks; ++n)
+      if (p) select_row(a, n / q_blocks / a.heads, n / q_blocks % a.heads, n % q_blocks, p, (uint8_t*)(p + padded));
+    free(p);
+  }
+  return error;
+}

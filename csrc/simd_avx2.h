@@ -1,0 +1,119 @@
+// Eight floats a vector: AVX2, FMA and F16C. See simd_generic.h for what each name means.
+#pragma once
+#include <immintrin.h>
+#include <math.h>
+#include <stdint.h>
+#include <string.h>
+
+constexpr int W = 8;
+typedef __m256 vf;
+typedef __m256i vi;
+
+constexpr int kQueryOffset = 0;
+constexpr int kProbOffset = -127;
+constexpr int kQkTile = 4, kPvTile = 4;  // 8 accumulators; dot4 needs four more registers
+constexpr int kFullTile = 6;             // 12 accumulators, 2 row vectors, 1 broadcast: 15 of 16 registers
+
+static inline vf load(const float* p) { return _mm256_loadu_ps(p); }
+static inline void store(float* p, vf v) { _mm256_storeu_ps(p, v); }
+static inline vi loadi(const void* p) { return _mm256_loadu_si256((const __m256i*)p); }
+static inline void storei(void* p, vi v) { _mm256_storeu_si256((__m256i*)p, v); }
+static inline vf set1(float x) { return _mm256_set1_ps(x); }
+static inline vi set1i(int32_t x) { return _mm256_set1_epi32(x); }
+static inline vf fma(vf a, vf b, vf c) { return _mm256_fmadd_ps(a, b, c); }
+static inline vf vmax(vf a, vf b) { return _mm256_max_ps(a, b); }
+static inline vf vmin(vf a, vf b) { return _mm256_min_ps(a, b); }
+static inline vf vabs(vf a) { return _mm256_and_ps(a, _mm256_castsi256_ps(_mm256_set1_epi32(0x7fffffff))); }
+static inline vf to_float(vi a) { return _mm256_cvtepi32_ps(a); }
+static inline vi round_to_int(vf a) { return _mm256_cvtps_epi32(a); }
+static inline vi shift_left(vi a, int n) { return _mm256_slli_epi32(a, n); }
+static inline vi either(vi a, vi b) { return _mm256_or_si256(a, b); }
+static inline vi addi(vi a, vi b) { return _mm256_add_epi32(a, b); }
+static inline uint32_t above_bits(vf a, vf b) {
+  return (uint32_t)_mm256_movemask_ps(_mm256_cmp_ps(a, b, _CMP_GT_OQ));
+}
+static inline bool any_above(vf a, vf b) { return above_bits(a, b) != 0; }
+static inline bool any_differs(vf a, vf b) { return _mm256_movemask_ps(_mm256_cmp_ps(a, b, _CMP_NEQ_UQ)) != 0; }
+// 2^n * 2^f with f in [-.5, .5]; n goes straight into the exponent field. Below 2^-126 the result is 0;
+// NaN fails the "not less than" and stays.
+static inline vf scale_by_power(vf poly, vf n, vf x) {
+  vi e = _mm256_slli_epi32(_mm256_cvtps_epi32(n), 23);
+  vf r = _mm256_castsi256_ps(_mm256_add_epi32(_mm256_castps_si256(poly), e));
+  vf keep = _mm256_cmp_ps(x, set1(-126.f), _CMP_NLT_UQ);
+  // A NaN has no integer exponent: take it from x itself.
+  vf nan = _mm256_cmp_ps(x, x, _CMP_UNORD_Q);
+  return _mm256_blendv_ps(_mm256_and_ps(r, keep), x, nan);
+}
+static inline vf exp2_full(vf x) {
+  vf n = _mm256_round_ps(x, _MM_FROUND_TO_NEAREST_INT | _MM_FROUND_NO_EXC);
+  vf f = _mm256_sub_ps(x, n);
+  vf p = set1(1.326472684e-3f);
+  p = fma(p, f, set1(9.671512665e-3f));
+  p = fma(p, f, set1(5.550733744e-2f));
+  p = fma(p, f, set1(2.402224208e-1f));
+  p = fma(p, f, set1(6.931469776e-1f));
+  p = fma(p, f, set1(1.f));
+  return scale_by_power(p, n, x);
+}
+static inline vf exp2_fast(vf x) {
+  vf n = _mm256_round_ps(x, _MM_FROUND_TO_NEAREST_INT | _MM_FROUND_NO_EXC);
+  vf f = _mm256_sub_ps(x, n);
+  vf p = set1(9.582852812e-3f);
+  p = fma(p, f, set1(5.590642500e-2f));
+  p = fma(p, f, set1(2.402409862e-1f));
+  p = fma(p, f, set1(6.931241933e-1f));
+  p = fma(p, f, set1(1.f));
+  return scale_by_power(p, n, x);
+}
+static inline vf where_minus_inf_zero(vf a) {
+  return _mm256_andnot_ps(_mm256_cmp_ps(a, set1(-INFINITY), _CMP_EQ_OQ), a);
+}
+static inline vf keep_bits(vf a, uint32_t bits) {
+  const vi lane = _mm256_setr_epi32(1, 2, 4, 8, 16, 32, 64, 128);
+  vi on = _mm256_cmpeq_epi32(_mm256_and_si256(_mm256_set1_epi32((int)bits), lane), lane);
+  return _mm256_blendv_ps(set1(-INFINITY), a, _mm256_castsi256_ps(on));
+}
+static inline float sum_lanes(vf a) {
+  __m128 s = _mm_add_ps(_mm256_castps256_ps128(a), _mm256_extractf128_ps(a, 1));
+  s = _mm_add_ps(s, _mm_movehl_ps(s, s));
+  return _mm_cvtss_f32(_mm_add_ss(s, _mm_shuffle_ps(s, s, 1)));
+}
+static inline float max_lanes(vf a) {
+  __m128 s = _mm_max_ps(_mm256_castps256_ps128(a), _mm256_extractf128_ps(a, 1));
+  s = _mm_max_ps(s, _mm_movehl_ps(s, s));
+  return _mm_cvtss_f32(_mm_max_ss(s, _mm_shuffle_ps(s, s, 1)));
+}
+// vpmaddubsw wants unsigned x signed: |other| and row with other's sign. Both are within +-127, so a
+// pair sums to at most 2 * 127^2 = 32258 and the 16-bit addition never saturates.
+static inline vi dot4(vi acc, vi row, vi other) {
+  vi pairs = _mm256_maddubs_epi16(_mm256_abs_epi8(other), _mm256_sign_epi8(row, other));
+  return _mm256_add_epi32(acc, _mm256_madd_epi16(pairs, _mm256_set1_epi16(1)));
+}
+static inline vf load_bf16(const uint16_t* p) {
+  return _mm256_castsi256_ps(_mm256_slli_epi32(_mm256_cvtepu16_epi32(_mm_loadu_si128((const __m128i*)p)), 16));
+}
+static inline vf load_fp16(const uint16_t* p) { return _mm256_cvtph_ps(_mm_loadu_si128((const __m128i*)p)); }
+static inline void store_bytes(int8_t* p, vi v) {
+  __m128i w = _mm_packs_epi32(_mm256_castsi256_si128(v), _mm256_extracti128_si256(v, 1));
+  _mm_storel_epi64((__m128i*)p, _mm_packs_epi16(w, w));
+}
+static inline void transpose_tile(const float* from, int64_t ld_from, float* to, int64_t ld_to) {
+  __m256 t[8], u[8];
+  for (int i = 0; i < 8; i += 2) {
+    __m256 a = load(from + i * ld_from), b = load(from + (i + 1) * ld_from);
+    t[i] = _mm256_unpacklo_ps(a, b);
+    t[i + 1] = _mm256_unpackhi_ps(a, b);
+  }
+  for (int i = 0; i < 8; i += 4)
+    for (int k = 0; k < 2; ++k) {
+      u[i + 2 * k] = _mm256_shuffle_ps(t[i + k], t[i + 2 + k], 0x44);
+      u[i + 2 * k + 1] = _mm256_shuffle_ps(t[i + k], t[i + 2 + k], 0xee);
+    }
+  for (int k = 0; k < 4; ++k) {
+    store(to + k * ld_to, _mm256_permute2f128_ps(u[k], u[4 + k], 0x20));
+    store(to + (4 + k) * ld_to, _mm256_permute2f128_ps(u[k], u[4 + k], 0x31));
+  }
+}
+static inline vf one_where_reaches(vf a, vf b) {
+  return _mm256_and_ps(_mm256_cmp_ps(a, b, _CMP_GE_OQ), set1(1.f));
+}

@@ -1,0 +1,112 @@
+// Sixteen floats a vector: AVX-512 F, BW, DQ, VL; VNNI where TAMIS_VNNI is set. See simd_generic.h.
+#pragma once
+#include <immintrin.h>
+#include <math.h>
+#include <stdint.h>
+#include <string.h>
+
+constexpr int W = 16;
+typedef __m512 vf;
+typedef __m512i vi;
+
+#ifdef TAMIS_VNNI
+constexpr int kQueryOffset = 128;
+constexpr int kProbOffset = 0;
+constexpr int kQkTile = 8, kPvTile = 8;
+#else
+constexpr int kQueryOffset = 0;
+constexpr int kProbOffset = -127;
+constexpr int kQkTile = 8, kPvTile = 8;
+#endif
+constexpr int kFullTile = 8;  // 16 accumulators hide the latency of two FMA pipes
+
+static inline vf load(const float* p) { return _mm512_loadu_ps(p); }
+static inline void store(float* p, vf v) { _mm512_storeu_ps(p, v); }
+static inline vi loadi(const void* p) { return _mm512_loadu_si512(p); }
+static inline void storei(void* p, vi v) { _mm512_storeu_si512(p, v); }
+static inline vf set1(float x) { return _mm512_set1_ps(x); }
+static inline vi set1i(int32_t x) { return _mm512_set1_epi32(x); }
+static inline vf fma(vf a, vf b, vf c) { return _mm512_fmadd_ps(a, b, c); }
+static inline vf vmax(vf a, vf b) { return _mm512_max_ps(a, b); }
+static inline vf vmin(vf a, vf b) { return _mm512_min_ps(a, b); }
+static inline vf vabs(vf a) { return _mm512_abs_ps(a); }
+static inline vf to_float(vi a) { return _mm512_cvtepi32_ps(a); }
+static inline vi round_to_int(vf a) { return _mm512_cvtps_epi32(a); }
+static inline vi shift_left(vi a, int n) { return _mm512_slli_epi32(a, n); }
+static inline vi either(vi a, vi b) { return _mm512_or_si512(a, b); }
+static inline vi addi(vi a, vi b) { return _mm512_add_epi32(a, b); }
+static inline uint32_t above_bits(vf a, vf b) { return _mm512_cmp_ps_mask(a, b, _CMP_GT_OQ); }
+static inline bool any_above(vf a, vf b) { return above_bits(a, b) != 0; }
+static inline bool any_differs(vf a, vf b) { return _mm512_cmp_ps_mask(a, b, _CMP_NEQ_UQ) != 0; }
+// x - floor(x) in one instruction, and a scale by 2^floor(x) in another: -inf gives 0, NaN stays.
+static inline vf exp2_full(vf x) {
+  vf f = _mm512_reduce_ps(x, _MM_FROUND_TO_NEG_INF | _MM_FROUND_NO_EXC);
+  vf p = set1(1.867130117e-3f);
+  p = fma(p, f, set1(9.017030192e-3f));
+  p = fma(p, f, set1(5.579991323e-2f));
+  p = fma(p, f, set1(2.401644501e-1f));
+  p = fma(p, f, set1(6.931513118e-1f));
+  p = fma(p, f, set1(1.f));
+  return _mm512_scalef_ps(p, x);
+}
+static inline vf exp2_fast(vf x) {
+  vf f = _mm512_reduce_ps(x, _MM_FROUND_TO_NEG_INF | _MM_FROUND_NO_EXC);
+  vf p = set1(1.342668467e-2f);
+  p = fma(p, f, set1(5.224247333e-2f));
+  p = fma(p, f, set1(2.412802054e-1f));
+  p = fma(p, f, set1(6.930448448e-1f));
+  p = fma(p, f, set1(1.f));
+  return _mm512_scalef_ps(p, x);
+}
+static inline vf where_minus_inf_zero(vf a) {
+  return _mm512_maskz_mov_ps(_mm512_cmp_ps_mask(a, set1(-INFINITY), _CMP_NEQ_UQ), a);
+}
+static inline vf keep_bits(vf a, uint32_t bits) {
+  return _mm512_mask_mov_ps(set1(-INFINITY), (__mmask16)bits, a);
+}
+static inline float sum_lanes(vf a) { return _mm512_reduce_add_ps(a); }
+static inline float max_lanes(vf a) { return _mm512_reduce_max_ps(a); }
+static inline vi dot4(vi acc, vi row, vi other) {
+#ifdef TAMIS_VNNI
+  return _mm512_dpbusd_epi32(acc, row, other);
+#else
+  // As in simd_avx2.h; AVX-512 has no vpsign, so the sign is a masked subtraction.
+  vi signed_row = _mm512_mask_sub_epi8(row, _mm512_movepi8_mask(other), _mm512_setzero_si512(), row);
+  vi pairs = _mm512_maddubs_epi16(_mm512_abs_epi8(other), signed_row);
+  return _mm512_add_epi32(acc, _mm512_madd_epi16(pairs, _mm512_set1_epi16(1)));
+#endif
+}
+static inline vf load_bf16(const uint16_t* p) {
+  return _mm512_castsi512_ps(_mm512_slli_epi32(_mm512_cvtepu16_epi32(_mm256_loadu_si256((const __m256i*)p)), 16));
+}
+static inline vf load_fp16(const uint16_t* p) { return _mm512_cvtph_ps(_mm256_loadu_si256((const __m256i*)p)); }
+static inline void store_bytes(int8_t* p, vi v) { _mm_storeu_si128((__m128i*)p, _mm512_cvtepi32_epi8(v)); }
+static inline void transpose_tile(const float* from, int64_t ld_from, float* to, int64_t ld_to) {
+  __m512 t[16];
+  __m512d u[16];
+  for (int i = 0; i < 16; i += 2) {
+    __m512 a = load(from + i * ld_from), b = load(from + (i + 1) * ld_from);
+    t[i] = _mm512_unpacklo_ps(a, b);
+    t[i + 1] = _mm512_unpackhi_ps(a, b);
+  }
+  for (int i = 0; i < 16; i += 4)
+    for (int k = 0; k < 2; ++k) {
+      __m512d a = _mm512_castps_pd(t[i + k]), b = _mm512_castps_pd(t[i + 2 + k]);
+      u[i + 2 * k] = _mm512_unpacklo_pd(a, b);
+      u[i + 2 * k + 1] = _mm512_unpackhi_pd(a, b);
+    }
+  // u[4 i + k] now holds, in its 128-bit lane n, column 4 n + k of rows 4 i .. 4 i + 3.
+  for (int k = 0; k < 4; ++k) {
+    __m512 a = _mm512_castpd_ps(u[k]), b = _mm512_castpd_ps(u[4 + k]);
+    __m512 c = _mm512_castpd_ps(u[8 + k]), d = _mm512_castpd_ps(u[12 + k]);
+    __m512 even_ab = _mm512_shuffle_f32x4(a, b, 0x88), even_cd = _mm512_shuffle_f32x4(c, d, 0x88);
+    __m512 odd_ab = _mm512_shuffle_f32x4(a, b, 0xdd), odd_cd = _mm512_shuffle_f32x4(c, d, 0xdd);
+    store(to + k * ld_to, _mm512_shuffle_f32x4(even_ab, even_cd, 0x88));
+    store(to + (4 + k) * ld_to, _mm512_shuffle_f32x4(odd_ab, odd_cd, 0x88));
+    store(to + (8 + k) * ld_to, _mm512_shuffle_f32x4(even_ab, even_cd, 0xdd));
+    store(to + (12 + k) * ld_to, _mm512_shuffle_f32x4(odd_ab, odd_cd, 0xdd));
+  }
+}
+static inline vf one_where_reaches(vf a, vf b) {
+  return _mm512_maskz_mov_ps(_mm512_cmp_ps_mask(a, b, _CMP_GE_OQ), set1(1.f));
+}

@@ -1,0 +1,77 @@
+// One tile of scores, [keys][32 rows], made ready for the exponential: logit options, then visibility.
+// Scores arrive in units of log 2 (the query carries scale * log2 e), or natural when softcap is set.
+#pragma once
+#include "geometry.h"
+#include "rows.h"
+
+constexpr int kTileRows = 32;
+constexpr int kGroupRows = 16;  // stage 2 skips or keeps this many rows together, on every target
+constexpr int kKeys = TAMIS_PACK_BLOCK;
+constexpr float kLog2e = 1.44269504088896f, kLn2 = 0.693147180559945f;
+
+// Everything about one query block that the inner loops need.
+struct Item {
+  int64_t b, h, kv_head, qb, i0, rows;
+};
+
+static inline float score_scale(const tamis_attend_args& a) { return a.softcap > 0 ? a.scale : a.scale * kLog2e; }
+
+// cap * tanh(s / cap) in units of log 2. tanh x = (1 - t) / (1 + t) with t = e^(-2 |x|), signed.
+static void apply_softcap(float* s, int64_t keys, float cap) {
+  vf inv = set1(1.f / cap), out = set1(cap * kLog2e), one = set1(1.f);
+  for (int64_t i = 0; i < keys * kTileRows; i += W) {
+    vf x = load(s + i) * inv;
+    vf t = exp2_full(vabs(x) * set1(-2.f * kLog2e));
+    vf sign = vmax(set1(-1.f), vmin(one, x * set1(1e30f)));
+    store(s + i, (one - t) / (one + t) * sign * out);
+  }
+}
+
+// Adds an additive mask, and clears the bits of the rows that a mask hides.
+static void apply_mask(const tamis_attend_args& a, const Item& it, int64_t row0, int64_t rows, int64_t j0,
+                       int64_t keys, float* s, uint32_t* seen) {
+  const tamis_tensor& m = a.attn_mask;
+  for (int64_t r = 0; r < rows; ++r) {
+    const char* row = row_of(m, it.b, it.h, row0 + r);
+    for (int64_t j = 0; j < keys; ++j) {
+      int64_t at = (j0 + j) * m.stride[3];
+      if (m.dtype == TAMIS_BOOL) {
+        if (!row[at]) seen[j] &= ~(1u << r);
+        continue;
+      }
+      float add = load_scalar(row, at, m.dtype);
+      if (add == -INFINITY) seen[j] &= ~(1u << r);
+      // The most negative finite mask means "almost never", not "never": stay finite in units of log 2.
+      add *= kLog2e;
+      float sum = s[j * kTileRows + r] + add;
+      s[j * kTileRows + r] = sum == -INFINITY ? -3.4028235e38f : sum;
+    }
+  }
+}
+
+static void apply_visibility(float* s, int64_t keys, const uint32_t* seen) {
+  for (int64_t j = 0; j < keys; ++j) {
+    if (seen[j] == ~0u) continue;
+    for (int r = 0; r < kTileRows; r += W)
+      store(s + j * kTileRows + r, keep_bits(load(s + j * kTileRows + r), seen[j] >> r));
+  }
+}
+
+// All of the above where it applies. Returns the bits of rows that see at least one key.
+static uint32_t finish_scores(const tamis_attend_args& a, const Item& it, Sight sight, int64_t row0, int64_t rows,
+                              int64_t j0, int64_t keys, float* s, uint32_t* seen) {
+  if (a.softcap > 0) apply_softcap(s, keys, a.softcap);
+  for (int64_t j = 0; j < keys; ++j)
+    seen[j] = sight == Sight::all ? ~0u : rows_seeing(a.geometry, it.b, row0, rows, j0 + j);
+  if (a.attn_mask.data) apply_mask(a, it, row0, rows, j0, keys, s, seen);
+  apply_visibility(s, keys, seen);
+  uint32_t any = 0;
+  for (int64_t j = 0; j < keys; ++j) any |= seen[j];
+  return any;
+}
+
+static inline vf column_max(const float* s, int64_t keys, int r) {
+  vf m = set1(-INFINITY);
+  for (int64_t j = 0; j < keys; ++j) m = vmax(load(s + j * kTileRows + r * W), m);
+  return m;
+}

@@ -1,0 +1,130 @@
+// One pass over query or key: the mean of each block's rows and how alike the rows are.
+//
+//   mean       = mean over rows of x - key_mean
+//   similarity = | mean over rows of x / |x| |^2, the mean cosine over all pairs of rows
+//
+// Rows of a negative segment do not count. A zero row counts and is similar to nothing. A block with a NaN
+// or infinite row gets NaN for both: it can be judged by nobody and is kept.
+#pragma once
+#include <omp.h>
+#include <stdlib.h>
+
+#include "rows.h"
+
+static inline bool counts_row(const int64_t* segments, int64_t stride, int64_t b, int64_t i) {
+  return !segments || segments[b * stride + i] >= 0;
+}
+
+static void summarize_block(const tamis_summarize_args& a, int64_t b, int64_t h, int64_t block, float* row,
+                            float* sum, float* unit) {
+  const int64_t padded = round_up(a.dim, 16), blocks = (a.seq + a.block - 1) / a.block;
+  const int64_t end = (block + 1) * a.block < a.seq ? (block + 1) * a.block : a.seq;
+  const int64_t at = (b * a.heads + h) * blocks + block;
+  const float* mean = a.mean ? a.mean + (b * a.heads + h) * a.dim : nullptr;
+  memset(sum, 0, padded * 4);
+  memset(unit, 0, padded * 4);
+  int64_t n = 0;
+  bool finite = true;
+  for (int64_t i = block * a.block; i < end; ++i) {
+    if (!counts_row(a.segments, a.segment_stride, b, i)) continue;
+    ++n;
+    load_row(a.x, b, h, i, a.dim, row);
+    if (mean)
+      for (int64_t c = 0; c < a.dim; ++c) row[c] -= mean[c];
+    finite = finite && all_finite(row, a.dim);
+    const float top = max_abs(row, a.dim);
+    // Dividing by the largest entry first keeps the square of the norm in range.
+    const float inverse_top = top > 0 ? 1.f / top : 0.f;
+    vf square = set1(0.f);
+    for (int64_t c = 0; c < padded; c += W) {
+      vf x = load(row + c) * set1(inverse_top);
+      square = fma(x, x, square);
+    }
+    const float norm2 = sum_lanes(square);
+    const vf inverse = set1(norm2 > 0 ? inverse_top / sqrtf(norm2) : 0.f);
+    for (int64_t c = 0; c < padded; c += W) {
+      vf x = load(row + c);
+      store(sum + c, load(sum + c) + x);
+      store(unit + c, fma(x, inverse, load(unit + c)));
+    }
+  }
+  const float share = n ? 1.f / (float)n : 0.f;
+  float square = 0.f;
+  for (int64_t c = 0; c < a.dim; ++c) {
+    a.means[at * a.dim + c] = finite ? sum[c] * share : NAN;
+    square += unit[c] * share * unit[c] * share;
+  }
+  a.similarity[at] = !finite ? NAN : n ? square : 1.f;
+}
+
+static int summarize(const tamis_summarize_args* args) {
+  const tamis_summarize_args& a = *args;
+  const int64_t blocks = (a.seq + a.block - 1) / a.block, padded = round_up(a.dim, 16);
+  int error = TAMIS_OK;
+#pragma omp parallel num_threads(a.threads)
+  {
+    float* scratch = (float*)aligned_alloc(64, round_up(3 * padded * 4, 64));
+    if (scratch)
+      memset(scratch, 0, 3 * padded * 4);
+    else {
+#pragma omp atomic write
+      error = TAMIS_NO_MEMORY;
+    }
+#pragma omp for schedule(static)
+    for (int64_t n = 0; n < a.batch * a.heads * blocks; ++n)
+      if (scratch)
+        summarize_block(a, n / blocks / a.heads, n / blocks % a.heads, n % blocks, scratch, scratch + padded,
+                        scratch + 2 * padded);
+    free(scratch);
+  }
+  return error;
+}
+
+// Sums of 64 tokens in fp32, their sum in fp64: exact enough at any length, and independent of the threads.
+static int key_mean(const tamis_summarize_args* args) {
+  const tamis_summarize_args& a = *args;
+  const int64_t parts = (a.seq + 63) / 64, padded = round_up(a.dim, 16), heads = a.batch * a.heads;
+  float* sums = (float*)malloc((heads * parts * a.dim + 1) * 4);
+  int64_t* numbers = (int64_t*)malloc((heads * parts + 1) * 8);
+  int error = sums && numbers ? TAMIS_OK : TAMIS_NO_MEMORY;
+#pragma omp parallel num_threads(a.threads) if (!error)
+  {
+    float* row = (float*)aligned_alloc(64, round_up(padded * 8, 64));
+    if (row)
+      memset(row, 0, padded * 8);
+    else {
+#pragma omp atomic write
+      error = TAMIS_NO_MEMORY;
+    }
+#pragma omp for schedule(static)
+    for (int64_t n = 0; n < heads * parts; ++n) {
+      if (!row || !sums || !numbers) continue;
+      const int64_t bh = n / parts, part = n % parts, end = part * 64 + 64 < a.seq ? part * 64 + 64 : a.seq;
+      float* sum = row + padded;
+      memset(sum, 0, padded * 4);
+      int64_t count = 0;
+      for (int64_t i = part * 64; i < end && (!a.used || a.used[n]); ++i) {
+        if (!counts_row(a.segments, a.segment_stride, bh / a.heads, i)) continue;
+        load_row(a.x, bh / a.heads, bh % a.heads, i, a.dim, row);
+        if (!all_finite(row, a.dim)) continue;
+        ++count;
+        for (int64_t c = 0; c < padded; c += W) store(sum + c, load(sum + c) + load(row + c));
+      }
+      memcpy(sums + n * a.dim, sum, a.dim * 4);
+      numbers[n] = count;
+    }
+    free(row);
+  }
+  for (int64_t bh = 0; bh < heads && !error; ++bh) {
+    int64_t count = 0;
+    for (int64_t part = 0; part < parts; ++part) count += numbers[bh * parts + part];
+    for (int64_t c = 0; c < a.dim; ++c) {
+      double sum = 0;
+      for (int64_t part = 0; part < parts; ++part) sum += sums[(bh * parts + part) * a.dim + c];
+      a.means[bh * a.dim + c] = count ? (float)(sum / (double)count) : 0.f;
+    }
+  }
+  free(sums);
+  free(numbers);
+  return error;
+}

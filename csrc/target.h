@@ -1,0 +1,21 @@
+// What a target file offers to dispatch.cpp, and the system headers its algorithms use: those must be
+// included here, outside the target's namespace.
+#pragma once
+#include <math.h>
+#include <omp.h>
+#include <stdint.h>
+#include <stdlib.h>
+#include <string.h>
+#if defined(__x86_64__)
+#include <immintrin.h>
+#endif
+
+#include "attend.h"
+
+struct tamis_kernels {
+  int (*attend)(const tamis_attend_args*);
+  int (*key_mean)(const tamis_summarize_args*);
+  int (*summarize)(const tamis_summarize_args*);
+  int (*pack_kv)(const tamis_pack_args*);
+  int (*select)(const tamis_select_args*);
+};

@@ -1,0 +1,348 @@
+"""The native CPU backend: ctypes onto csrc/attend.h.
+
+One library serves every torch and every x86-64 processor; the instruction set is chosen at run time. Set
+`TAMIS_CPU_TARGET` to one of `available_targets()` to force one. Threads: `torch.get_num_threads()` OpenMP threads from
+the pool torch uses. Stage 2 skips groups of 16 query rows.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import ctypes
+import functools
+import os
+from collections.abc import Iterator
+from pathlib import Path
+
+import torch
+from torch import Tensor
+
+import tamis
+from tamis.backends import native
+from tamis.call import Call
+
+NAME = "cpu"
+PACK_BLOCK = 64
+_forced: list[str] = []
+
+
+@functools.cache
+def library() -> ctypes.CDLL | str:
+    """The native library, or why there is none."""
+    # An editable install keeps the library in another folder than the sources: both are on the package's path.
+    for folder in tamis.__path__:
+        for name in ("libtamis_cpu.so", "libtamis_cpu.dylib"):
+            path = Path(folder) / name
+            if path.exists():
+                return native.load(path)
+    return "the native library is not there: install tamis with a C++17 compiler at hand"
+
+
+def built_targets() -> list[str]:
+    """Targets that were compiled in, best first."""
+    found = library()
+    return [] if isinstance(found, str) else found.tamis_built_targets().decode().split()
+
+
+def available_targets() -> list[str]:
+    """Targets that this processor can run, best first."""
+    found = library()
+    return [] if isinstance(found, str) else found.tamis_targets().decode().split()
+
+
+@contextlib.contextmanager
+def force_target(name: str) -> Iterator[None]:
+    """Run with one target, whatever the environment says; for tests and comparisons."""
+    _forced.append(name)
+    try:
+        target()
+        yield
+    finally:
+        _forced.pop()
+
+
+def target() -> str | None:
+    """The instruction set in use: the forced one, or the best this processor has.
+
+    Raises:
+        ValueError: the target asked for cannot run here.
+    """
+    available = available_targets()
+    if not available:
+        return None
+    wanted = _forced[-1] if _forced else os.environ.get("TAMIS_CPU_TARGET", "")
+    if wanted and wanted not in available:
+        raise ValueError(f"TAMIS_CPU_TARGET must be one of {', '.join(available)} on this processor, got {wanted!r}")
+    return wanted or available[0]
+
+
+def dtypes(precision: str) -> tuple[str, str]:
+    """Number formats of the query-key and the probability-value product."""
+    return ("int8", "uint8 x int8") if precision == "int8" else ("float32", "float32")
+
+
+def reasons(call: Call) -> list[str]:
+    """Why this backend can't serve the call; empty if it can."""
+    found = []
+    lib = library()
+    if isinstance(lib, str):
+        return [lib]
+    tensors = (call.query, call.key, call.value, call.attn_mask, call.kv_num_blocks, *call.packed)
+    if any(t is not None and t.device.type != "cpu" for t in tensors):
+        found.append("it runs on CPU tensors")
+    if call.query.dtype not in native.DTYPES:
+        found.append(f"it takes float32, bfloat16 and float16, not {call.query.dtype}")
+    if call.precision not in ("full", "int8"):
+        found.append(f"it has precision 'full' and 'int8', not {call.precision!r}")
+    return found
+
+
+def _run(name: str, args: ctypes.Structure) -> None:
+    lib, chosen = library(), target()
+    if isinstance(lib, str) or chosen is None:
+        raise RuntimeError(f"the cpu backend cannot run: {lib}")
+    native.check(getattr(lib, f"tamis_{name}")(chosen.encode(), ctypes.byref(args)))
+
+
+def _segments(args: native.Summarize | native.Pack, segments: Tensor | None) -> Tensor | None:
+    """Attach segments; the caller keeps the returned tensor alive."""
+    dense = None if segments is None else segments.to(torch.int64).contiguous()
+    args.segments = native.pointer(dense)
+    args.segment_stride = native.batch_stride(dense)
+    return dense
+
+
+def _summarize_args(x: Tensor) -> native.Summarize:
+    args = native.Summarize()
+    args.batch, args.heads, args.seq, args.dim = x.shape
+    args.x = native.tensor(x)
+    args.threads = torch.get_num_threads()
+    return args
+
+
+def key_mean(key: Tensor, segments: Tensor | None, used: Tensor | None) -> Tensor:
+    """Mean key of each head over finite tokens of used blocks, fp32 `[batch, kv_heads, head_dim]`."""
+    args = _summarize_args(key)
+    kept = _segments(args, segments)
+    dense_used = None if used is None else used.expand(*key.shape[:2], used.shape[-1]).contiguous()
+    mean = torch.empty((*key.shape[:2], key.shape[3]), dtype=torch.float32)
+    args.used, args.means = native.pointer(dense_used), mean.data_ptr()
+    _run("key_mean", args)
+    del kept
+    return mean
+
+
+def summarize(x: Tensor, block: int, mean: Tensor | None, segments: Tensor | None) -> tuple[Tensor, Tensor]:
+    """Mean row and self-similarity of every block of x - mean, fp32."""
+    args = _summarize_args(x)
+    kept = _segments(args, segments)
+    blocks = -(-x.shape[2] // block)
+    means = torch.empty((*x.shape[:2], blocks, x.shape[3]), dtype=torch.float32)
+    similarity = torch.empty((*x.shape[:2], blocks), dtype=torch.float32)
+    dense_mean = None if mean is None else mean.contiguous()
+    args.block, args.mean = block, native.pointer(dense_mean)
+    args.means, args.similarity = means.data_ptr(), similarity.data_ptr()
+    _run("summarize", args)
+    del kept
+    return means, similarity
+
+
+def select(
+    q_means: Tensor,
+    q_similarity: Tensor,
+    k_means: Tensor,
+    k_similarity: Tensor,
+    scale: float,
+    cdf: Tensor | None,
+    topk: Tensor | None,
+    similarity: Tensor,
+    sink: bool,
+    causal: bool,
+    window: int | None,
+    q_len: int,
+    kv_len: int,
+    block_q: int,
+    block_kv: int,
+    q_bounds: Tensor | None,
+    kv_bounds: Tensor | None,
+    visible: Tensor | None,
+    must: Tensor | None,
+    trim: bool,
+) -> tuple[Tensor, Tensor]:
+    """Choose key blocks; see `tamis.backends.base`."""
+    batch, heads, q_blocks, head_dim = q_means.shape
+    kv_heads, kv_blocks = k_means.shape[1:3]
+    floats = [q_means, q_similarity, k_means, k_similarity, similarity, cdf, topk]
+    dense = [None if t is None else t.to(torch.float32).contiguous() for t in floats]
+    geometry = native.Geometry()
+    kept = native.fill_geometry(
+        geometry, (q_len, kv_len), (block_q, block_kv), causal, window, (None,) * 4, q_bounds, kv_bounds, visible
+    )
+    args = native.Select()
+    args.batch, args.heads, args.kv_heads, args.head_dim = batch, heads, kv_heads, head_dim
+    args.q_means, args.q_similarity, args.k_means, args.k_similarity = (native.pointer(t) for t in dense[:4])
+    args.similarity, args.cdf, args.topk = (native.pointer(t) for t in dense[4:])
+    args.scale, args.sink, args.geometry = scale, sink, geometry
+    if must is not None:
+        args.must = must.data_ptr()
+        args.must_stride[:] = native.broadcast_strides(must)
+    bits = torch.empty((batch, heads, q_blocks, -(-kv_blocks // 64)), dtype=torch.int64)
+    num = torch.empty((batch, heads, q_blocks), dtype=torch.int32)
+    args.bits, args.kv_num_blocks, args.threads = bits.data_ptr(), num.data_ptr(), torch.get_num_threads()
+    _run("select", args)
+    del kept
+    width = max(1, int(num.max())) if trim and num.numel() else (1 if trim else kv_blocks)
+    indices = torch.empty((batch, heads, q_blocks, width), dtype=torch.int32)
+    lib = library()
+    assert not isinstance(lib, str)
+    native.check(
+        lib.tamis_expand(
+            bits.data_ptr(), num.numel(), kv_blocks, width, indices.data_ptr(), ctypes.c_int32(args.threads)
+        )
+    )
+    return num, indices
+
+
+def _packed_struct(packed: list[Tensor]) -> native.Packed:
+    """key8, key_scale, key_sum, value8, value_scale, value_sum, mean."""
+    args = native.Packed()
+    args.capacity, args.dim4 = packed[0].shape[2], packed[0].shape[4]
+    args.key, args.key_scale, args.key_sum, args.value, args.value_scale, args.value_sum, args.key_mean = (
+        t.data_ptr() for t in packed[:7]
+    )
+    return args
+
+
+def pack_kv(
+    key: Tensor, value: Tensor, mean: Tensor, segments: Tensor | None, used: Tensor | None = None
+) -> list[Tensor]:
+    """Quantise key (less its mean) and value in blocks of 64 keys; layout in csrc/attend.h."""
+    batch, heads, length, dim = key.shape
+    value_dim = value.shape[3]
+    blocks = -(-length // PACK_BLOCK)
+    lead = (batch, heads, blocks)
+    packed = [
+        torch.empty((*lead, PACK_BLOCK, (dim + 3) // 4 * 4), dtype=torch.int8),
+        torch.empty(lead, dtype=torch.float32),
+        torch.empty((*lead, PACK_BLOCK), dtype=torch.int32),
+        torch.empty((*lead, PACK_BLOCK // 4, value_dim, 4), dtype=torch.int8),
+        torch.empty((*lead, value_dim), dtype=torch.float32),
+        torch.empty((*lead, value_dim), dtype=torch.int32),
+    ]
+    dense_mean = mean.to(torch.float32).contiguous()
+    dense_used = None if used is None else used.expand(lead).contiguous()
+    args = native.Pack()
+    args.batch, args.kv_heads, args.seq, args.head_dim, args.value_dim = batch, heads, length, dim, value_dim
+    args.key, args.value = native.tensor(key), native.tensor(value)
+    kept = _segments(args, segments)
+    args.used, args.packed = native.pointer(dense_used), _packed_struct([*packed, dense_mean])
+    args.threads = torch.get_num_threads()
+    _run("pack_kv", args)
+    del kept
+    return packed
+
+
+def _used_blocks(
+    num: Tensor, indices: Tensor, key: Tensor, heads: int, block_kv: int
+) -> Tensor | None:
+    """Which 64-key blocks some row of a key head's group keeps: `[batch, kv_heads, blocks]`.
+
+    Blocks that nobody keeps are neither packed nor part of the mean, so what they hold cannot matter.
+    """
+    batch, kv_heads, length = key.shape[:3]
+    kv_blocks = -(-length // block_kv)
+    listed = torch.arange(indices.shape[-1], dtype=torch.int32) < num[..., None]
+    at = torch.where(listed & (indices >= 0) & (indices < kv_blocks), indices, kv_blocks).to(torch.int64)
+    used = torch.zeros((batch, kv_heads, kv_blocks + 1), dtype=torch.bool)
+    used.scatter_(2, at.reshape(batch, kv_heads, -1), True)
+    used = used[..., :kv_blocks].repeat_interleave(block_kv // PACK_BLOCK, dim=2)
+    return used[..., : -(-length // PACK_BLOCK)].contiguous()
+
+
+def attend(
+    query: Tensor,
+    key: Tensor | None,
+    value: Tensor | None,
+    packed: list[Tensor],
+    kv_num_blocks: Tensor | None,
+    kv_indices: Tensor | None,
+    block_q: int,
+    block_kv: int,
+    causal: bool,
+    window: int | None,
+    scale: float,
+    attn_mask: Tensor | None,
+    q_positions: Tensor | None,
+    kv_positions: Tensor | None,
+    q_segments: Tensor | None,
+    kv_segments: Tensor | None,
+    q_bounds: Tensor | None,
+    kv_bounds: Tensor | None,
+    visible: Tensor | None,
+    softcap: float | None,
+    sink_logits: Tensor | None,
+    precision: str,
+    pv_threshold: Tensor | None,
+) -> tuple[Tensor, Tensor, Tensor]:
+    """Run attention; see `tamis.backends.base`."""
+    batch, heads, q_len, head_dim = query.shape
+    args = native.Attend()
+    args.batch, args.heads, args.head_dim, args.query = batch, heads, head_dim, native.tensor(query)
+    if precision == "int8":
+        if not packed:
+            assert key is not None and value is not None
+            packed = _pack_for_call(key, value, kv_segments, kv_num_blocks, kv_indices, heads, block_kv, softcap)
+            kv_len = key.shape[2]
+        else:
+            kv_len = int(packed[7])
+        packed = [t.contiguous() for t in packed]
+        args.packed, args.int8 = _packed_struct(packed), True
+        args.kv_heads, args.value_dim = packed[0].shape[1], packed[3].shape[4]
+    else:
+        assert key is not None and value is not None
+        args.key, args.value = native.tensor(key), native.tensor(value)
+        args.kv_heads, kv_len, args.value_dim = key.shape[1], key.shape[2], value.shape[3]
+    places = (q_positions, kv_positions, q_segments, kv_segments)
+    kept = native.fill_geometry(
+        args.geometry, (q_len, kv_len), (block_q, block_kv), causal, window, places, q_bounds, kv_bounds, visible
+    )
+    if kv_num_blocks is not None and kv_indices is not None:
+        if kv_indices.stride(-1) != 1:
+            kv_indices = kv_indices.contiguous()
+        args.kv_num_blocks, args.kv_indices = kv_num_blocks.data_ptr(), kv_indices.data_ptr()
+        args.num_stride[:], args.idx_stride[:] = kv_num_blocks.stride(), kv_indices.stride()[:3]
+        args.max_blocks = kv_indices.shape[-1]
+    args.scale, args.softcap = scale, softcap or 0.0
+    if attn_mask is not None:
+        args.attn_mask = native.tensor(attn_mask)
+    dense_sinks = None if sink_logits is None else sink_logits.to(torch.float32).contiguous()
+    dense_threshold = None if pv_threshold is None else pv_threshold.to(torch.float32).contiguous()
+    args.sink_logits, args.pv_threshold = native.pointer(dense_sinks), native.pointer(dense_threshold)
+    output = torch.empty((batch, heads, q_len, args.value_dim), dtype=query.dtype)
+    lse = torch.empty((batch, heads, q_len), dtype=torch.float32)
+    counts = torch.empty((batch, heads, -(-q_len // block_q), 3), dtype=torch.float64)
+    args.output, args.lse, args.counts = output.data_ptr(), lse.data_ptr(), counts.data_ptr()
+    args.threads = torch.get_num_threads()
+    _run("attend", args)
+    del kept
+    return output, lse, counts
+
+
+def _pack_for_call(
+    key: Tensor,
+    value: Tensor,
+    segments: Tensor | None,
+    num: Tensor | None,
+    indices: Tensor | None,
+    heads: int,
+    block_kv: int,
+    softcap: float | None,
+) -> list[Tensor]:
+    used = None if num is None or indices is None else _used_blocks(num, indices, key, heads, block_kv)
+    # A softcap is not indifferent to a shift of the scores: the key is not smoothed then.
+    mean = (
+        key.new_zeros((*key.shape[:2], key.shape[3]), dtype=torch.float32)
+        if softcap
+        else key_mean(key, segments, used)
+    )
+    return [*pack_kv(key, value, mean, segments, used), mean]
