@@ -68,7 +68,9 @@ static inline float sum_lanes(vf a) { return _mm512_reduce_add_ps(a); }
 static inline float max_lanes(vf a) { return _mm512_reduce_max_ps(a); }
 static inline vi dot4(vi acc, vi row, vi other) {
 #ifdef TAMIS_VNNI
-  return _mm512_dpbusd_epi32(acc, row, other);
+  // Through the intrinsic, GCC 12 copies every accumulator twice in each turn of the loop.
+  __asm__("vpdpbusd %2, %1, %0" : "+v"(acc) : "v"(row), "v"(other));
+  return acc;
 #else
   // As in simd_avx2.h; AVX-512 has no vpsign, so the sign is a masked subtraction.
   vi signed_row = _mm512_mask_sub_epi8(row, _mm512_movepi8_mask(other), _mm512_setzero_si512(), row);
