@@ -127,6 +127,8 @@ TAMIS_EXPORT int tamis_attend(const char* target, const tamis_attend_args* args)
 TAMIS_EXPORT int tamis_key_mean(const char* target, const tamis_summarize_args* args);
 TAMIS_EXPORT int tamis_summarize(const char* target, const tamis_summarize_args* args);
 TAMIS_EXPORT int tamis_pack_kv(const char* target, const tamis_pack_args* args);
+/* Which 64-key blocks some query block of a key head's group keeps and may see: [batch, kv_heads, ceil(kv_len / 64)]. */
+TAMIS_EXPORT int tamis_used_blocks(const tamis_attend_args* args, uint8_t* used);
 TAMIS_EXPORT int tamis_select(const char* target, const tamis_select_args* args);
 /* Bits of tamis_select into ascending indices, [rows, max_blocks]; the tail is filled with -1. */
 TAMIS_EXPORT int tamis_expand(const uint64_t* bits, int64_t rows, int64_t kv_blocks, int64_t max_blocks,

@@ -108,7 +108,9 @@ static void finish_item(Engine& e, const Item& it, State& st) {
       const int64_t at = tile * kTileRows + i;
       float m = st.m[at], l = st.l[at];
       // Scores of a smoothed key are lower by the query's product with the mean: put it back first.
-      float lse = l == 0 ? -INFINITY : (m + log2f(l)) * kLn2 + (i < rows ? e.lse_shift(it, at) : 0.f);
+      // In fp64, since l is near 1 where one key has all the weight.
+      float lse = l == 0 ? -INFINITY
+                         : (float)((double)m * kLn2 + log((double)l) + (i < rows ? (double)e.lse_shift(it, at) : 0.0));
       float share = 1.f;
       if (a.sink_logits && i < rows) {
         const float sink = a.sink_logits[it.h], high = lse > sink ? lse : sink;

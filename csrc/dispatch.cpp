@@ -2,6 +2,7 @@
 // processor of the platform.
 #include <string.h>
 
+#include "geometry.h"
 #include "target.h"
 
 extern const tamis_kernels tamis_kernels_baseline;
@@ -88,6 +89,46 @@ int tamis_summarize(const char* target, const tamis_summarize_args* a) {
 }
 int tamis_pack_kv(const char* target, const tamis_pack_args* a) { return call(target, &tamis_kernels::pack_kv, a); }
 int tamis_select(const char* target, const tamis_select_args* a) { return call(target, &tamis_kernels::select, a); }
+
+int tamis_used_blocks(const tamis_attend_args* args, uint8_t* used) {
+  const tamis_attend_args& a = *args;
+  const tamis_geometry& g = a.geometry;
+  const int64_t q_blocks = blocks_of(g.q_len, g.block_q), kv_blocks = blocks_of(g.kv_len, g.block_kv);
+  const int64_t parts = blocks_of(g.kv_len, TAMIS_PACK_BLOCK), group = a.heads / greatest(a.kv_heads, 1);
+  int error = TAMIS_OK;
+#pragma omp parallel for num_threads(a.threads) schedule(dynamic, 1)
+  for (int64_t n = 0; n < a.batch * a.kv_heads; ++n) {
+    uint8_t* mine = used + n * parts;
+    memset(mine, 0, parts);
+    const int64_t b = n / a.kv_heads;
+    for (int64_t h = n % a.kv_heads * group; h < (n % a.kv_heads + 1) * group; ++h)
+      for (int64_t qb = 0; qb < q_blocks; ++qb) {
+        int64_t count = kv_blocks;
+        const int32_t* list = nullptr;
+        if (a.kv_num_blocks) {
+          count = a.kv_num_blocks[b * a.num_stride[0] + h * a.num_stride[1] + qb * a.num_stride[2]];
+          list = a.kv_indices + b * a.idx_stride[0] + h * a.idx_stride[1] + qb * a.idx_stride[2];
+        }
+        if (count > (list ? a.max_blocks : kv_blocks)) {
+#pragma omp atomic write
+          error = TAMIS_CORRUPT_MASK;
+          continue;
+        }
+        for (int64_t at = 0; at < count; ++at) {
+          const int64_t kb = list ? list[at] : at;
+          if (kb < 0 || kb >= kv_blocks) {
+#pragma omp atomic write
+            error = TAMIS_CORRUPT_MASK;
+            break;
+          }
+          const int64_t first = kb * g.block_kv / TAMIS_PACK_BLOCK;
+          if (mine[first] || !block_visible(g, b, h, qb, kb)) continue;
+          for (int64_t p = first; p < least(first + g.block_kv / TAMIS_PACK_BLOCK, parts); ++p) mine[p] = 1;
+        }
+      }
+  }
+  return error;
+}
 
 int tamis_expand(const uint64_t* bits, int64_t rows, int64_t kv_blocks, int64_t max_blocks, int32_t* kv_indices,
                  int32_t threads) {

@@ -9,7 +9,7 @@
 #include "softmax.h"
 
 template <int R, int N>
-static inline void qk_full(const float* q, const float* k, int64_t ld, int64_t dim, float* s, vf* top) {
+static inline void qk_full(const float* q, const float* k, int64_t ld, int64_t dim, vf factor, float* s, vf* top) {
   vf acc[N][R];
 #pragma GCC unroll 16
   for (int n = 0; n < N; ++n)
@@ -30,8 +30,9 @@ static inline void qk_full(const float* q, const float* k, int64_t ld, int64_t d
   for (int n = 0; n < N; ++n)
 #pragma GCC unroll 4
     for (int r = 0; r < R; ++r) {
-      store(s + n * kTileRows + r * W, acc[n][r]);
-      top[r] = vmax(acc[n][r], top[r]);
+      vf x = acc[n][r] * factor;
+      store(s + n * kTileRows + r * W, x);
+      top[r] = vmax(x, top[r]);
     }
 }
 
@@ -80,8 +81,6 @@ struct FullEngine {
 
   // `rows` holds the tile's queries as fp32, [32][ld], zero beyond the last row.
   void set_queries(const Item&, int64_t tile, float* rows, int64_t ld, int64_t) {
-    float scale = score_scale(a);
-    for (int64_t i = 0; i < kTileRows * ld; i += W) store(rows + i, load(rows + i) * set1(scale));
     transpose(rows, ld, kTileRows, a.head_dim, q + tile * kTileRows * a.head_dim, kTileRows);
   }
 
@@ -105,11 +104,12 @@ struct FullEngine {
   template <int R>
   void scores(int64_t tile, int r0, float* s, vf* top) {
     const float* rows = q + tile * kTileRows * a.head_dim + r0 * W;
+    const vf factor = set1(score_scale(a));
     int64_t j = 0;
     s += r0 * W;
     for (; j + kFullTile <= keys; j += kFullTile)
-      qk_full<R, kFullTile>(rows, k + j * k_ld, k_ld, a.head_dim, s + j * kTileRows, top);
-    for (; j < keys; ++j) qk_full<R, 1>(rows, k + j * k_ld, k_ld, a.head_dim, s + j * kTileRows, top);
+      qk_full<R, kFullTile>(rows, k + j * k_ld, k_ld, a.head_dim, factor, s + j * kTileRows, top);
+    for (; j < keys; ++j) qk_full<R, 1>(rows, k + j * k_ld, k_ld, a.head_dim, factor, s + j * kTileRows, top);
   }
 
   // P = 2^(S - max) in place; `sum` gets its column sums. The maximum is the running one.
@@ -147,12 +147,15 @@ struct FullEngine {
   }
   void accumulate_carefully(const uint32_t* seen, const float* p, const float* alpha, float* o, uint32_t active) {
     for (int64_t c = 0; c < a.value_dim; ++c)
-      for (int r = 0; r < kTileRows; ++r) {
-        if (!(active >> r & 1)) continue;
-        float sum = o[c * kTileRows + r] * alpha[r];
-        for (int64_t j = 0; j < keys; ++j)
-          if (seen[j] >> r & 1) sum = __builtin_fmaf(p[j * kTileRows + r], v[j * v_ld + c], sum);
-        o[c * kTileRows + r] = sum;
+      for (int r = 0; r < kTileRows; r += W) {
+        float* at = o + c * kTileRows + r;
+        const vf before = load(at);
+        vf sum = before * load(alpha + r);
+        for (int64_t j = 0; j < keys; ++j) {
+          vf with = fma(load(p + j * kTileRows + r), set1(v[j * v_ld + c]), sum);
+          sum = choose_bits(with, sum, seen[j] >> r);
+        }
+        store(at, choose_bits(sum, before, active >> r));
       }
   }
   void unsmooth(int64_t, int, float*) const {}

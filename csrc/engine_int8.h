@@ -101,13 +101,12 @@ struct Int8Engine {
     const float* mean = a.packed.key_mean + (it.b * a.kv_heads + it.kv_head) * a.head_dim;
     for (int64_t i = 0; i < kTileRows; ++i) {
       const float* x = rows + i * ld;
-      float top = i < n ? max_abs(x, a.head_dim) : 0.f, dot = 0.f;
+      float top = i < n ? max_abs(x, a.head_dim) : 0.f;
       // A NaN or infinite row keeps a broken scale, so that its own output shows it and no other does.
       if (i < n && !all_finite(x, a.head_dim)) top = NAN;
-      for (int64_t c = 0; c < a.head_dim; ++c) dot += x[c] * mean[c];
       float inverse = top > 0 ? 127.f / top : 0.f;
       row_scale[tile * kTileRows + i] = top / 127.f * score_scale(a);
-      shift[tile * kTileRows + i] = dot * a.scale;
+      shift[tile * kTileRows + i] = dot(x, mean, a.head_dim) * a.scale;
       quantise_row(x, ld, inverse, bytes + i * ld);
     }
     int64_t words = a.packed.dim4 / 4;

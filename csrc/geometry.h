@@ -21,6 +21,11 @@ static inline Span span_at(const int64_t* bounds, int64_t batch_stride, int64_t 
   return Span{p[0], p[1], p[2], p[3]};
 }
 
+// a - b >= distance (which is positive), without overflow whatever the positions.
+static inline bool ahead_by(int64_t a, int64_t b, int64_t distance) {
+  return a > b && (uint64_t)a - (uint64_t)b >= (uint64_t)distance;
+}
+
 static inline Sight sight_of(const tamis_geometry& g, const Span& q, const Span& k) {
   if (q.pos_min > q.pos_max || k.pos_min > k.pos_max) return Sight::none;  // nothing but padding
   if (q.seg_max < k.seg_min || k.seg_max < q.seg_min) return Sight::none;
@@ -30,8 +35,8 @@ static inline Sight sight_of(const tamis_geometry& g, const Span& q, const Span&
     all = all && q.pos_min >= k.pos_max;
   }
   if (g.window) {
-    if (q.pos_min - k.pos_max >= g.window || k.pos_min - q.pos_max >= g.window) return Sight::none;
-    all = all && q.pos_max - k.pos_min < g.window && k.pos_max - q.pos_min < g.window;
+    if (ahead_by(q.pos_min, k.pos_max, g.window) || ahead_by(k.pos_min, q.pos_max, g.window)) return Sight::none;
+    all = all && !ahead_by(q.pos_max, k.pos_min, g.window) && !ahead_by(k.pos_max, q.pos_min, g.window);
   }
   return all ? Sight::all : Sight::some;
 }
@@ -80,9 +85,8 @@ static inline uint32_t rows_seeing(const tamis_geometry& g, int64_t b, int64_t i
   for (int64_t i = 0; i < rows; ++i) {
     int64_t q_pos = g.q_pos ? g.q_pos[qs + i0 + i] : i0 + i + shift;
     int64_t q_seg = g.q_seg ? g.q_seg[qs + i0 + i] : 0;
-    int64_t apart = q_pos - k_pos;
-    bool sees = q_seg == k_seg && (!g.causal || apart >= 0) &&
-                (!g.window || (apart < g.window && -apart < g.window));
+    bool sees = q_seg == k_seg && (!g.causal || q_pos >= k_pos) &&
+                (!g.window || !(ahead_by(q_pos, k_pos, g.window) || ahead_by(k_pos, q_pos, g.window)));
     bits |= (uint32_t)sees << i;
   }
   return bits;

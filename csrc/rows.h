@@ -96,6 +96,17 @@ static bool all_finite(const float* x, int64_t dim) {
   for (; c < dim; ++c) t += x[c] * 0.f;
   return t == 0.f;
 }
+static float dot(const float* x, const float* y, int64_t dim) {
+  // Four chains: quicker, and their rounding is that of sums a quarter as long.
+  vf s[4] = {set1(0.f), set1(0.f), set1(0.f), set1(0.f)};
+  int64_t c = 0;
+  for (; c + 4 * W <= dim; c += 4 * W)
+    for (int i = 0; i < 4; ++i) s[i] = fma(load(x + c + i * W), load(y + c + i * W), s[i]);
+  for (; c + W <= dim; c += W) s[0] = fma(load(x + c), load(y + c), s[0]);
+  float t = sum_lanes((s[0] + s[1]) + (s[2] + s[3]));
+  for (; c < dim; ++c) t += x[c] * y[c];
+  return t;
+}
 static float max_abs(const float* x, int64_t dim) {
   vf m = set1(0.f);
   int64_t c = 0;

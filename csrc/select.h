@@ -73,15 +73,7 @@ struct NumberReaches {
 };
 
 static void score_row(const tamis_select_args& a, const float* q, const float* k, int64_t kv_blocks, float* p) {
-  for (int64_t j = 0; j < kv_blocks; ++j) {
-    const float* key = k + j * a.head_dim;
-    vf sum = set1(0.f);
-    int64_t c = 0;
-    for (; c + W <= a.head_dim; c += W) sum = fma(load(q + c), load(key + c), sum);
-    float dot = sum_lanes(sum);
-    for (; c < a.head_dim; ++c) dot += q[c] * key[c];
-    p[j] = dot * a.scale;
-  }
+  for (int64_t j = 0; j < kv_blocks; ++j) p[j] = dot(q, k + j * a.head_dim, a.head_dim) * a.scale;
 }
 
 // Softmax of p over the entries marked as candidates; the others become 0. False if there is none.

@@ -68,10 +68,10 @@ static inline vf exp2_fast(vf x) {
 static inline vf where_minus_inf_zero(vf a) {
   return _mm256_andnot_ps(_mm256_cmp_ps(a, set1(-INFINITY), _CMP_EQ_OQ), a);
 }
-static inline vf keep_bits(vf a, uint32_t bits) {
+static inline vf choose_bits(vf a, vf b, uint32_t bits) {
   const vi lane = _mm256_setr_epi32(1, 2, 4, 8, 16, 32, 64, 128);
   vi on = _mm256_cmpeq_epi32(_mm256_and_si256(_mm256_set1_epi32((int)bits), lane), lane);
-  return _mm256_blendv_ps(set1(-INFINITY), a, _mm256_castsi256_ps(on));
+  return _mm256_blendv_ps(b, a, _mm256_castsi256_ps(on));
 }
 static inline float sum_lanes(vf a) {
   __m128 s = _mm_add_ps(_mm256_castps256_ps128(a), _mm256_extractf128_ps(a, 1));

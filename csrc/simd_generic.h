@@ -22,7 +22,12 @@ static inline vi loadi(const void* p) { vi v; memcpy(&v, p, sizeof v); return v;
 static inline void storei(void* p, vi v) { memcpy(p, &v, sizeof v); }
 static inline vf set1(float x) { return vf{x, x, x, x}; }
 static inline vi set1i(int32_t x) { return vi{x, x, x, x}; }
-static inline vf fma(vf a, vf b, vf c) { return a * b + c; }
+typedef double vd __attribute__((vector_size(32)));
+// Rounded once like a real fused multiply-add (the product is exact in fp64): sums are as exact as elsewhere.
+static inline vf fma(vf a, vf b, vf c) {
+  vd wide = __builtin_convertvector(a, vd) * __builtin_convertvector(b, vd) + __builtin_convertvector(c, vd);
+  return __builtin_convertvector(wide, vf);
+}
 // The larger of the two; b where a is NaN.
 static inline vf vmax(vf a, vf b) { return a > b ? a : b; }
 static inline vf vmin(vf a, vf b) { return a < b ? a : b; }
@@ -50,10 +55,10 @@ static inline vf exp2_full(vf x) {
 }
 static inline vf exp2_fast(vf x) { return exp2_full(x); }
 static inline vf where_minus_inf_zero(vf a) { return a == set1(-INFINITY) ? set1(0.f) : a; }
-// Lanes whose bit is clear become -inf; `bits` holds the W lanes in its low bits.
-static inline vf keep_bits(vf a, uint32_t bits) {
+// a where the lane's bit is set, else b; `bits` holds the W lanes in its low bits.
+static inline vf choose_bits(vf a, vf b, uint32_t bits) {
   for (int i = 0; i < W; ++i)
-    if (!(bits >> i & 1)) a[i] = -INFINITY;
+    if (!(bits >> i & 1)) a[i] = b[i];
   return a;
 }
 static inline uint32_t above_bits(vf a, vf b) {

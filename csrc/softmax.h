@@ -1,5 +1,5 @@
 // One tile of scores, [keys][32 rows], made ready for the exponential: logit options, then visibility.
-// Scores arrive in units of log 2 (the query carries scale * log2 e), or natural when softcap is set.
+// Scores arrive in units of log 2 (times scale * log2 e), or natural when softcap is set.
 #pragma once
 #include "geometry.h"
 #include "rows.h"
@@ -7,7 +7,8 @@
 constexpr int kTileRows = 32;
 constexpr int kGroupRows = 16;  // stage 2 skips or keeps this many rows together, on every target
 constexpr int kKeys = TAMIS_PACK_BLOCK;
-constexpr float kLog2e = 1.44269504088896f, kLn2 = 0.693147180559945f;
+constexpr float kLog2e = 1.44269504088896f;
+constexpr double kLn2 = 0.69314718055994530942;
 
 // Everything about one query block that the inner loops need.
 struct Item {
@@ -53,7 +54,7 @@ static void apply_visibility(float* s, int64_t keys, const uint32_t* seen) {
   for (int64_t j = 0; j < keys; ++j) {
     if (seen[j] == ~0u) continue;
     for (int r = 0; r < kTileRows; r += W)
-      store(s + j * kTileRows + r, keep_bits(load(s + j * kTileRows + r), seen[j] >> r));
+      store(s + j * kTileRows + r, choose_bits(load(s + j * kTileRows + r), set1(-INFINITY), seen[j] >> r));
   }
 }
 

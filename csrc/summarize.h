@@ -15,14 +15,22 @@ static inline bool counts_row(const int64_t* segments, int64_t stride, int64_t b
   return !segments || segments[b * stride + i] >= 0;
 }
 
+// Adds `sum` and `unit`, which lie side by side, to the totals behind them and clears them.
+static inline void flush_sums(float* sum, float* unit, int64_t padded) {
+  float* total = unit + padded;
+  for (int64_t c = 0; c < 2 * padded; c += W) {
+    store(total + c, load(total + c) + load(sum + c));
+    store(sum + c, set1(0.f));
+  }
+}
+
 static void summarize_block(const tamis_summarize_args& a, int64_t b, int64_t h, int64_t block, float* row,
                             float* sum, float* unit) {
   const int64_t padded = round_up(a.dim, 16), blocks = (a.seq + a.block - 1) / a.block;
   const int64_t end = (block + 1) * a.block < a.seq ? (block + 1) * a.block : a.seq;
   const int64_t at = (b * a.heads + h) * blocks + block;
   const float* mean = a.mean ? a.mean + (b * a.heads + h) * a.dim : nullptr;
-  memset(sum, 0, padded * 4);
-  memset(unit, 0, padded * 4);
+  memset(sum, 0, 4 * padded * 4);  // sum, unit and their totals
   int64_t n = 0;
   bool finite = true;
   for (int64_t i = block * a.block; i < end; ++i) {
@@ -31,6 +39,8 @@ static void summarize_block(const tamis_summarize_args& a, int64_t b, int64_t h,
     load_row(a.x, b, h, i, a.dim, row);
     if (mean)
       for (int64_t c = 0; c < a.dim; ++c) row[c] -= mean[c];
+    // Sums of at most 16 rows are added up: rounding grows with the shorter chain.
+    if (n % 16 == 0) flush_sums(sum, unit, padded);
     finite = finite && all_finite(row, a.dim);
     const float top = max_abs(row, a.dim);
     // Dividing by the largest entry first keeps the square of the norm in range.
@@ -48,6 +58,8 @@ static void summarize_block(const tamis_summarize_args& a, int64_t b, int64_t h,
       store(unit + c, fma(x, inverse, load(unit + c)));
     }
   }
+  flush_sums(sum, unit, padded);
+  sum += 2 * padded, unit += 2 * padded;
   const float share = n ? 1.f / (float)n : 0.f;
   float square = 0.f;
   for (int64_t c = 0; c < a.dim; ++c) {
@@ -63,9 +75,9 @@ static int summarize(const tamis_summarize_args* args) {
   int error = TAMIS_OK;
 #pragma omp parallel num_threads(a.threads)
   {
-    float* scratch = (float*)aligned_alloc(64, round_up(3 * padded * 4, 64));
+    float* scratch = (float*)aligned_alloc(64, round_up(5 * padded * 4, 64));
     if (scratch)
-      memset(scratch, 0, 3 * padded * 4);
+      memset(scratch, 0, 5 * padded * 4);
     else {
 #pragma omp atomic write
       error = TAMIS_NO_MEMORY;

@@ -242,23 +242,6 @@ def pack_kv(
     return packed
 
 
-def _used_blocks(
-    num: Tensor, indices: Tensor, key: Tensor, heads: int, block_kv: int
-) -> Tensor | None:
-    """Which 64-key blocks some row of a key head's group keeps: `[batch, kv_heads, blocks]`.
-
-    Blocks that nobody keeps are neither packed nor part of the mean, so what they hold cannot matter.
-    """
-    batch, kv_heads, length = key.shape[:3]
-    kv_blocks = -(-length // block_kv)
-    listed = torch.arange(indices.shape[-1], dtype=torch.int32) < num[..., None]
-    at = torch.where(listed & (indices >= 0) & (indices < kv_blocks), indices, kv_blocks).to(torch.int64)
-    used = torch.zeros((batch, kv_heads, kv_blocks + 1), dtype=torch.bool)
-    used.scatter_(2, at.reshape(batch, kv_heads, -1), True)
-    used = used[..., :kv_blocks].repeat_interleave(block_kv // PACK_BLOCK, dim=2)
-    return used[..., : -(-length // PACK_BLOCK)].contiguous()
-
-
 def attend(
     query: Tensor,
     key: Tensor | None,
@@ -289,15 +272,11 @@ def attend(
     args = native.Attend()
     args.batch, args.heads, args.head_dim, args.query = batch, heads, head_dim, native.tensor(query)
     if precision == "int8":
-        if not packed:
-            assert key is not None and value is not None
-            packed = _pack_for_call(key, value, kv_segments, kv_num_blocks, kv_indices, heads, block_kv, softcap)
-            kv_len = key.shape[2]
-        else:
-            kv_len = int(packed[7])
+        args.int8 = True
+    if packed:
         packed = [t.contiguous() for t in packed]
-        args.packed, args.int8 = _packed_struct(packed), True
-        args.kv_heads, args.value_dim = packed[0].shape[1], packed[3].shape[4]
+        args.packed = _packed_struct(packed)
+        args.kv_heads, kv_len, args.value_dim = packed[0].shape[1], int(packed[7]), packed[3].shape[4]
     else:
         assert key is not None and value is not None
         args.key, args.value = native.tensor(key), native.tensor(value)
@@ -323,26 +302,25 @@ def attend(
     counts = torch.empty((batch, heads, -(-q_len // block_q), 3), dtype=torch.float64)
     args.output, args.lse, args.counts = output.data_ptr(), lse.data_ptr(), counts.data_ptr()
     args.threads = torch.get_num_threads()
+    if precision == "int8" and not packed:
+        assert key is not None and value is not None
+        packed = _pack_for_call(args, key, value, kv_segments, softcap)
+        args.packed = _packed_struct(packed)
     _run("attend", args)
     del kept
     return output, lse, counts
 
 
 def _pack_for_call(
-    key: Tensor,
-    value: Tensor,
-    segments: Tensor | None,
-    num: Tensor | None,
-    indices: Tensor | None,
-    heads: int,
-    block_kv: int,
-    softcap: float | None,
+    args: native.Attend, key: Tensor, value: Tensor, segments: Tensor | None, softcap: float | None
 ) -> list[Tensor]:
-    used = None if num is None or indices is None else _used_blocks(num, indices, key, heads, block_kv)
+    """Quantise what the call visits; blocks that no row keeps are neither packed nor part of the key mean."""
+    used = torch.empty((*key.shape[:2], -(-key.shape[2] // PACK_BLOCK)), dtype=torch.bool)
+    lib = library()
+    assert not isinstance(lib, str)
+    native.check(lib.tamis_used_blocks(ctypes.byref(args), used.data_ptr()))
     # A softcap is not indifferent to a shift of the scores: the key is not smoothed then.
-    mean = (
-        key.new_zeros((*key.shape[:2], key.shape[3]), dtype=torch.float32)
-        if softcap
-        else key_mean(key, segments, used)
-    )
+    mean = key.new_zeros((*key.shape[:2], key.shape[3]), dtype=torch.float32)
+    if not softcap:
+        mean = key_mean(key, segments, used)
     return [*pack_kv(key, value, mean, segments, used), mean]

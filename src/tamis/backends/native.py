@@ -128,6 +128,7 @@ def load(path: Path) -> ctypes.CDLL | str:
         function.argtypes, function.restype = [ctypes.c_char_p, ctypes.POINTER(structure)], c_int32
     for name in ("tamis_targets", "tamis_built_targets"):
         getattr(lib, name).restype = ctypes.c_char_p
+    lib.tamis_used_blocks.argtypes = [ctypes.POINTER(Attend), c_void_p]
     lib.tamis_expand.argtypes = [c_void_p, c_int64, c_int64, c_int64, c_void_p, c_int32]
     return lib
 
