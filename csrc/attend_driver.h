@@ -6,7 +6,7 @@
 #include "engine_full.h"
 #include "engine_int8.h"
 
-// The running state of an item's rows; m in units of log 2.
+// The running state of an item's rows.
 struct State {
   float *m, *l, *o;  // [rows], [rows], [tiles][value_dim][32]
   float *s, *rows;   // a tile of scores; a tile of fp32 rows
@@ -50,7 +50,7 @@ static int64_t visit_tile(Engine& e, const Item& it, State& st, int64_t tile, in
   for (int r = 0; r < vecs; ++r) {
     vf old = load(m + r * W);
     top[r] = vmax(block_top[r], old);
-    alpha[r] = exp2_full(old - where_minus_inf_zero(top[r]));
+    alpha[r] = exp_of(old - where_minus_inf_zero(top[r]));
     active[r] = threshold == 0 || group_moves(block_top[r], top[r], real + r * W, threshold);
     blind[r] = !any_above(block_top[r] + load(real + r * W), set1(-INFINITY));
   }
@@ -110,7 +110,7 @@ static void finish_item(Engine& e, const Item& it, State& st) {
       // Scores of a smoothed key are lower by the query's product with the mean: put it back first.
       // In fp64, since l is near 1 where one key has all the weight.
       float lse = l == 0 ? -INFINITY
-                         : (float)((double)m * kLn2 + log((double)l) + (i < rows ? (double)e.lse_shift(it, at) : 0.0));
+                         : (float)((double)m + log((double)l) + (i < rows ? (double)e.lse_shift(it, at) : 0.0));
       float share = 1.f;
       if (a.sink_logits && i < rows) {
         const float sink = a.sink_logits[it.h], high = lse > sink ? lse : sink;
@@ -139,7 +139,7 @@ static bool attend_item(Engine& e, const Item& it, State& st) {
   const tamis_geometry& g = a.geometry;
   const int64_t tiles = blocks_of(it.rows, kTileRows), kv_blocks = blocks_of(g.kv_len, g.block_kv);
   const int64_t ld = round_up(a.head_dim, 16);
-  const float threshold = a.pv_threshold ? a.pv_threshold[it.h] * kLog2e : 0.f;
+  const float threshold = a.pv_threshold ? a.pv_threshold[it.h] : 0.f;
   float real[kTileRows];
 
   const int32_t* list = nullptr;

@@ -104,7 +104,7 @@ struct FullEngine {
   template <int R>
   void scores(int64_t tile, int r0, float* s, vf* top) {
     const float* rows = q + tile * kTileRows * a.head_dim + r0 * W;
-    const vf factor = set1(score_scale(a));
+    const vf factor = set1(a.scale);
     int64_t j = 0;
     s += r0 * W;
     for (; j + kFullTile <= keys; j += kFullTile)
@@ -112,7 +112,7 @@ struct FullEngine {
     for (; j < keys; ++j) qk_full<R, 1>(rows, k + j * k_ld, k_ld, a.head_dim, factor, s + j * kTileRows, top);
   }
 
-  // P = 2^(S - max) in place; `sum` gets its column sums. The maximum is the running one.
+  // P = e^(S - max) in place; `sum` gets its column sums. The maximum is the running one.
   template <int R>
   void exponentials(int r0, float* s, const vf*, const vf* top, vf* sum) {
     vf base[R];
@@ -120,7 +120,7 @@ struct FullEngine {
     for (int64_t j = 0; j < keys; ++j)
       for (int r = 0; r < R; ++r) {
         float* at = s + j * kTileRows + (r0 + r) * W;
-        vf p = exp2_full(load(at) - base[r]);
+        vf p = exp_of(load(at) - base[r]);
         sum[r] = sum[r] + p;
         store(at, p);
       }

@@ -1,8 +1,8 @@
 // precision="int8": both products in 8 bits with 32-bit sums.
 //
 //   S[j][rows]  = (q8 . k8) * q_scale[rows] * k_scale * scale           one k_scale per 64 keys
-//   P8[j][rows] = round(254 * 2^(S - block maximum)), unsigned          relative to the row's own block
-//   O[c][rows]  = O * alpha + (P8 . v8) * v_scale[c] * 2^(block maximum - maximum) / 254
+//   P8[j][rows] = round(254 * e^(S - block maximum)), unsigned          relative to the row's own block
+//   O[c][rows]  = O * alpha + (P8 . v8) * v_scale[c] * e^(block maximum - maximum) / 254
 //
 // Lanes are query rows, as in engine_full.h. A query row has a scale of its own: it costs nothing here.
 #pragma once
@@ -105,7 +105,7 @@ struct Int8Engine {
       // A NaN or infinite row keeps a broken scale, so that its own output shows it and no other does.
       if (i < n && !all_finite(x, a.head_dim)) top = NAN;
       float inverse = top > 0 ? 127.f / top : 0.f;
-      row_scale[tile * kTileRows + i] = top / 127.f * score_scale(a);
+      row_scale[tile * kTileRows + i] = top / 127.f * a.scale;
       shift[tile * kTileRows + i] = dot(x, mean, a.head_dim) * a.scale;
       quantise_row(x, ld, inverse, bytes + i * ld);
     }
@@ -135,13 +135,17 @@ struct Int8Engine {
     s += r0 * W;
     for (; j + kQkTile <= keys; j += kQkTile)
       qk_int8<R, kQkTile>(rows, block + j * k.dim4, k.dim4, k.dim4, sums + j, factor, s + j * kTileRows, top);
+    for (; j + 4 <= keys; j += 4)
+      qk_int8<R, 4>(rows, block + j * k.dim4, k.dim4, k.dim4, sums + j, factor, s + j * kTileRows, top);
     for (; j < keys; ++j)
       qk_int8<R, 1>(rows, block + j * k.dim4, k.dim4, k.dim4, sums + j, factor, s + j * kTileRows, top);
   }
 
+  // Exactly 1 at 0, so that a single key gives its value.
+  static vf weight_of(vf x) { return exp2_fast(x * set1(kLog2e)); }
   static vi probability_bytes(vf e) {
-    vi x = round_to_int(fma(e, set1(kProbLevels), set1((float)kProbOffset)));
-    return kProbOffset ? x & set1i(255) : x;
+    return kProbOffset ? round_to_int(fma(e, set1(kProbLevels), set1((float)kProbOffset))) & set1i(255)
+                       : round_to_int(e * set1(kProbLevels));
   }
   template <int R>
   void exponentials(int r0, float* s, const vf* block_top, const vf*, vf* sum) {
@@ -152,15 +156,15 @@ struct Int8Engine {
     for (int64_t g = 0; g * 4 < keys; ++g)
       for (int r = 0; r < R; ++r) {
         const float* at = s + g * 4 * kTileRows + (r0 + r) * W;
-        vf e0 = exp2_fast(load(at) - base[r]), e1 = exp2_fast(load(at + kTileRows) - base[r]);
-        vf e2 = exp2_fast(load(at + 2 * kTileRows) - base[r]), e3 = exp2_fast(load(at + 3 * kTileRows) - base[r]);
+        vf e0 = weight_of(load(at) - base[r]), e1 = weight_of(load(at + kTileRows) - base[r]);
+        vf e2 = weight_of(load(at + 2 * kTileRows) - base[r]), e3 = weight_of(load(at + 3 * kTileRows) - base[r]);
         sum[r] = sum[r] + ((e0 + e1) + (e2 + e3));
         vi low = either(probability_bytes(e0), shift_left(probability_bytes(e1), 8));
         vi high = either(shift_left(probability_bytes(e2), 16), shift_left(probability_bytes(e3), 24));
         storei(p + (g * kTileRows + (r0 + r) * W) * 4, either(low, high));
       }
   }
-  static vf sum_factor(vf block_top, vf top) { return exp2_full(block_top - where_minus_inf_zero(top)); }
+  static vf sum_factor(vf block_top, vf top) { return exp_of(block_top - where_minus_inf_zero(top)); }
 
   template <int R>
   void accumulate(int64_t, int r0, const float*, const vf* block_top, const vf* top, const vf* alpha, float* o) {
@@ -178,7 +182,7 @@ struct Int8Engine {
     for (; c < a.value_dim; ++c)
       pv_int8<R, 1>(rows, v + c * 4, a.value_dim, fours, v_sum + c, v_scale + c, alpha, beta, o + c * kTileRows);
   }
-  // A softcap must see the scores of the unsmoothed key: natural units, as score_scale() left them.
+  // A softcap must see the scores of the unsmoothed key.
   void unsmooth(int64_t tile, int vecs, float* s) const {
     for (int64_t j = 0; j < keys; ++j)
       for (int r = 0; r < vecs; ++r) {

@@ -12,7 +12,7 @@ typedef __m512i vi;
 #ifdef TAMIS_VNNI
 constexpr int kQueryOffset = 128;
 constexpr int kProbOffset = 0;
-constexpr int kQkTile = 8, kPvTile = 8;
+constexpr int kQkTile = 12, kPvTile = 8;
 #else
 constexpr int kQueryOffset = 0;
 constexpr int kProbOffset = -127;

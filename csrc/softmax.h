@@ -1,5 +1,5 @@
 // One tile of scores, [keys][32 rows], made ready for the exponential: logit options, then visibility.
-// Scores arrive in units of log 2 (times scale * log2 e), or natural when softcap is set.
+// Scores are natural logarithms; base 2 appears only inside exp_of().
 #pragma once
 #include "geometry.h"
 #include "rows.h"
@@ -8,21 +8,21 @@ constexpr int kTileRows = 32;
 constexpr int kGroupRows = 16;  // stage 2 skips or keeps this many rows together, on every target
 constexpr int kKeys = TAMIS_PACK_BLOCK;
 constexpr float kLog2e = 1.44269504088896f;
-constexpr double kLn2 = 0.69314718055994530942;
 
 // Everything about one query block that the inner loops need.
 struct Item {
   int64_t b, h, kv_head, qb, i0, rows;
 };
 
-static inline float score_scale(const tamis_attend_args& a) { return a.softcap > 0 ? a.scale : a.scale * kLog2e; }
+// e^x for x <= 0. Differences are taken before the change of base, so large scores keep their precision.
+static inline vf exp_of(vf x) { return exp2_full(x * set1(kLog2e)); }
 
-// cap * tanh(s / cap) in units of log 2. tanh x = (1 - t) / (1 + t) with t = e^(-2 |x|), signed.
+// cap * tanh(s / cap). tanh x = (1 - t) / (1 + t) with t = e^(-2 |x|), signed.
 static void apply_softcap(float* s, int64_t keys, float cap) {
-  vf inv = set1(1.f / cap), out = set1(cap * kLog2e), one = set1(1.f);
+  vf inv = set1(1.f / cap), out = set1(cap), one = set1(1.f);
   for (int64_t i = 0; i < keys * kTileRows; i += W) {
     vf x = load(s + i) * inv;
-    vf t = exp2_full(vabs(x) * set1(-2.f * kLog2e));
+    vf t = exp_of(vabs(x) * set1(-2.f));
     vf sign = vmax(set1(-1.f), vmin(one, x * set1(1e30f)));
     store(s + i, (one - t) / (one + t) * sign * out);
   }
@@ -42,8 +42,7 @@ static void apply_mask(const tamis_attend_args& a, const Item& it, int64_t row0,
       }
       float add = load_scalar(row, at, m.dtype);
       if (add == -INFINITY) seen[j] &= ~(1u << r);
-      // The most negative finite mask means "almost never", not "never": stay finite in units of log 2.
-      add *= kLog2e;
+      // The most negative finite mask means "almost never", not "never": the sum stays finite.
       float sum = s[j * kTileRows + r] + add;
       s[j * kTileRows + r] = sum == -INFINITY ? -3.4028235e38f : sum;
     }
