@@ -125,7 +125,7 @@ static void finish_item(Engine& e, const Item& it, State& st) {
       for (int r = 0; r < kTileRows; r += W)
         store(o + c * kTileRows + r, load(o + c * kTileRows + r) * load(inverse + r));
     const int64_t ld = round_up(dim, 16);
-    transpose(o, kTileRows, dim, kTileRows, st.rows, ld);
+    transpose(o, kTileRows, (int)dim, kTileRows, st.rows, ld);
     for (int64_t i = 0; i < rows; ++i)
       store_row(a.output, (head * a.geometry.q_len + it.i0 + tile * kTileRows + i) * dim, a.query.dtype,
                 st.rows + i * ld, dim);

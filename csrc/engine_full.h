@@ -81,7 +81,7 @@ struct FullEngine {
 
   // `rows` holds the tile's queries as fp32, [32][ld], zero beyond the last row.
   void set_queries(const Item&, int64_t tile, float* rows, int64_t ld, int64_t) {
-    transpose(rows, ld, kTileRows, a.head_dim, q + tile * kTileRows * a.head_dim, kTileRows);
+    transpose(rows, ld, kTileRows, (int)a.head_dim, q + tile * kTileRows * a.head_dim, kTileRows);
   }
 
   static const float* block_rows(const tamis_tensor& t, const Item& it, int64_t j0, int64_t n, int64_t dim,

@@ -111,7 +111,7 @@ struct Int8Engine {
     }
     int64_t words = a.packed.dim4 / 4;
     uint8_t* to = q + tile * kTileRows * a.packed.dim4;
-    transpose((const float*)bytes, ld / 4, kTileRows, words, (float*)to, kTileRows);
+    transpose((const float*)bytes, ld / 4, kTileRows, (int)words, (float*)to, kTileRows);
     if (kQueryOffset)
       for (int64_t i = 0; i < kTileRows * a.packed.dim4; ++i) to[i] = (uint8_t)(to[i] ^ 0x80);
   }

@@ -116,16 +116,16 @@ static float max_abs(const float* x, int64_t dim) {
   return r;
 }
 // to[c * ld_to + r] = from[r * ld_from + c]; 32-bit words, so packed bytes may travel as floats.
-static void transpose(const float* from, int64_t ld_from, int64_t rows, int64_t cols, float* to, int64_t ld_to) {
-  int64_t r = 0;
+static void transpose(const float* from, int64_t ld_from, int rows, int cols, float* to, int64_t ld_to) {
+  int r = 0;
   for (; r + W <= rows; r += W) {
-    int64_t c = 0;
+    int c = 0;
     for (; c + W <= cols; c += W) transpose_tile(from + r * ld_from + c, ld_from, to + c * ld_to + r, ld_to);
     for (; c < cols; ++c)
       for (int i = 0; i < W; ++i) memcpy(to + c * ld_to + r + i, from + (r + i) * ld_from + c, 4);
   }
   for (; r < rows; ++r)
-    for (int64_t c = 0; c < cols; ++c) memcpy(to + c * ld_to + r, from + r * ld_from + c, 4);
+    for (int c = 0; c < cols; ++c) memcpy(to + c * ld_to + r, from + r * ld_from + c, 4);
 }
 
 static inline int64_t round_up(int64_t n, int64_t to) { return (n + to - 1) / to * to; }
