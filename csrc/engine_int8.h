@@ -104,7 +104,7 @@ struct Int8Engine {
       float top = i < n ? max_abs(x, a.head_dim) : 0.f;
       // A NaN or infinite row keeps a broken scale, so that its own output shows it and no other does.
       if (i < n && !all_finite(x, a.head_dim)) top = NAN;
-      float inverse = top > 0 ? 127.f / top : 0.f;
+      float inverse = inverse_scale(top);
       row_scale[tile * kTileRows + i] = top / 127.f * a.scale;
       shift[tile * kTileRows + i] = dot(x, mean, a.head_dim) * a.scale;
       quantise_row(x, ld, inverse, bytes + i * ld);

@@ -41,7 +41,7 @@ static void pack_key_block(const tamis_pack_args& a, int64_t b, int64_t h, int64
   int8_t* to = p.key + at * 64 * p.dim4;
   for (int64_t j = 0; j < 64; ++j) {
     if (j < n) {
-      p.key_sum[at * 64 + j] = quantise_row(s.rows + j * padded, padded, finite && top > 0 ? 127.f / top : 0.f, s.bytes);
+      p.key_sum[at * 64 + j] = quantise_row(s.rows + j * padded, padded, finite ? inverse_scale(top) : 0.f, s.bytes);
       memcpy(to + j * p.dim4, s.bytes, p.dim4);
     } else {
       p.key_sum[at * 64 + j] = 0;
@@ -68,7 +68,7 @@ static void pack_value_block(const tamis_pack_args& a, int64_t b, int64_t h, int
     float tops[W], bad[W], inverse[W];
     store(tops, top);
     store(bad, broken);
-    for (int i = 0; i < W; ++i) inverse[i] = bad[i] == 0.f && tops[i] > 0 ? 127.f / tops[i] : 0.f;
+    for (int i = 0; i < W; ++i) inverse[i] = bad[i] == 0.f ? inverse_scale(tops[i]) : 0.f;
     const vf inv = load(inverse), lo = set1(-127.f), hi = set1(127.f);
     vi sum = set1i(0);
     int32_t words[W];

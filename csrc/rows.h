@@ -130,6 +130,9 @@ static void transpose(const float* from, int64_t ld_from, int rows, int cols, fl
 
 static inline int64_t round_up(int64_t n, int64_t to) { return (n + to - 1) / to * to; }
 
+// 127 / top, or 0 where that is not a number to multiply with: top 0, NaN, or so small that it overflows.
+static inline float inverse_scale(float top) { return top > 4e-37f ? 127.f / top : 0.f; }
+
 // int8 = round(x / scale), scale = max|x| / 127; returns the sum of the bytes. `x` and `to` are readable
 // and writable up to a multiple of 16, where x is zero. A scale of 0 gives zeros.
 static inline int32_t quantise_row(const float* x, int64_t padded, float inverse, int8_t* to) {

@@ -38,6 +38,13 @@ def library() -> ctypes.CDLL | str:
     return "the native library is not there: install tamis with a C++17 compiler at hand"
 
 
+@torch.compiler.assume_constant_result
+def missing() -> str | None:
+    """Why there is no native library, or None; a constant, since a graph compiler cannot look into ctypes."""
+    found = library()
+    return found if isinstance(found, str) else None
+
+
 def built_targets() -> list[str]:
     """Targets that were compiled in, best first."""
     found = library()
@@ -84,9 +91,9 @@ def dtypes(precision: str) -> tuple[str, str]:
 def reasons(call: Call) -> list[str]:
     """Why this backend can't serve the call; empty if it can."""
     found = []
-    lib = library()
-    if isinstance(lib, str):
-        return [lib]
+    why = missing()
+    if why is not None:
+        return [why]
     tensors = (call.query, call.key, call.value, call.attn_mask, call.kv_num_blocks, *call.packed)
     if any(t is not None and t.device.type != "cpu" for t in tensors):
         found.append("it runs on CPU tensors")

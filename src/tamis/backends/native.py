@@ -122,7 +122,9 @@ def load(path: Path) -> ctypes.CDLL | str:
         return f"the native library does not load: {error}"
     lib.tamis_abi_version.restype = c_int32
     if lib.tamis_abi_version() != ABI_VERSION:
-        return f"the native library has ABI {lib.tamis_abi_version()}, this package wants {ABI_VERSION}: reinstall tamis"
+        return (
+            f"the native library has ABI {lib.tamis_abi_version()}, this package wants {ABI_VERSION}: reinstall tamis"
+        )
     for name, structure in _FUNCTIONS.items():
         function = getattr(lib, f"tamis_{name}")
         function.argtypes, function.restype = [ctypes.c_char_p, ctypes.POINTER(structure)], c_int32
@@ -204,4 +206,3 @@ def fill_geometry(
         to.visible = visible.data_ptr()
         to.visible_stride[:] = broadcast_strides(visible)
     return [*dense, visible]
-

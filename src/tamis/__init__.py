@@ -1,0 +1,26 @@
+"""Sparse, quantised attention for any model: predict the blocks that matter, compute those, report what it cost."""
+
+from tamis.attend import attend, attend_varlen, pack_kv, sparse_attention
+from tamis.block_mask import BlockMask
+from tamis.errors import UnsupportedError
+from tamis.integrations.transformers import apply
+from tamis.merge import merge
+from tamis.packed import PackedKV
+from tamis.predictors import Sparge, Window
+from tamis.stats import AttentionOutput, AttentionStats
+
+__all__ = [
+    "AttentionOutput",
+    "AttentionStats",
+    "BlockMask",
+    "PackedKV",
+    "Sparge",
+    "UnsupportedError",
+    "Window",
+    "apply",
+    "attend",
+    "attend_varlen",
+    "merge",
+    "pack_kv",
+    "sparse_attention",
+]

@@ -1,0 +1,368 @@
+"""The engine: check a call, choose a backend, run it, report what was computed."""
+
+from __future__ import annotations
+
+from typing import TypeAlias
+
+import torch
+from torch import Tensor
+from torch.nn.attention.bias import CausalBias, CausalVariant
+
+from tamis.backends import base
+from tamis.block_mask import BlockMask
+from tamis.call import Call, PerHead, make_call, refuse_gradients
+from tamis.errors import UnsupportedError
+from tamis.packed import PackedKV, length_tensor, tails
+from tamis.predictors.base import Predictor
+from tamis.predictors.sparge import Sparge
+from tamis.stats import AttentionOutput, AttentionStats
+
+IntPair: TypeAlias = "tuple[Tensor | None, Tensor | None]"
+
+DEFAULT_PV_THRESHOLD = 12.0
+
+
+def attend(
+    query: Tensor,
+    key: Tensor | PackedKV,
+    value: Tensor | None,
+    block_mask: BlockMask | None = None,
+    *,
+    causal: bool = False,
+    window: int | None = None,
+    scale: float | None = None,
+    attn_mask: Tensor | None = None,
+    positions: IntPair | None = None,
+    segments: IntPair | None = None,
+    softcap: float | None = None,
+    sink_logits: Tensor | None = None,
+    precision: str = "full",
+    pv_threshold: PerHead | None = None,
+    compensate: str | None = None,
+    backend: str | None = None,
+) -> AttentionOutput:
+    """Attention over the key blocks that a mask keeps.
+
+    A score is s = scale * q.k, then softcap * tanh(s / softcap), then + attn_mask; invisible pairs get -inf. A row
+    that sees no key returns 0 with lse -inf.
+
+    Args:
+        query: `[batch, heads, q_len, head_dim]`, float32, bfloat16 or float16, any strides. Leading dims beyond two are
+            flattened, missing ones added; the result has the query's.
+        key: `[batch, kv_heads, kv_len, head_dim]`; heads must be a multiple of kv_heads. Or a `PackedKV`.
+        value: `[batch, kv_heads, kv_len, value_dim]`; None with a `PackedKV`.
+        block_mask: the key blocks each query block visits; None visits all that are visible.
+        causal: row i sees keys at positions up to its own. By default the last query is at the last key's position
+            (bottom-right), so chunked prefill and decoding are exact.
+        window: |query position - key position| < window.
+        scale: factor of q.k, by default 1 / sqrt(head_dim).
+        attn_mask: bool (True = visible) or floating (added to the scores; -inf = not visible), broadcastable to
+            `[batch, heads, q_len, kv_len]`.
+        positions: (query's, key's) integer positions `[seq]` or `[batch, seq]`; None for a side's default.
+        segments: (query's, key's) integers; a row sees a key only if they are equal and not negative.
+        softcap: Gemma 2's soft limit of the scores, > 0.
+        sink_logits: GPT-OSS's `[heads]`: the score of one more key, seen by every row, of value zero; part of lse.
+        precision: "full" (fp32 accumulation) or "int8" (both products in 8 bit; keys smoothed by their mean). A
+            `PackedKV` is in int8, and so is then the call.
+        pv_threshold: leave out the value product of a group of 16 rows and 64 keys if every score is at least this
+            far (natural log units, > 0) below its row's maximum so far; one number or one per head; None = off.
+        compensate: named treatment of what is skipped; there is none yet.
+        backend: "cpu" or "reference", which never falls back; None takes the first that can serve the call.
+
+    Returns:
+        `AttentionOutput(output, lse, stats)`: output in the query's dtype, lse fp32 `[batch, heads, q_len]`.
+
+    Raises:
+        TypeError, ValueError: an argument has the wrong type, shape, dtype, device or value.
+        UnsupportedError: no backend (or not the named one) can serve the call, or an input requires grad.
+
+    Source: SpargeAttn (arXiv 2502.18137), sections 3.2 to 3.4; SageAttention (arXiv 2410.02367) for int8.
+
+    Example:
+        >>> import torch, tamis
+        >>> query = torch.randn(1, 8, 1000, 64)
+        >>> key, value = torch.randn(1, 2, 1000, 64), torch.randn(1, 2, 1000, 64)
+        >>> mask = tamis.Window(256)(query, key, causal=True)
+        >>> output, lse, stats = tamis.attend(query, key, value, mask, causal=True)
+        >>> output.shape, lse.shape, stats.density < 1
+        (torch.Size([1, 8, 1000, 64]), torch.Size([1, 8, 1000]), True)
+    """
+    packed = key if isinstance(key, PackedKV) else None
+    if packed is not None and value is not None:
+        raise ValueError("value must be None when key is a PackedKV, which holds it")
+    if packed is None and value is None:
+        raise TypeError("value must be a tensor, got None (it is None only when key is a PackedKV)")
+    if block_mask is not None and not isinstance(block_mask, BlockMask):
+        raise TypeError(f"block_mask must be a tamis.BlockMask or None, got {type(block_mask).__name__}")
+    plain_key = None if isinstance(key, PackedKV) else key
+    if packed is not None and precision == "full":
+        precision = "int8"
+    refuse_gradients(query=query, key=plain_key, value=value, attn_mask=attn_mask, sink_logits=sink_logits)
+    call = make_call(
+        query,
+        plain_key,
+        value,
+        packed=packed,
+        block_mask=block_mask,
+        causal=causal,
+        window=window,
+        scale=scale,
+        attn_mask=attn_mask,
+        positions=positions,
+        segments=segments,
+        softcap=softcap,
+        sink_logits=sink_logits,
+        precision=precision,
+        pv_threshold=pv_threshold,
+        compensate=compensate,
+    )
+    output, lse, stats = _run(call, backend)
+    lead = query.shape[:-1]
+    return AttentionOutput(output.reshape(*lead, output.shape[-1]), lse.reshape(lead), stats)
+
+
+def _run(call: Call, backend: str | None) -> tuple[Tensor, Tensor, AttentionStats]:
+    name = base.choose(call, backend)
+    output, lse, counts = base.attend(call, name)
+    target, qk_dtype, pv_dtype = base.description(name, call.precision)
+    stats = AttentionStats(
+        counts,
+        backend=name,
+        target=target,
+        qk_dtype=qk_dtype,
+        pv_dtype=pv_dtype,
+        dense_reason="no block mask was given" if call.kv_indices is None else None,
+    )
+    return output, lse, stats
+
+
+def attend_varlen(
+    query: Tensor,
+    key: Tensor,
+    value: Tensor,
+    cu_seqlens_q: Tensor,
+    cu_seqlens_kv: Tensor,
+    block_mask: BlockMask | None = None,
+    *,
+    causal: bool = False,
+    window: int | None = None,
+    scale: float | None = None,
+    precision: str = "full",
+    pv_threshold: PerHead | None = None,
+    backend: str | None = None,
+) -> AttentionOutput:
+    """Attention over sequences of different lengths, packed one after another.
+
+    Args:
+        query: `[total_q, heads, head_dim]`. key: `[total_kv, kv_heads, head_dim]`. value: `[total_kv, kv_heads,
+            value_dim]`.
+        cu_seqlens_q: int32 `[batch + 1]`: sequence b has the queries cu_seqlens_q[b] .. cu_seqlens_q[b + 1] - 1.
+        cu_seqlens_kv: the same for keys and values.
+        block_mask: over the packed token axis: its lengths are (total_q, total_kv).
+        causal, window: inside each sequence, whose last query is at its last key's position.
+        scale, precision, pv_threshold, backend: as in `attend`.
+
+    Returns:
+        `AttentionOutput` with output `[total_q, heads, value_dim]` and lse fp32 `[heads, total_q]`.
+
+    Raises:
+        ValueError: offsets do not start at 0, do not ascend, or do not end at the total (in a compiled graph offsets
+            are not read; tokens outside of them see nothing). Otherwise as `attend`.
+
+    Example:
+        >>> import torch, tamis
+        >>> query, key, value = (torch.randn(300, 4, 64) for _ in range(3))
+        >>> offsets = torch.tensor([0, 100, 300], dtype=torch.int32)
+        >>> tamis.attend_varlen(query, key, value, offsets, offsets, causal=True).output.shape
+        torch.Size([300, 4, 64])
+    """
+    for name, tensor in (("query", query), ("key", key), ("value", value)):
+        if not isinstance(tensor, Tensor):
+            raise TypeError(f"{name} must be a tensor, got {type(tensor).__name__}")
+        if tensor.dim() != 3:
+            raise ValueError(f"{name} must be [total, heads, head_dim], got shape {tuple(tensor.shape)}")
+    _check_offsets(cu_seqlens_q, "cu_seqlens_q", query)
+    _check_offsets(cu_seqlens_kv, "cu_seqlens_kv", key)
+    if cu_seqlens_q.shape != cu_seqlens_kv.shape:
+        raise ValueError(
+            f"cu_seqlens_q has {cu_seqlens_q.shape[0]} offsets and cu_seqlens_kv {cu_seqlens_kv.shape[0]}: "
+            "they must agree"
+        )
+    lengths = (cu_seqlens_kv.diff() - cu_seqlens_q.diff()).to(torch.int64)
+    q_segments, q_positions = _places(cu_seqlens_q, query.shape[0], lengths)
+    kv_segments, kv_positions = _places(cu_seqlens_kv, key.shape[0], torch.zeros_like(lengths))
+    result = attend(
+        query.transpose(0, 1)[None],
+        key.transpose(0, 1)[None],
+        value.transpose(0, 1)[None],
+        block_mask,
+        causal=causal,
+        window=window,
+        scale=scale,
+        positions=(q_positions, kv_positions) if causal or window is not None else None,
+        segments=(q_segments, kv_segments),
+        precision=precision,
+        pv_threshold=pv_threshold,
+        backend=backend,
+    )
+    return AttentionOutput(result.output[0].transpose(0, 1), result.lse[0], result.stats)
+
+
+def _check_offsets(offsets: Tensor, name: str, tokens: Tensor) -> None:
+    if not isinstance(offsets, Tensor) or offsets.dtype not in (torch.int32, torch.int64):
+        kind = offsets.dtype if isinstance(offsets, Tensor) else type(offsets).__name__
+        raise TypeError(f"{name} must be an int32 tensor, got {kind}")
+    if offsets.dim() != 1 or offsets.shape[0] < 1:
+        raise ValueError(f"{name} must be [batch + 1], got shape {tuple(offsets.shape)}")
+    if offsets.device != tokens.device:
+        raise ValueError(f"{name} is on {offsets.device} and its tokens on {tokens.device}: they must agree")
+    if torch.compiler.is_compiling() or offsets.device.type != "cpu":
+        return
+    values = offsets.tolist()
+    if values[0] != 0 or values[-1] != tokens.shape[0]:
+        raise ValueError(f"{name} must run from 0 to {tokens.shape[0]}, got {values[0]} to {values[-1]}")
+    if values != sorted(values):
+        raise ValueError(f"{name} must ascend, got {values}")
+
+
+def _places(offsets: Tensor, total: int, shift: Tensor) -> tuple[Tensor, Tensor]:
+    """Sequence number and position in the sequence of every packed token; -1 outside of all sequences."""
+    index = torch.arange(total, device=offsets.device)
+    offsets = offsets.to(torch.int64)
+    sequences = offsets.shape[0] - 1
+    if sequences == 0:
+        return torch.full_like(index, -1), index
+    segment = torch.searchsorted(offsets[1:].contiguous(), index, right=True)
+    inside = (segment < sequences) & (index >= offsets[0])
+    segment = segment.clamp(max=sequences - 1)
+    return torch.where(inside, segment, -1), index - offsets[segment] + shift[segment]
+
+
+def sparse_attention(
+    query: Tensor,
+    key: Tensor,
+    value: Tensor,
+    attn_mask: Tensor | None = None,
+    dropout_p: float = 0.0,
+    is_causal: bool = False,
+    scale: float | None = None,
+    enable_gqa: bool = False,
+    *,
+    predictor: Predictor | None = None,
+    precision: str = "int8",
+    pv_threshold: PerHead | None = DEFAULT_PV_THRESHOLD,
+    compensate: str | None = None,
+    backend: str | None = None,
+    return_stats: bool = False,
+) -> Tensor | tuple[Tensor, AttentionStats]:
+    """`torch.nn.functional.scaled_dot_product_attention`, sparse: predict the blocks that matter, compute those.
+
+    Args:
+        query, key, value, attn_mask, dropout_p, is_causal, scale, enable_gqa: as torch's. is_causal is top-left;
+            `causal_upper_left` and `causal_lower_right` are accepted as attn_mask; fewer key heads need enable_gqa.
+            Unlike in torch a row that sees no key returns 0.
+        predictor: what chooses the blocks; None = `Sparge()`.
+        precision, pv_threshold, compensate, backend: as in `attend`; the defaults are the measured ones.
+        return_stats: also return what was computed.
+
+    Returns:
+        The output, `[.., q_len, value_dim]` in the query's dtype; with return_stats (output, `AttentionStats`).
+
+    Raises:
+        TypeError, ValueError: an argument has the wrong type, shape, dtype, device or value.
+        UnsupportedError: dropout_p > 0, an input requires grad, or no backend can serve the call.
+
+    Source: SpargeAttn (arXiv 2502.18137).
+
+    Example:
+        >>> import torch, tamis
+        >>> query, key, value = (torch.randn(1, 4, 1024, 64) for _ in range(3))
+        >>> output, stats = tamis.sparse_attention(query, key, value, is_causal=True, return_stats=True)
+        >>> output.shape, 0 < stats.density <= 1
+        (torch.Size([1, 4, 1024, 64]), True)
+    """
+    if dropout_p != 0.0:
+        raise UnsupportedError(f"dropout_p must be 0: no backend drops attention at random, got {dropout_p}")
+    if not enable_gqa:
+        _check_equal_heads(query, key)
+    refuse_gradients(query=query, key=key, value=value)
+    causal, top_left = is_causal, is_causal
+    if attn_mask is not None and is_causal:
+        raise ValueError("attn_mask must be None when is_causal=True: give one of the two")
+    if isinstance(attn_mask, CausalBias):
+        sizes = (attn_mask.seq_len_q, attn_mask.seq_len_kv)
+        if sizes != (query.shape[-2], key.shape[-2]):
+            raise ValueError(f"attn_mask is for lengths {sizes}, got {(query.shape[-2], key.shape[-2])}")
+        causal, top_left = True, attn_mask.variant == CausalVariant.UPPER_LEFT
+        attn_mask = None
+    positions: IntPair | None = None
+    if top_left and query.shape[-2] != key.shape[-2]:
+        positions = (torch.arange(query.shape[-2], device=query.device), None)
+    predictor = Sparge() if predictor is None else predictor
+    if not callable(predictor):
+        raise TypeError(f"predictor must be callable as Sparge() is, got {type(predictor).__name__}")
+    block_mask = predictor(
+        query, key, causal=causal, attn_mask=attn_mask, scale=scale, positions=positions, backend=backend
+    )
+    output, _, stats = attend(
+        query,
+        key,
+        value,
+        block_mask,
+        causal=causal,
+        scale=scale,
+        attn_mask=attn_mask,
+        positions=positions,
+        precision=precision,
+        pv_threshold=pv_threshold,
+        compensate=compensate,
+        backend=backend,
+    )
+    assert stats is not None
+    return (output, stats) if return_stats else output
+
+
+def _check_equal_heads(query: Tensor, key: Tensor) -> None:
+    shapes = [side.shape for side in (query, key) if isinstance(side, Tensor) and side.dim() > 2]
+    if len(shapes) == 2 and shapes[0][-3] != shapes[1][-3]:
+        raise ValueError(f"key has {shapes[1][-3]} heads and query {shapes[0][-3]}: unequal heads need enable_gqa=True")
+
+
+def pack_kv(key: Tensor, value: Tensor, precision: str = "int8") -> PackedKV:
+    """Quantise key and value once, to use them in many calls of `attend(.., precision="int8")`.
+
+    Args:
+        key: `[batch, kv_heads, kv_len, head_dim]`, float32, bfloat16 or float16.
+        value: `[batch, kv_heads, kv_len, value_dim]`.
+        precision: "int8".
+
+    Returns:
+        A `PackedKV`, a quarter of the size of float32; `.append` adds keys and values.
+
+    Raises:
+        TypeError, ValueError: as `attend`. UnsupportedError: precision "full" or "fp8", or an input requires grad.
+
+    Source: SageAttention (arXiv 2410.02367), section 4.2 (smoothing); value scales per channel and block are ours.
+
+    Example:
+        >>> import torch, tamis
+        >>> key, value = torch.randn(1, 2, 1000, 64), torch.randn(1, 2, 1000, 64)
+        >>> packed = tamis.pack_kv(key, value)
+        >>> query = torch.randn(1, 8, 1, 64)
+        >>> tamis.attend(query, packed, None, causal=True, precision="int8").output.shape
+        torch.Size([1, 8, 1, 64])
+    """
+    if precision != "int8":
+        if precision in ("full", "fp8"):
+            raise UnsupportedError(f"precision must be 'int8': key and value are packed in no other, got {precision!r}")
+        raise ValueError(f"precision must be 'int8', got {precision!r}")
+    refuse_gradients(key=key, value=value)
+    # A call without queries has the same checks and the same choice of a backend.
+    call = make_call(key, key, value, precision="int8")
+    assert call.key is not None
+    assert call.value is not None
+    name = base.choose(call, None)
+    mean = base.key_mean(call.key, None, None, name)
+    tensors = base.pack_kv(call.key, call.value, mean, None, name)
+    length = call.kv_len
+    return PackedKV((*tensors, mean, length_tensor(length)), length, tails(call.key, call.value), name)

@@ -1,0 +1,276 @@
+"""The five operations every backend offers, as torch ops, and the choice of a backend.
+
+Each op `tamis::NAME(..., str backend)` calls the function of that name in the backend's module, so that compiled and
+exported graphs hold one opaque node. Backends are found by name: a module `tamis.backends.NAME` is all it takes.
+"""
+
+from __future__ import annotations
+
+import importlib
+from collections.abc import Callable
+from typing import Any, Protocol, cast
+
+import torch
+from torch import Tensor
+
+from tamis import geometry
+from tamis.call import Call
+from tamis.errors import unsupported
+
+BACKENDS = ("cpu", "reference")
+
+
+class Backend(Protocol):
+    """What a backend's module holds; the operations take the arguments of the ops below, without `backend`."""
+
+    NAME: str
+
+    def reasons(self, call: Call) -> list[str]:
+        """Why this backend can't serve the call; empty if it can."""
+
+    def target(self) -> str | None:
+        """The instruction set or device in use, if there is a choice."""
+
+    def dtypes(self, precision: str) -> tuple[str, str]:
+        """Number formats of the query-key and the probability-value product."""
+
+    def key_mean(self, key: Tensor, segments: Tensor | None, used: Tensor | None) -> Tensor: ...
+
+    def summarize(
+        self, x: Tensor, block: int, mean: Tensor | None, segments: Tensor | None
+    ) -> tuple[Tensor, Tensor]: ...
+
+    def select(
+        self,
+        q_means: Tensor,
+        q_similarity: Tensor,
+        k_means: Tensor,
+        k_similarity: Tensor,
+        scale: float,
+        cdf: Tensor | None,
+        topk: Tensor | None,
+        similarity: Tensor,
+        sink: bool,
+        causal: bool,
+        window: int | None,
+        q_len: int,
+        kv_len: int,
+        block_q: int,
+        block_kv: int,
+        q_bounds: Tensor | None,
+        kv_bounds: Tensor | None,
+        visible: Tensor | None,
+        must: Tensor | None,
+        trim: bool,
+    ) -> tuple[Tensor, Tensor]: ...
+
+    def pack_kv(self, key: Tensor, value: Tensor, mean: Tensor, segments: Tensor | None) -> list[Tensor]: ...
+
+    def attend(
+        self,
+        query: Tensor,
+        key: Tensor | None,
+        value: Tensor | None,
+        packed: list[Tensor],
+        kv_num_blocks: Tensor | None,
+        kv_indices: Tensor | None,
+        block_q: int,
+        block_kv: int,
+        causal: bool,
+        window: int | None,
+        scale: float,
+        attn_mask: Tensor | None,
+        q_positions: Tensor | None,
+        kv_positions: Tensor | None,
+        q_segments: Tensor | None,
+        kv_segments: Tensor | None,
+        q_bounds: Tensor | None,
+        kv_bounds: Tensor | None,
+        visible: Tensor | None,
+        softcap: float | None,
+        sink_logits: Tensor | None,
+        precision: str,
+        pv_threshold: Tensor | None,
+    ) -> tuple[Tensor, Tensor, Tensor]: ...
+
+
+_SCHEMAS = (
+    "key_mean(Tensor key, Tensor? segments, Tensor? used, str backend) -> Tensor",
+    "summarize(Tensor x, int block, Tensor? mean, Tensor? segments, str backend) -> (Tensor, Tensor)",
+    "select(Tensor q_means, Tensor q_similarity, Tensor k_means, Tensor k_similarity, float scale, Tensor? cdf, "
+    "Tensor? topk, Tensor similarity, bool sink, bool causal, SymInt? window, SymInt q_len, SymInt kv_len, "
+    "int block_q, int block_kv, Tensor? q_bounds, Tensor? kv_bounds, Tensor? visible, Tensor? must, bool trim, "
+    "str backend) -> (Tensor, Tensor)",
+    "pack_kv(Tensor key, Tensor value, Tensor mean, Tensor? segments, str backend) -> Tensor[]",
+    "attend(Tensor query, Tensor? key, Tensor? value, Tensor[] packed, Tensor? kv_num_blocks, Tensor? kv_indices, "
+    "int block_q, int block_kv, bool causal, SymInt? window, float scale, Tensor? attn_mask, Tensor? q_positions, "
+    "Tensor? kv_positions, Tensor? q_segments, Tensor? kv_segments, Tensor? q_bounds, Tensor? kv_bounds, "
+    "Tensor? visible, float? softcap, Tensor? sink_logits, str precision, Tensor? pv_threshold, str backend) "
+    "-> (Tensor output, Tensor lse, Tensor counts)",
+)
+_library: Any = torch.library.Library("tamis", "FRAGMENT")  # type: ignore[no-untyped-call]
+_ops: Any = torch.ops.tamis
+_loaded: dict[str, Backend] = {}
+
+
+def load(name: str) -> Backend:
+    """The backend's module."""
+    if name not in BACKENDS:
+        raise ValueError(f"backend must be one of {', '.join(BACKENDS)} or None, got {name!r}")
+    if name not in _loaded:
+        _loaded[name] = cast(Backend, importlib.import_module(f"tamis.backends.{name}"))
+    return _loaded[name]
+
+
+def choose(call: Call, backend: str | None) -> str:
+    """Name the backend that serves the call: the one asked for, or the first that can.
+
+    Raises:
+        UnsupportedError: it can't, or none can; the message lists every backend's reasons.
+    """
+    wanted = BACKENDS if backend is None else (backend,)
+    if call.compensate is None:
+        for name in wanted:
+            if not load(name).reasons(call):
+                return name
+    reasons = {}
+    for name in BACKENDS:
+        reasons[name] = load(name).reasons(call)
+        if call.compensate is not None:
+            reasons[name] = [f"compensate={call.compensate!r} is not offered", *reasons[name]]
+    raise unsupported("no backend can serve this call" if backend is None else f"backend {backend!r} can't", reasons)
+
+
+@torch.compiler.assume_constant_result  # type: ignore[untyped-decorator]
+def description(name: str, precision: str) -> tuple[str | None, str, str]:
+    """The backend's target and the number formats of its two products; fixed in a compiled graph."""
+    return (load(name).target(), *load(name).dtypes(precision))
+
+
+def key_mean(key: Tensor, segments: Tensor | None, used: Tensor | None, backend: str) -> Tensor:
+    """Mean key of every head over its finite tokens with a segment >= 0 in the used 64-key blocks, fp32."""
+    return cast(Tensor, _ops.key_mean(key, segments, used, backend))
+
+
+def summarize(
+    x: Tensor, block: int, mean: Tensor | None, segments: Tensor | None, backend: str
+) -> tuple[Tensor, Tensor]:
+    """Mean row and self-similarity of every block of x - mean, fp32."""
+    return cast("tuple[Tensor, Tensor]", _ops.summarize(x, block, mean, segments, backend))
+
+
+def select(*arguments: object) -> tuple[Tensor, Tensor]:
+    """Choose key blocks from block means and similarities; the arguments are those of the op."""
+    return cast("tuple[Tensor, Tensor]", _ops.select(*arguments))
+
+
+def pack_kv(key: Tensor, value: Tensor, mean: Tensor, segments: Tensor | None, backend: str) -> list[Tensor]:
+    """Quantise key (less its mean) and value."""
+    return cast("list[Tensor]", _ops.pack_kv(key, value, mean, segments, backend))
+
+
+def attend(call: Call, backend: str) -> tuple[Tensor, Tensor, Tensor]:
+    """Run a call: output, log-sum-exp, and counts of visible, QK and PV block products per query block."""
+    result = _ops.attend(
+        call.query,
+        call.key,
+        call.value,
+        list(call.packed),
+        call.kv_num_blocks,
+        call.kv_indices,
+        *call.block_size,
+        call.causal,
+        call.window,
+        call.scale,
+        call.attn_mask,
+        call.q_positions,
+        call.kv_positions,
+        call.q_segments,
+        call.kv_segments,
+        call.q_bounds,
+        call.kv_bounds,
+        call.visible,
+        call.softcap,
+        call.sink_logits,
+        call.precision,
+        call.pv_threshold,
+        backend,
+    )
+    return cast("tuple[Tensor, Tensor, Tensor]", result)
+
+
+def _fake_key_mean(key: Tensor, segments: Tensor | None, used: Tensor | None, backend: str) -> Tensor:
+    return key.new_empty((key.shape[0], key.shape[1], key.shape[3]), dtype=torch.float32)
+
+
+def _fake_summarize(
+    x: Tensor, block: int, mean: Tensor | None, segments: Tensor | None, backend: str
+) -> tuple[Tensor, Tensor]:
+    batch, heads, length, dim = x.shape
+    blocks = geometry.traced_blocks(length, block)
+    return (
+        x.new_empty((batch, heads, blocks, dim), dtype=torch.float32),
+        x.new_empty((batch, heads, blocks), dtype=torch.float32),
+    )
+
+
+def _fake_select(q_means: Tensor, *arguments: object) -> tuple[Tensor, Tensor]:
+    k_means, trim = cast(Tensor, arguments[1]), arguments[-2]
+    batch, heads, q_blocks, _ = q_means.shape
+    # A trimmed width depends on the data; callers trim only outside of traced graphs.
+    width = torch.library.get_ctx().new_dynamic_size() if trim else k_means.shape[2]
+    return (
+        q_means.new_empty((batch, heads, q_blocks), dtype=torch.int32),
+        q_means.new_empty((batch, heads, q_blocks, width), dtype=torch.int32),
+    )
+
+
+def _fake_pack_kv(key: Tensor, value: Tensor, mean: Tensor, segments: Tensor | None, backend: str) -> list[Tensor]:
+    batch, heads, length, dim = key.shape
+    blocks, padded, value_dim = geometry.num_blocks(length, 64), (dim + 3) // 4 * 4, value.shape[3]
+    shapes: list[tuple[tuple[int, ...], torch.dtype]] = [
+        ((batch, heads, blocks, 64, padded), torch.int8),
+        ((batch, heads, blocks), torch.float32),
+        ((batch, heads, blocks, 64), torch.int32),
+        ((batch, heads, blocks, 16, value_dim, 4), torch.int8),
+        ((batch, heads, blocks, value_dim), torch.float32),
+        ((batch, heads, blocks, value_dim), torch.int32),
+    ]
+    return [key.new_empty(shape, dtype=dtype) for shape, dtype in shapes]
+
+
+def _fake_attend(
+    query: Tensor, key: Tensor | None, value: Tensor | None, packed: list[Tensor], *arguments: object
+) -> tuple[Tensor, Tensor, Tensor]:
+    batch, heads, q_len, _ = query.shape
+    value_dim = packed[4].shape[-1] if value is None else value.shape[-1]
+    q_blocks = geometry.traced_blocks(q_len, cast(int, arguments[2]))
+    return (
+        query.new_empty((batch, heads, q_len, value_dim)),
+        query.new_empty((batch, heads, q_len), dtype=torch.float32),
+        query.new_empty((batch, heads, q_blocks, 3), dtype=torch.float64),
+    )
+
+
+def _register() -> None:
+    fakes: dict[str, Callable[..., object]] = {
+        "key_mean": _fake_key_mean,
+        "summarize": _fake_summarize,
+        "select": _fake_select,
+        "pack_kv": _fake_pack_kv,
+        "attend": _fake_attend,
+    }
+    for schema in _SCHEMAS:
+        name = schema.split("(")[0]
+
+        def run(*arguments: object, _name: str = name) -> object:
+            return getattr(load(cast(str, arguments[-1])), _name)(*arguments[:-1])
+
+        _library.define(schema, tags=(torch.Tag.pt2_compliant_tag,))
+        _library.impl(name, run, "CompositeExplicitAutograd")
+        torch.library.register_fake(f"tamis::{name}", fakes[name], lib=_library)
+
+
+_register()
+for _name in BACKENDS:
+    load(_name)

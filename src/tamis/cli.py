@@ -1,0 +1,192 @@
+"""The `tamis` command: demo, bench, info.
+
+Exit codes: 0 done, 1 failed, 2 wrong usage, 130 interrupted. Results go to stdout, progress and errors to stderr.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import sys
+from collections.abc import Callable, Sequence
+from pathlib import Path
+from typing import Any
+
+FAILED, USAGE, INTERRUPTED = 1, 2, 130
+
+
+def main(arguments: Sequence[str] | None = None) -> int:
+    """Run the command and return its exit code."""
+    parser = _parser()
+    options = parser.parse_args(arguments)
+    command: Callable[[argparse.Namespace], None] = options.command
+    try:
+        command(options)
+    except KeyboardInterrupt:
+        print("tamis: interrupted", file=sys.stderr)
+        return INTERRUPTED
+    except _UsageError as error:
+        print(f"tamis: {error}", file=sys.stderr)
+        return USAGE
+    except ModuleNotFoundError as error:
+        if error.name is None or error.name.split(".")[0] == "tamis":
+            raise
+        print(f"tamis: {error.name} is not installed: pip install 'tamis[demo]'", file=sys.stderr)
+        return FAILED
+    except (ValueError, RuntimeError, OSError) as error:
+        print(f"tamis: {error}", file=sys.stderr)
+        return FAILED
+    return 0
+
+
+class _UsageError(Exception):
+    """An option that can only be judged after parsing."""
+
+
+def _parser() -> argparse.ArgumentParser:
+    parser = argparse.ArgumentParser(prog="tamis", description="Sparse, quantised attention that reports what it cost.")
+    commands = parser.add_subparsers(title="commands", required=True, metavar="COMMAND")
+    _add_demo(commands)
+    _add_bench(commands)
+    info = commands.add_parser("info", help="backends, CPU target, threads, versions")
+    info.add_argument("--json", action="store_true", help="print JSON")
+    info.set_defaults(command=_info)
+    return parser
+
+
+def _add_demo(commands: Any) -> None:
+    demo = commands.add_parser("demo", help="real models read with dense and with sparse attention")
+    demo.add_argument("--only", choices=("language", "image"), help="run one of the two models")
+    demo.add_argument("--json", type=Path, metavar="FILE", help="write the figures as JSON")
+    demo.add_argument(
+        "--report", type=Path, default=Path("tamis-report.html"), metavar="FILE", help="the page (tamis-report.html)"
+    )
+    demo.add_argument("--text", type=Path, metavar="FILE", help="read this UTF-8 text")
+    demo.add_argument("--tokens", type=_positive, default=8192, metavar="N", help="tokens to read (8192)")
+    demo.add_argument("--model", type=Path, metavar="DIR", help="a causal language model as transformers saves it")
+    demo.add_argument("--rounds", type=_positive, default=2, metavar="N", help="whole passes of each kind (2)")
+    demo.add_argument("--pixels", type=_positive, default=1036, metavar="N", help="side of the photograph (1036)")
+    demo.set_defaults(command=_demo)
+
+
+def _add_bench(commands: Any) -> None:
+    bench = commands.add_parser("bench", help="measure speed, ablations, defaults")
+    kinds = bench.add_subparsers(title="benchmarks", required=True, metavar="BENCHMARK")
+    cpu = kinds.add_parser("cpu", help="speed and memory against torch")
+    cpu.add_argument("--n", type=_positive, nargs="+", metavar="N", help="lengths (1024 4096 8192 32768)")
+    cpu.add_argument("--head-dim", type=_positive, nargs="+", metavar="D", help="head dims (64 128)")
+    cpu.add_argument("--density", type=_share, nargs="+", metavar="F", help="densities (1 .5 .25 .1)")
+    cpu.add_argument("--repeats", type=_positive, default=9, metavar="N", help="repetitions, fewer for long calls (9)")
+    cpu.add_argument("--flex", action="store_true", help="also FlexAttention (needs a C++ compiler, minutes)")
+    cpu.add_argument("--quick", action="store_true", help="lengths up to 4096, 3 repetitions, no memory row")
+    cpu.set_defaults(command=_bench_cpu)
+    ablation = kinds.add_parser("ablation", help="what each stage does on a real model")
+    ablation.add_argument("--tokens", type=_positive, default=8192, metavar="N", help="longest text (8192)")
+    ablation.set_defaults(command=_bench_ablation)
+    defaults = kinds.add_parser("defaults", help="the measurement that chooses the defaults")
+    defaults.set_defaults(command=_bench_defaults)
+    for kind in (cpu, ablation, defaults):
+        kind.add_argument("--json", type=Path, metavar="FILE", help="result (benchmarks/results/NAME-DATE.json)")
+
+
+def _positive(text: str) -> int:
+    try:
+        number = int(text)
+    except ValueError:
+        number = 0
+    if number < 1:
+        raise argparse.ArgumentTypeError(f"expected a whole number above 0, got {text!r}")
+    return number
+
+
+def _share(text: str) -> float:
+    try:
+        number = float(text)
+    except ValueError:
+        number = 0.0
+    if not 0 < number <= 1:
+        raise argparse.ArgumentTypeError(f"expected a number in (0, 1], got {text!r}")
+    return number
+
+
+def _demo(options: argparse.Namespace) -> None:
+    for path, what in ((options.text, "--text"), (options.model, "--model")):
+        if path is not None and not path.exists():
+            raise _UsageError(f"{what}: {path} is not there")
+    for path, what in ((options.json, "--json"), (options.report, "--report")):
+        if path is not None and not path.resolve().parent.is_dir():
+            raise _UsageError(f"{what}: the folder of {path} is not there")
+    from tamis import demo
+    from tamis.demo.language import LanguageOptions
+
+    language = LanguageOptions(options.tokens, options.text, options.model, options.rounds)
+    result = demo.run(
+        demo.DemoOptions(
+            only=options.only, language=language, pixels=options.pixels, json=options.json, report=options.report
+        )
+    )
+    print(demo.summary(result))
+    print(f"report: {options.report}")
+
+
+def _bench_cpu(options: argparse.Namespace) -> None:
+    from tamis.bench import cpu
+
+    lengths = options.n or [length for length in cpu.LENGTHS if not options.quick or length <= 4096]
+    chosen = cpu.CpuOptions(
+        lengths=tuple(lengths),
+        head_dims=tuple(options.head_dim or cpu.HEAD_DIMS),
+        densities=tuple(options.density or cpu.DENSITIES),
+        repeats=3 if options.quick else options.repeats,
+        flex=options.flex,
+        memory=not options.quick,
+    )
+    result = cpu.run(chosen)
+    print(cpu.table(result))
+    _write(options.json, "cpu", result)
+
+
+def _bench_ablation(options: argparse.Namespace) -> None:
+    from tamis.bench import ablation
+
+    result = ablation.run(options.tokens)
+    print(ablation.table(result))
+    _write(options.json, "ablation", result)
+
+
+def _bench_defaults(options: argparse.Namespace) -> None:
+    from tamis.bench import defaults
+    from tamis.bench.record import default_path
+
+    path = options.json or default_path("defaults")
+    print(defaults.table(defaults.run(path)))
+    print(f"written: {path}")
+
+
+def _write(path: Path | None, name: str, result: dict[str, Any]) -> None:
+    from tamis.bench.record import default_path, write
+
+    path = path or default_path(name)
+    write(path, result)
+    print(f"written: {path}")
+
+
+def _info(options: argparse.Namespace) -> None:
+    from tamis.demo.machine import info
+
+    found = info()
+    if options.json:
+        print(json.dumps(found, indent=1))
+        return
+    print(f"tamis {found['tamis'] or '(not installed)'}, torch {found['torch']}, Python {found['python']}")
+    print(f"{found['cpu']}, {found['cores']} cores, {found['threads']} threads, {found['platform']}")
+    for name, backend in found["backends"].items():
+        print(f"backend {name}: {'available' if backend['available'] else '; '.join(backend['reasons'])}")
+    for name, state in found["cpu_targets"].items():
+        print(f"cpu target {name}: {state}")
+    packages = ", ".join(f"{name} {version or '(not installed)'}" for name, version in found["packages"].items())
+    print(f"packages: {packages}")
+
+
+if __name__ == "__main__":
+    sys.exit(main())

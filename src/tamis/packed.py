@@ -1,0 +1,107 @@
+"""PackedKV: quantised key and value that stay between calls, for decoding."""
+
+from __future__ import annotations
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+from tamis import geometry
+from tamis.call import flatten
+
+TILE = 64
+
+
+class PackedKV:
+    """Key and value as int8, in blocks of 64 keys; made by `pack_kv`, given to `attend` in place of key and value.
+
+    The mean key of each head is subtracted before quantising and stays as it was at packing. Keys have one scale per
+    block, values one per channel per block, so `append` requantises only the last, unfinished block, which is
+    therefore also kept as it came.
+
+    Attributes:
+        tensors: key int8 `[batch, kv_heads, blocks, 64, dim]` (dim padded to 4), its scales and row sums, value int8
+            `[batch, kv_heads, blocks, 16, value_dim, 4]`, its scales and column sums, the mean key, and the length.
+            Room for more blocks than the length needs may be there; it is never read.
+        length: number of keys.
+    """
+
+    def __init__(self, tensors: tuple[Tensor, ...], length: int, tail: tuple[Tensor, Tensor], backend: str) -> None:
+        self.tensors = tensors
+        self.length = length
+        self._tail = tail
+        self._backend = backend
+
+    @property
+    def capacity(self) -> int:
+        """Keys that fit without allocating."""
+        return self.tensors[0].shape[2] * TILE
+
+    def append(self, key: Tensor, value: Tensor) -> PackedKV:
+        """Add keys and values at the end, in place; full blocks are never requantised.
+
+        Args:
+            key, value: `[batch, kv_heads, new, dim]`, as packed before.
+
+        Returns:
+            The same object.
+
+        Raises:
+            ValueError: shapes differ from what was packed. TypeError: the dtype does.
+
+        Example:
+            >>> import torch, tamis
+            >>> key, value = torch.randn(1, 2, 100, 64), torch.randn(1, 2, 100, 64)
+            >>> packed = tamis.pack_kv(key, value)
+            >>> packed.append(key[:, :, :1], value[:, :, :1]).length
+            101
+        """
+        key, value = flatten(key), flatten(value)
+        for name, new, old in (("key", key, self._tail[0]), ("value", value, self._tail[1])):
+            if new.dtype != old.dtype:
+                raise TypeError(f"{name} is {new.dtype}, packed was {old.dtype}: they must agree")
+            if new.shape[:2] != old.shape[:2] or new.shape[3] != old.shape[3]:
+                expected = (*old.shape[:2], "new", old.shape[3])
+                raise ValueError(f"{name} must be {expected}, got {tuple(new.shape)}")
+            if new.device != old.device:
+                raise ValueError(f"{name} is on {new.device}, packed on {old.device}: they must agree")
+        if value.shape[2] != key.shape[2]:
+            raise ValueError(f"value has length {value.shape[2]} and key {key.shape[2]}: they must agree")
+        fresh = tuple(torch.cat(pair, dim=2) for pair in zip(self._tail, (key, value), strict=True))
+        blocks = torch.ops.tamis.pack_kv(fresh[0], fresh[1], self.tensors[6], None, self._backend)
+        first = self.length // TILE
+        length = self.length + key.shape[2]
+        self._reserve(geometry.num_blocks(length, TILE))
+        for store, new in zip(self.tensors, blocks, strict=False):
+            store[:, :, first : first + new.shape[2]] = new
+        self.length = length
+        self.tensors = (*self.tensors[:7], length_tensor(length))
+        self._tail = tails(*fresh)
+        return self
+
+    def _reserve(self, blocks: int) -> None:
+        """Make room, at least doubling, so that appending one key at a time copies each block a few times at most."""
+        have = self.tensors[0].shape[2]
+        if blocks <= have:
+            return
+        extra = max(blocks, 2 * have) - have
+        grown = (F.pad(store, (0, 0) * (store.dim() - 3) + (0, extra)) for store in self.tensors[:6])
+        self.tensors = (*grown, *self.tensors[6:])
+
+    def __repr__(self) -> str:
+        batch, heads, dim = self.tensors[6].shape
+        return (
+            f"PackedKV(batch={batch}, kv_heads={heads}, length={self.length}, head_dim={dim}, "
+            f"value_dim={self.tensors[4].shape[-1]}, precision='int8')"
+        )
+
+
+def length_tensor(length: int) -> Tensor:
+    """The length as the ops take it: on the CPU, so that reading it waits for no device."""
+    return torch.tensor([length], dtype=torch.int64)
+
+
+def tails(key: Tensor, value: Tensor) -> tuple[Tensor, Tensor]:
+    """Copies of the keys and values of the unfinished last block."""
+    start = key.shape[2] // TILE * TILE
+    return key[:, :, start:].clone(), value[:, :, start:].clone()

@@ -1,0 +1,161 @@
+"""What predictors share: the contract, must-keep ranges, and the geometry of a call."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from typing import Protocol, TypeAlias
+
+import torch
+from torch import Tensor
+
+from tamis import geometry
+from tamis.block_mask import BlockMask
+from tamis.call import Call
+
+Range: TypeAlias = "tuple[int | None, int | None]"
+
+
+class Predictor(Protocol):
+    """Chooses the blocks that matter from query and key; it never sees the value."""
+
+    def __call__(
+        self,
+        query: Tensor,
+        key: Tensor,
+        *,
+        causal: bool = False,
+        window: int | None = None,
+        attn_mask: Tensor | None = None,
+        scale: float | None = None,
+        block_size: tuple[int, int] | None = None,
+        positions: tuple[Tensor | None, Tensor | None] | None = None,
+        segments: tuple[Tensor | None, Tensor | None] | None = None,
+        backend: str | None = None,
+    ) -> BlockMask: ...
+
+
+@dataclass(frozen=True)
+class Keep:
+    """Tokens whose blocks are always kept, e.g. the text of an image or video model.
+
+    Args:
+        keys: ranges (start, stop) of keys that every row keeps.
+        queries: ranges of queries that keep every key.
+
+    Ranges are read as Python slices: negative numbers count from the end, None is open.
+
+    Example:
+        >>> from tamis.predictors import Keep
+        >>> Keep(keys=[(0, 226)], queries=[(0, 226)])
+        Keep(keys=((0, 226),), queries=((0, 226),))
+    """
+
+    keys: Sequence[Range] = ()
+    queries: Sequence[Range] = ()
+
+    def __post_init__(self) -> None:
+        for name in ("keys", "queries"):
+            ranges = tuple(tuple(item) for item in getattr(self, name))
+            for item in ranges:
+                whole = all(end is None or (isinstance(end, int) and not isinstance(end, bool)) for end in item)
+                if len(item) != 2 or not whole:
+                    raise ValueError(f"keep: {name} must be ranges (start, stop) of integers or None, got {item}")
+            object.__setattr__(self, name, ranges)
+
+
+def as_keep(keep: Keep | Mapping[str, Sequence[Range]] | None) -> Keep | None:
+    """Accept a mapping with "keys" and "queries" for a `Keep`."""
+    if keep is None or isinstance(keep, Keep):
+        return keep
+    if not isinstance(keep, Mapping):
+        raise TypeError(f"keep must be a Keep, a mapping or None, got {type(keep).__name__}")
+    unknown = sorted(set(keep) - {"keys", "queries"})
+    if unknown:
+        raise ValueError(f"keep knows 'keys' and 'queries', got {unknown}")
+    return Keep(**keep)
+
+
+def must_blocks(call: Call, keep: Keep | None, *, diagonal: bool) -> Tensor:
+    """Blocks kept whatever their score, bool `[batch | 1, 1, q_blocks, kv_blocks]`.
+
+    Those of `keep`, and with `diagonal` those that hold a key at a row's own position.
+    """
+    keep = Keep() if keep is None else keep
+    table: Tensor = _must_blocks(
+        call.query.new_empty(0),
+        call.q_len,
+        call.kv_len,
+        *call.block_size,
+        _flat(keep.queries),
+        _flat(keep.keys),
+        diagonal,
+        call.q_positions,
+        call.kv_positions,
+        call.q_segments,
+        call.kv_segments,
+    )
+    return table
+
+
+_OPEN = 2**62
+
+
+def _flat(ranges: Sequence[Range]) -> list[int]:
+    """Ranges as start, stop, start, stop, ..; an op's list holds integers only, so an open end becomes a huge one."""
+    return [end for start, stop in ranges for end in (0 if start is None else start, _OPEN if stop is None else stop)]
+
+
+@torch.library.custom_op("tamis::must_blocks", mutates_args=())
+def _must_blocks(
+    like: Tensor,
+    q_len: int,
+    kv_len: int,
+    block_q: int,
+    block_kv: int,
+    query_ranges: Sequence[int],
+    key_ranges: Sequence[int],
+    diagonal: bool,
+    q_positions: Tensor | None,
+    kv_positions: Tensor | None,
+    q_segments: Tensor | None,
+    kv_segments: Tensor | None,
+) -> Tensor:
+    rows = _touched(query_ranges, q_len, block_q, like.device)
+    columns = _touched(key_ranges, kv_len, block_kv, like.device)
+    table = (rows[:, None] | columns)[None]
+    if diagonal:
+        if q_positions is None or kv_positions is None:
+            q_positions, kv_positions = geometry.default_positions(q_len, kv_len, like.device)
+        table = table | geometry.same_position_blocks(
+            q_positions, kv_positions, q_segments, kv_segments, (block_q, block_kv)
+        )
+    return table[:, None]
+
+
+@_must_blocks.register_fake
+def _fake_must_blocks(
+    like: Tensor,
+    q_len: int,
+    kv_len: int,
+    block_q: int,
+    block_kv: int,
+    query_ranges: Sequence[int],
+    key_ranges: Sequence[int],
+    diagonal: bool,
+    *per_token: Tensor | None,
+) -> Tensor:
+    given = [tensor.shape[0] for tensor in per_token if tensor is not None] if diagonal else []
+    grid = (geometry.traced_blocks(q_len, block_q), geometry.traced_blocks(kv_len, block_kv))
+    return like.new_empty((max(given, default=1), 1, *grid), dtype=torch.bool)
+
+
+def _touched(ranges: Sequence[int], length: int, block: int, device: torch.device) -> Tensor:
+    """Blocks that overlap a range, bool `[blocks]`."""
+    first = torch.arange(geometry.num_blocks(length, block), device=device) * block
+    touched = torch.zeros_like(first, dtype=torch.bool)
+    for start, stop in zip(ranges[::2], ranges[1::2], strict=True):
+        low = start if start >= 0 else start + length
+        high = stop if stop >= 0 else stop + length
+        touched = touched | ((first < high) & (first + block > low) & (low < min(high, length)))
+    return touched

@@ -1,0 +1,104 @@
+"""What a call returns beside the output: how much was computed, by which backend, in which number formats."""
+
+from __future__ import annotations
+
+from typing import NamedTuple
+
+from torch import Tensor
+
+
+class AttentionStats:
+    """How much of the visible attention map a call computed.
+
+    Densities are shares of the block pairs that are *visible* (causal, window, segments, masks), in [0, 1]; they are
+    computed when read, so that making the object never synchronises a device. `qk_density` counts query-key products,
+    `pv_density` probability-value products (fewer when `pv_threshold` skips some), `density` is their mean. The
+    `*_per_head` tensors are float64 `[H]`, summed over the batch.
+
+    Attributes:
+        backend: name of the backend that ran.
+        target: instruction set or device the backend ran on, or None if it has only one.
+        qk_dtype, pv_dtype: number formats of the two products.
+        dense_reason: why the call did not run sparse; None if it did.
+    """
+
+    def __init__(
+        self,
+        counts: Tensor,
+        *,
+        backend: str,
+        target: str | None,
+        qk_dtype: str,
+        pv_dtype: str,
+        dense_reason: str | None,
+    ) -> None:
+        self.counts = counts
+        self.backend = backend
+        self.target = target
+        self.qk_dtype = qk_dtype
+        self.pv_dtype = pv_dtype
+        self.dense_reason = dense_reason
+
+    @property
+    def density(self) -> float:
+        """Computed block products / visible block products, both products together."""
+        visible, qk, pv = self._totals()
+        return (qk + pv) / (2 * visible) if visible else 0.0
+
+    @property
+    def qk_density(self) -> float:
+        """Computed query-key block products / visible ones."""
+        visible, qk, _ = self._totals()
+        return qk / visible if visible else 0.0
+
+    @property
+    def pv_density(self) -> float:
+        """Computed probability-value block products / visible ones."""
+        visible, _, pv = self._totals()
+        return pv / visible if visible else 0.0
+
+    @property
+    def density_per_head(self) -> Tensor:
+        """`density` of every query head, float64 `[H]`."""
+        return (self.qk_density_per_head + self.pv_density_per_head) / 2
+
+    @property
+    def qk_density_per_head(self) -> Tensor:
+        """`qk_density` of every query head, float64 `[H]`."""
+        return self._per_head(1)
+
+    @property
+    def pv_density_per_head(self) -> Tensor:
+        """`pv_density` of every query head, float64 `[H]`."""
+        return self._per_head(2)
+
+    def _totals(self) -> tuple[float, float, float]:
+        visible, qk, pv = self.counts.sum(dim=(0, 1, 2)).tolist()
+        return visible, qk, pv
+
+    def _per_head(self, column: int) -> Tensor:
+        totals = self.counts.sum(dim=(0, 2))
+        return totals[:, column] / totals[:, 0].clamp(min=1)
+
+    def __repr__(self) -> str:
+        where = self.backend if self.target is None else f"{self.backend}/{self.target}"
+        dense = "" if self.dense_reason is None else f", dense_reason={self.dense_reason!r}"
+        return (
+            f"AttentionStats(density={self.density:.3f}, qk_density={self.qk_density:.3f}, "
+            f"pv_density={self.pv_density:.3f}, backend={where}, qk_dtype={self.qk_dtype}, "
+            f"pv_dtype={self.pv_dtype}{dense})"
+        )
+
+
+class AttentionOutput(NamedTuple):
+    """Result of an attention call.
+
+    Attributes:
+        output: `[batch, heads, q_len, value_dim]` (leading dims as the query's), in the query's dtype.
+        lse: log-sum-exp of the scores of each row, natural log, fp32 `[batch, heads, q_len]`; -inf for an empty row.
+        stats: what was computed; None for results put together from parts.
+    """
+
+    output: Tensor
+    lse: Tensor
+    stats: AttentionStats | None = None
