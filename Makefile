@@ -7,14 +7,18 @@ export OMP_WAIT_POLICY ?= passive
 
 .PHONY: setup demo test lint bench clean
 
-setup: $(VENV)/.ready
+# An editable install knows the modules that existed when it was made: a new one needs a new install.
+READY := $(VENV)/.ready-$(shell find src -name '*.py' | sort | cksum | cut -d' ' -f1)
+
+setup: $(READY)
 
 # torch first and pinned: a version range elsewhere would pull the CUDA build with gigabytes of packages.
-$(VENV)/.ready: pyproject.toml constraints.txt CMakeLists.txt $(wildcard csrc/*)
+$(READY): pyproject.toml constraints.txt CMakeLists.txt $(wildcard csrc/*)
 	$(PYTHON) -m venv $(VENV)
 	$(BIN)/pip install --quiet --upgrade pip
 	$(BIN)/pip install --quiet --constraint constraints.txt torch numpy
 	$(BIN)/pip install --quiet --constraint constraints.txt --editable ".[demo,dev]"
+	rm -f $(VENV)/.ready-*
 	touch $@
 
 demo: setup
