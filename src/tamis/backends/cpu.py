@@ -38,7 +38,7 @@ def library() -> ctypes.CDLL | str:
     return "the native library is not there: install tamis with a C++17 compiler at hand"
 
 
-@torch.compiler.assume_constant_result
+@torch.compiler.assume_constant_result  # type: ignore[untyped-decorator]
 def missing() -> str | None:
     """Why there is no native library, or None; a constant, since a graph compiler cannot look into ctypes."""
     found = library()
