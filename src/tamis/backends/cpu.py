@@ -104,6 +104,11 @@ def reasons(call: Call) -> list[str]:
     return found
 
 
+def _threads(work: int) -> int:
+    """Threads for so many multiplications: one more for each that costs less to start than it takes off."""
+    return max(1, min(torch.get_num_threads(), work // 500_000))
+
+
 def _run(name: str, args: ctypes.Structure) -> None:
     lib, chosen = library(), target()
     if isinstance(lib, str) or chosen is None:
@@ -123,7 +128,7 @@ def _summarize_args(x: Tensor) -> native.Summarize:
     args = native.Summarize()
     args.batch, args.heads, args.seq, args.dim = x.shape
     args.x = native.tensor(x)
-    args.threads = torch.get_num_threads()
+    args.threads = _threads(8 * x.numel())
     return args
 
 
@@ -195,7 +200,8 @@ def select(
         args.must_stride[:] = native.broadcast_strides(must)
     bits = torch.empty((batch, heads, q_blocks, -(-kv_blocks // 64)), dtype=torch.int64)
     num = torch.empty((batch, heads, q_blocks), dtype=torch.int32)
-    args.bits, args.kv_num_blocks, args.threads = bits.data_ptr(), num.data_ptr(), torch.get_num_threads()
+    args.bits, args.kv_num_blocks = bits.data_ptr(), num.data_ptr()
+    args.threads = _threads(batch * heads * q_blocks * kv_blocks * (head_dim + 64))
     _run("select", args)
     del kept
     width = max(1, int(num.max())) if trim and num.numel() else (1 if trim else kv_blocks)
@@ -243,7 +249,7 @@ def pack_kv(
     args.key, args.value = native.tensor(key), native.tensor(value)
     kept = _segments(args, segments)
     args.used, args.packed = native.pointer(dense_used), _packed_struct([*packed, dense_mean])
-    args.threads = torch.get_num_threads()
+    args.threads = _threads(8 * (key.numel() + value.numel()))
     _run("pack_kv", args)
     del kept
     return packed
@@ -308,7 +314,7 @@ def attend(
     lse = torch.empty((batch, heads, q_len), dtype=torch.float32)
     counts = torch.empty((batch, heads, -(-q_len // block_q), 3), dtype=torch.float64)
     args.output, args.lse, args.counts = output.data_ptr(), lse.data_ptr(), counts.data_ptr()
-    args.threads = torch.get_num_threads()
+    args.threads = _threads(batch * heads * q_len * kv_len * (head_dim + args.value_dim) // 8)
     if precision == "int8" and not packed:
         assert key is not None and value is not None
         packed = _pack_for_call(args, key, value, kv_segments, softcap)
