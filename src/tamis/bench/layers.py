@@ -1,0 +1,102 @@
+"""The query, key and value of every layer of the demo's language model, and what settings do to them."""
+
+from __future__ import annotations
+
+import math
+import statistics
+import time
+from dataclasses import dataclass, replace
+
+import torch
+from torch import Tensor
+
+from tamis.demo.capture import Captured, capture
+from tamis.demo.language import backbone
+from tamis.demo.measure import Settings, relative_l1, run_sparse, torch_dense
+from tamis.demo.models import encode, load_language_model
+from tamis.demo.progress import Progress
+from tamis.demo.text import default_text
+
+
+@dataclass(frozen=True)
+class Layer:
+    """One layer's tensors `[1, heads, tokens, head_dim]` and its exact output."""
+
+    captured: Captured
+    exact: Tensor
+
+    def first(self, tokens: int) -> Layer:
+        """The same layer for a shorter text: under causality nothing before its end changes."""
+        if not self.captured.causal:
+            raise ValueError("only a causal layer can be cut")
+        query, key, value = (
+            tensor[:, :, :tokens] for tensor in (self.captured.query, self.captured.key, self.captured.value)
+        )
+        cut = replace(self.captured, query=query, key=key, value=value)
+        return Layer(cut, self.exact[:, :, :tokens])
+
+
+def language_layers(tokens: int) -> list[Layer]:
+    """Every attention call of SmolLM2-135M-Instruct while it reads the demo's text."""
+    model, tokenizer, _ = load_language_model(None)
+    ids = encode(tokenizer, default_text(), tokens)
+    found: list[Layer] = []
+    with Progress(model.config.num_hidden_layers, f"capturing {tokens} tokens") as progress:
+
+        def visit(layer: Captured) -> Tensor:
+            exact = torch_dense(layer.query, layer.key, layer.value, causal=layer.causal, scale=layer.scale)
+            found.append(Layer(layer, exact))
+            progress.advance()
+            return exact
+
+        capture(model, lambda: backbone(model, ids), visit)
+    return found
+
+
+@dataclass(frozen=True)
+class Outcome:
+    """What settings did over all heads: mean densities, relative L1 per head, seconds of all layers together."""
+
+    density: float
+    qk_density: float
+    pv_density: float
+    errors: list[float]
+    seconds: float
+
+    def as_json(self) -> dict[str, float]:
+        """Plain figures; errors as mean, median, 95th percentile and worst."""
+        return {
+            "density": self.density,
+            "qk_density": self.qk_density,
+            "pv_density": self.pv_density,
+            "l1_mean": statistics.fmean(self.errors),
+            "l1_median": statistics.median(self.errors),
+            "l1_p95": percentile(self.errors, 0.95),
+            "l1_worst": max(self.errors),
+            "seconds": self.seconds,
+        }
+
+
+def evaluate(layers: list[Layer], settings: Settings) -> Outcome:
+    """Run sparse attention on every layer and compare with the exact outputs."""
+    densities: list[Tensor] = []
+    errors: list[float] = []
+    total = 0.0
+    with torch.inference_mode():
+        for layer in layers:
+            c = layer.captured
+            start = time.perf_counter()
+            output, stats = run_sparse(c.query, c.key, c.value, causal=c.causal, scale=c.scale, settings=settings)
+            total += time.perf_counter() - start
+            densities.append(
+                torch.stack((stats.density_per_head, stats.qk_density_per_head, stats.pv_density_per_head))
+            )
+            errors += relative_l1(output, layer.exact).tolist()
+    density, qk, pv = torch.cat(densities, dim=1).mean(dim=1).tolist()
+    return Outcome(density, qk, pv, errors, total)
+
+
+def percentile(values: list[float], share: float) -> float:
+    """The smallest value that at least `share` of all values do not exceed."""
+    ordered = sorted(values)
+    return ordered[max(0, math.ceil(share * len(ordered)) - 1)]
