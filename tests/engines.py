@@ -1,0 +1,132 @@
+"""Every engine of this machine: the reference backend, and the cpu backend once per target; it proves which one ran."""
+
+from __future__ import annotations
+
+import contextlib
+import importlib
+from collections.abc import Iterator
+from dataclasses import dataclass
+from typing import Any
+
+import oracle
+import torch
+from torch import Tensor
+
+import tamis
+
+
+@dataclass(frozen=True)
+class Engine:
+    """One backend on one target; its methods are the public functions, with stats checked."""
+
+    backend: str
+    target: str | None
+
+    def __str__(self) -> str:
+        return self.backend if self.target is None else f"{self.backend}-{self.target}"
+
+    @contextlib.contextmanager
+    def selected(self) -> Iterator[None]:
+        """Whatever runs on the cpu backend inside runs on this target."""
+        if self.target is None:
+            yield
+            return
+        cpu = importlib.import_module("tamis.backends.cpu")
+        with cpu.force_target(self.target):
+            yield
+
+    def _ran(self, stats: Any) -> None:
+        assert (stats.backend, stats.target) == (self.backend, self.target)
+
+    def attend(self, query: Tensor, key: Any, value: Tensor | None = None, *args: Any, **options: Any) -> Any:
+        with self.selected():
+            result = tamis.attend(query, key, value, *args, backend=self.backend, **options)
+        self._ran(result.stats)
+        return result
+
+    def attend_varlen(self, *args: Any, **options: Any) -> Any:
+        with self.selected():
+            result = tamis.attend_varlen(*args, backend=self.backend, **options)
+        self._ran(result.stats)
+        return result
+
+    def sparse_attention(self, *args: Any, **options: Any) -> tuple[Tensor, Any]:
+        with self.selected():
+            output, stats = tamis.sparse_attention(*args, backend=self.backend, return_stats=True, **options)
+        self._ran(stats)
+        return output, stats
+
+    def predict(self, predictor: Any, query: Tensor, key: Tensor, **options: Any) -> Any:
+        with self.selected():
+            return predictor(query, key, backend=self.backend, **options)
+
+    def op(self, name: str, *args: Any, **kwargs: Any) -> Any:
+        """One of the `tamis::` ops, by name."""
+        with self.selected():
+            return getattr(torch.ops.tamis, name)(*args, **kwargs, backend=self.backend)
+
+    def check(
+        self,
+        query: Tensor,
+        key: Tensor,
+        value: Tensor,
+        *,
+        block_mask: Any = None,
+        yardstick: torch.dtype | None = None,
+        **options: Any,
+    ) -> Any:
+        """Run full precision, and hold output and lse against the oracle.
+
+        Plain torch, the yardstick, runs in the inputs' dtype or the one given.
+        """
+        result = self.attend(query, key, value, block_mask, **options)
+        masks = dict(options)
+        if block_mask is not None:
+            masks |= {"blocks": oracle.blocks_of(block_mask), "block_size": block_mask.block_size}
+        expected = oracle.attention(query, key, value, **masks)
+        assert result.output.dtype == query.dtype
+        assert result.lse.dtype == torch.float32
+        plain = oracle.attention(query, key, value, **masks, dtype=yardstick or query.dtype)
+        oracle.assert_within(result.output, expected.output, plain.output)
+        # The lse is fp32 whatever the inputs are, and so are its scores: the yardstick is plain torch in fp32.
+        plain = oracle.attention(query, key, value, **masks, dtype=torch.float32)
+        oracle.assert_within(result.lse, expected.lse, plain.lse, what="lse")
+        return result
+
+    def check_int8(
+        self,
+        query: Tensor,
+        key: Tensor,
+        value: Tensor,
+        *,
+        block_mask: Any = None,
+        packed: Any = None,
+        formulas: dict[str, Any] | None = None,
+        **options: Any,
+    ) -> Any:
+        """Run int8, on `packed` if given, and hold it against the oracle; int8 formulas and plain fp32 are the measure.
+
+        `formulas` are further arguments of the formulas alone. Returns the result and what the formulas gave.
+        """
+        inputs = (key, value) if packed is None else (packed, None)
+        result = self.attend(query, *inputs, block_mask, precision="int8", **options)
+        if block_mask is not None:
+            options |= {"blocks": oracle.blocks_of(block_mask), "block_size": block_mask.block_size}
+        expected = oracle.attention(query, key, value, **options)
+        plain = oracle.attention(query, key, value, **options, dtype=torch.float32)
+        quantised = oracle.attention_int8(query, key, value, **(options | (formulas or {})))
+        assert result.output.dtype == query.dtype
+        oracle.assert_within(result.output, expected.output, quantised.output, plain.output)
+        oracle.assert_within(result.lse, expected.lse, quantised.lse, plain.lse, what="lse")
+        return result, quantised
+
+
+def cpu_targets() -> list[str]:
+    """The targets of the cpu backend that this machine can run, the best one last; empty without the native library."""
+    cpu = importlib.import_module("tamis.backends.cpu")
+    return list(reversed(cpu.available_targets()))
+
+
+def engines() -> list[Engine]:
+    """From the plainest to the fastest."""
+    return [Engine("reference", None), *(Engine("cpu", target) for target in cpu_targets())]

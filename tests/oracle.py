@@ -1,0 +1,351 @@
+"""The one oracle: what tamis must compute, in plain torch, from the contract and from no backend.
+
+`attention` is attention written down token by token; in fp64 it is the truth, and in another dtype "plain torch at that
+precision", whose error against the truth is the yardstick of every bound in this suite (`assert_within`):
+
+    mean err(ours) <= 2 * mean err(plain torch) + rounding of the result, and the largest error within 4 times
+
+`attention_int8` is the quantised algorithm, and `attention_stage2` the algorithm that skips, each in fp64 and spelled
+out whole, so that a backend has to agree with them up to fp32 rounding.
+
+Keys that a row does not see are excluded, never multiplied by zero: a NaN there touches nothing.
+"""
+
+from __future__ import annotations
+
+from typing import Any, NamedTuple
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+Pair = tuple[Tensor, Tensor]
+KEY_BLOCK = 64  # the grain of the int8 scales, whatever the block size of the mask
+
+
+class Result(NamedTuple):
+    """Output `[batch, heads, q_len, value_dim]` and log-sum-exp `[batch, heads, q_len]`, in the dtype computed in."""
+
+    output: Tensor
+    lse: Tensor
+
+
+class Skipped(NamedTuple):
+    """Like Result, with the share of visible P V block products done, and how near the closest decision was."""
+
+    output: Tensor
+    lse: Tensor
+    pv_density: Tensor
+    margin: float
+
+
+def blocks_of(mask: Any) -> Tensor:
+    """A BlockMask as bool `[batch, heads, q_blocks, kv_blocks]`, read entry by entry from its two tensors."""
+    q_blocks, kv_blocks = (-(-n // b) for n, b in zip(mask.seq_lens, mask.block_size, strict=True))
+    batch, heads = mask.kv_num_blocks.shape[:2]
+    dense = torch.zeros(batch, heads, q_blocks, kv_blocks, dtype=torch.bool)
+    counts, indices = mask.kv_num_blocks.tolist(), mask.kv_indices.tolist()
+    for b in range(batch):
+        for h in range(heads):
+            for i in range(q_blocks):
+                for j in indices[b][h][i][: counts[b][h][i]]:
+                    dense[b, h, i, j] = True
+    return dense
+
+
+def token_mask(blocks: Tensor, block_size: tuple[int, int], q_len: int, kv_len: int) -> Tensor:
+    """A block mask spelled out per token."""
+    rows = blocks.repeat_interleave(block_size[0], -2)[..., :q_len, :]
+    return rows.repeat_interleave(block_size[1], -1)[..., :kv_len]
+
+
+def _default_positions(q_len: int, kv_len: int) -> Pair:
+    return torch.arange(q_len) + (kv_len - q_len), torch.arange(kv_len)
+
+
+def visible(
+    q_len: int,
+    kv_len: int,
+    *,
+    blocks: Tensor | None = None,
+    block_size: tuple[int, int] = (128, 64),
+    causal: bool = False,
+    window: int | None = None,
+    attn_mask: Tensor | None = None,
+    positions: Pair | None = None,
+    segments: Pair | None = None,
+) -> Tensor:
+    """Bool, broadcastable to `[batch, heads, q_len, kv_len]`: does the row see the key?"""
+    seen = torch.ones(1, 1, q_len, kv_len, dtype=torch.bool)
+    q_pos, kv_pos = (p.long() for p in (_default_positions(q_len, kv_len) if positions is None else positions))
+    if causal:
+        seen = seen & (q_pos[..., :, None] >= kv_pos[..., None, :]).reshape(-1, 1, q_len, kv_len)
+    if window is not None:
+        distance = (q_pos[..., :, None] - kv_pos[..., None, :]).abs()
+        seen = seen & (distance < window).reshape(-1, 1, q_len, kv_len)
+    if segments is not None:
+        q_seg, kv_seg = segments
+        same = (q_seg[..., :, None] == kv_seg[..., None, :]) & (q_seg[..., :, None] >= 0)
+        seen = seen & same.reshape(-1, 1, q_len, kv_len)
+    if attn_mask is not None:
+        seen = seen & (attn_mask if attn_mask.dtype == torch.bool else attn_mask != -torch.inf)
+    if blocks is not None:
+        seen = seen & token_mask(blocks, block_size, q_len, kv_len)
+    return seen
+
+
+def visible_blocks(seen: Tensor, block_size: tuple[int, int]) -> Tensor:
+    """Block pairs that hold a visible pair of tokens, bool `[.., q_blocks, kv_blocks]`."""
+    rows = torch.stack([part.any(-2) for part in torch.split(seen, block_size[0], -2)], -2)
+    return torch.stack([part.any(-1) for part in torch.split(rows, block_size[1], -1)], -1)
+
+
+def _repeat_heads(x: Tensor, heads: int) -> Tensor:
+    return x.repeat_interleave(heads // x.shape[1], 1)
+
+
+def _products(query: Tensor, key: Tensor) -> Tensor:
+    """query @ key^T; in fp32 term by term, the order that anyone may take (matmul keeps several partial sums)."""
+    if query.dtype != torch.float32:
+        return query @ key.transpose(-1, -2)
+    total = query.new_zeros(*query.shape[:3], key.shape[2])
+    for c in range(query.shape[-1]):
+        total.addcmul_(query[..., c, None], key[..., None, :, c])
+    return total
+
+
+def _scores(
+    query: Tensor, key: Tensor, *, scale: float | None, softcap: float | None, attn_mask: Tensor | None, seen: Tensor
+) -> Tensor:
+    """scale * q.k, then softcap, then the additive mask, then -inf where the row does not see the key."""
+    scale = query.shape[-1] ** -0.5 if scale is None else scale
+    scores = _products(query, key) * scale
+    if softcap is not None:
+        scores = softcap * torch.tanh(scores / softcap)
+    if attn_mask is not None and attn_mask.dtype != torch.bool:
+        scores = scores + attn_mask.to(scores.dtype)
+    return scores.masked_fill(~seen, -torch.inf)
+
+
+def _softmax(scores: Tensor) -> tuple[Tensor, Tensor]:
+    """Softmax, 0 in a row of nothing but -inf, and its log-sum-exp."""
+    largest = scores.amax(-1, keepdim=True)
+    powers = torch.exp(scores - largest.masked_fill(largest == -torch.inf, 0))
+    total = powers.sum(-1, keepdim=True)
+    return powers / total.masked_fill(total == 0, 1), (largest + total.log()).squeeze(-1)
+
+
+def _weighted_values(weights: Tensor, value: Tensor, seen: Tensor) -> Tensor:
+    """weights @ value in which a non-finite value reaches only the rows that see its key."""
+    finite = value.isfinite()
+    output = weights @ value.masked_fill(~finite, 0)
+    broken = (~finite).any(-1).any(0).any(0).nonzero().flatten().tolist()
+    for j in broken:
+        # 0 * inf is NaN as in torch, but only for rows that see key j.
+        odd = value[..., j, :].masked_fill(finite[..., j, :], 0)[..., None, :]
+        term = weights[..., j, None] * odd
+        output = output + term.masked_fill(~seen[..., j, None], 0)
+    return output
+
+
+def attention(
+    query: Tensor,
+    key: Tensor,
+    value: Tensor,
+    *,
+    blocks: Tensor | None = None,
+    block_size: tuple[int, int] = (128, 64),
+    causal: bool = False,
+    window: int | None = None,
+    scale: float | None = None,
+    attn_mask: Tensor | None = None,
+    positions: Pair | None = None,
+    segments: Pair | None = None,
+    softcap: float | None = None,
+    sink_logits: Tensor | None = None,
+    dtype: torch.dtype = torch.float64,
+) -> Result:
+    """Attention of `[batch, heads, seq, head_dim]` tensors, computed in `dtype`.
+
+    A sink logit is one more key that every row sees, of value 0.
+    """
+    query, key, value = query.to(dtype), key.to(dtype), value.to(dtype)
+    key, value = _repeat_heads(key, query.shape[1]), _repeat_heads(value, query.shape[1])
+    seen = visible(
+        query.shape[2],
+        key.shape[2],
+        blocks=blocks,
+        block_size=block_size,
+        causal=causal,
+        window=window,
+        attn_mask=attn_mask,
+        positions=positions,
+        segments=segments,
+    ).expand(*query.shape[:3], key.shape[2])
+    scores = _scores(query, key, scale=scale, softcap=softcap, attn_mask=attn_mask, seen=seen)
+    if sink_logits is not None:
+        sink = sink_logits.to(dtype).reshape(1, -1, 1, 1).expand(*query.shape[:3], 1)
+        scores = torch.cat([scores, sink], -1)
+    weights, lse = _softmax(scores)
+    return Result(_weighted_values(weights[..., : key.shape[2]], value, seen), lse)
+
+
+def _quantise(x: Tensor, dims: tuple[int, ...]) -> tuple[Tensor, Tensor]:
+    """Round to 127 steps of the largest entry over `dims`; the quantised integers and the step, both in fp64."""
+    step = x.abs().amax(dims, keepdim=True) / 127
+    return torch.round(x / torch.where(step == 0, 1.0, step)).clamp(-127, 127), step
+
+
+def key_mean(key: Tensor, kv_segments: Tensor | None = None, used: Tensor | None = None) -> Tensor:
+    """fp64 `[batch, kv_heads, head_dim]`: the mean over finite keys of non-negative segment in used 64-key blocks."""
+    key = key.double()
+    counts = key.isfinite().all(-1)
+    if kv_segments is not None:
+        counts = counts & (kv_segments.reshape(-1, 1, key.shape[2]) >= 0)
+    if used is not None:
+        counts = counts & used.repeat_interleave(KEY_BLOCK, -1)[..., : key.shape[2]]
+    total = key.masked_fill(~counts[..., None], 0).sum(2)
+    return total / counts.sum(2, keepdim=True).clamp(min=1)
+
+
+def used_key_blocks(blocks: Tensor, block_size: tuple[int, int], kv_heads: int, kv_len: int) -> Tensor:
+    """bool `[batch, kv_heads, ceil(kv_len / 64)]`: 64-key blocks that a row of a query head of the group keeps."""
+    used = torch.unflatten(blocks.any(-2), 1, (kv_heads, -1)).any(2)
+    return used.repeat_interleave(block_size[1] // KEY_BLOCK, -1)[..., : -(-kv_len // KEY_BLOCK)]
+
+
+def attention_int8(
+    query: Tensor,
+    key: Tensor,
+    value: Tensor,
+    *,
+    blocks: Tensor | None = None,
+    block_size: tuple[int, int] = (128, 64),
+    scale: float | None = None,
+    softcap: float | None = None,
+    attn_mask: Tensor | None = None,
+    sink_logits: Tensor | None = None,
+    segments: Pair | None = None,
+    mean: Tensor | None = None,
+    **masks: Any,
+) -> Result:
+    """The int8 algorithm in fp64.
+
+    Steps: Q one per row, K less its mean one per 64 keys, V one per channel and 64 keys, P 1/254 of its row's largest
+    in the 64 keys.
+    """
+    heads, q_len, kv_len, dim = query.shape[1], query.shape[2], key.shape[2], query.shape[3]
+    scale = dim**-0.5 if scale is None else scale
+    seen = visible(
+        q_len, kv_len, blocks=blocks, block_size=block_size, attn_mask=attn_mask, segments=segments, **masks
+    ).expand(*query.shape[:3], kv_len)
+    if mean is None:
+        used = used_key_blocks(visible_blocks(seen, block_size), block_size, key.shape[1], kv_len)
+        mean = key_mean(key, None if segments is None else segments[1], used)
+        mean = torch.zeros_like(mean) if softcap is not None else mean
+    query, key, value = query.double(), key.double() - mean[:, :, None], value.double()
+    if segments is not None:
+        padding = (segments[1] < 0).reshape(-1, 1, kv_len, 1)
+        key, value = key.masked_fill(padding, 0), value.masked_fill(padding, 0)
+    tail = -kv_len % KEY_BLOCK
+    key, value = (torch.unflatten(F.pad(x, (0, 0, 0, tail)), 2, (-1, KEY_BLOCK)) for x in (key, value))
+    query_int, query_step = _quantise(query, (-1,))
+    key_int, key_step = (_repeat_heads(x, heads) for x in _quantise(key, (-2, -1)))
+    value_int, value_step = (_repeat_heads(x, heads) for x in _quantise(value, (-2,)))
+
+    key_rounded = (key_int * key_step).flatten(2, 3)[:, :, :kv_len]
+    scores = _scores(query_int * query_step, key_rounded, scale=scale, softcap=softcap, attn_mask=attn_mask, seen=seen)
+    per_block = torch.unflatten(F.pad(scores, (0, tail), value=-torch.inf), -1, (-1, KEY_BLOCK))
+    local = per_block.amax(-1)  # [batch, heads, q_len, key blocks]
+    local = local.masked_fill(local == -torch.inf, 0)
+    weights = torch.round(254 * torch.exp(per_block - local[..., None]))
+    products = torch.einsum("bhqjk,bhjkc->bhqjc", weights, value_int) * value_step.transpose(-3, -2) / 254
+    shift = _repeat_heads(mean[:, :, None], heads) @ query.transpose(-1, -2) * scale  # [batch, heads, 1, q_len]
+    shift = shift.squeeze(2)
+    if sink_logits is not None:
+        sink = sink_logits.double().reshape(1, -1, 1) - shift
+        lse = torch.logsumexp(torch.cat([scores, sink[..., None]], -1), -1)
+    else:
+        lse = torch.logsumexp(scores, -1)
+    shares = torch.exp(local - lse.masked_fill(lse == -torch.inf, 0)[..., None])
+    return Result((shares[..., None] * products).sum(-2), lse + shift)
+
+
+def attention_stage2(
+    query: Tensor,
+    key: Tensor,
+    value: Tensor,
+    *,
+    pv_threshold: Tensor,
+    blocks: Tensor,
+    block_size: tuple[int, int],
+    scale: float | None = None,
+    group: int = 16,
+    **masks: Any,
+) -> Skipped:
+    """Attention without P V of a row group and 64 keys if every row scores `pv_threshold` below its maximum so far.
+
+    Groups are `group` consecutive rows inside a query block; the denominator keeps every key. A group that sees none of
+    the keys has nothing to skip and counts as done. `pv_density` is per batch and head, `margin` the distance of the
+    closest decision from its threshold.
+    """
+    heads, q_len, kv_len = query.shape[1], query.shape[2], key.shape[2]
+    query, key, value = query.double(), _repeat_heads(key.double(), heads), _repeat_heads(value.double(), heads)
+    may_see = visible(q_len, kv_len, **masks).expand(*query.shape[:3], kv_len)
+    possible = visible_blocks(may_see, block_size)
+    kept = possible & blocks
+    seen = may_see & token_mask(blocks, block_size, q_len, kv_len)
+    scores = _scores(query, key, scale=scale, softcap=None, attn_mask=masks.get("attn_mask"), seen=seen)
+    weights, lse = _softmax(scores)
+    running = torch.full(query.shape[:3], -torch.inf, dtype=torch.float64)
+    margin = torch.inf
+    done = kept.double()
+    for j in range(-(-kv_len // KEY_BLOCK)):
+        columns = slice(j * KEY_BLOCK, min(kv_len, (j + 1) * KEY_BLOCK))
+        block = columns.start // block_size[1]
+        tiles = -(-(min(kv_len, (block + 1) * block_size[1]) - block * block_size[1]) // KEY_BLOCK)
+        local = scores[..., columns].amax(-1)
+        running = torch.maximum(running, local)
+        below = torch.where(local == -torch.inf, torch.inf, running - local)  # [batch, heads, q_len]
+        for q_block, start in enumerate(range(0, q_len, block_size[0])):
+            stop = min(q_len, start + block_size[0])
+            for first in range(start, stop, group):
+                members = slice(first, min(stop, first + group))
+                nearest = below[:, :, members].amin(-1)
+                skip = (nearest >= pv_threshold.double()) & (nearest < torch.inf)
+                margin = min([margin, *(nearest - pv_threshold.double()).abs()[nearest < torch.inf].tolist()])
+                weights[:, :, members, columns] *= ~skip[..., None, None]
+                done[:, :, q_block, block] -= skip.double() * (members.stop - members.start) / ((stop - start) * tiles)
+    total = possible.sum((-1, -2)).clamp(min=1)
+    return Skipped(_weighted_values(weights, value, seen), lse, done.sum((-1, -2)) / total, margin)
+
+
+def relative_l1(actual: Tensor, expected: Tensor) -> float:
+    """sum |actual - expected| / sum |expected|."""
+    return float((actual.double() - expected.double()).abs().sum() / expected.double().abs().sum())
+
+
+def assert_within(actual: Tensor, expected: Tensor, *plains: Tensor, what: str = "output") -> None:
+    """Mean err(actual) <= 2 * mean err(plain) + rounding, all against the fp64 `expected`; the largest within 4 times.
+
+    Rounding is one unit in the last place (of the dtype of `actual`) of the mean, or largest, magnitude. The largest of
+    a few thousand errors is a matter of luck (in fp32 up to 2.8 times plain torch's where the mean is 1.3 times), hence
+    its double room. Where two things err, e.g. quantising and fp32, each has its `plain`, and their errors add up.
+    Infinities and NaN must stand in the same places.
+    """
+    assert actual.shape == expected.shape, f"{what} has shape {tuple(actual.shape)}, expected {tuple(expected.shape)}"
+    finite = expected.isfinite()
+    torch.testing.assert_close(actual[~finite].double(), expected[~finite], equal_nan=True, rtol=0, atol=0)
+    assert actual[finite].isfinite().all(), f"{what} is not finite where it must be"
+    if not finite.any():
+        return
+    ours = (actual[finite].double() - expected[finite]).abs()
+    theirs = [(plain[finite].double() - expected[finite]).abs() for plain in plains]
+    magnitude = expected[finite].abs()
+    eps = torch.finfo(actual.dtype).eps
+    for name, factor, reduce in (("mean", 2, torch.mean), ("largest", 4, torch.max)):
+        limit = float(factor * sum(reduce(error) for error in theirs) + eps * reduce(magnitude))
+        error = float(reduce(ours))
+        assert error <= limit, (
+            f"{name} error of the {what} is {error:.3g}; {factor} * plain + rounding allows {limit:.3g}"
+        )

@@ -1,0 +1,172 @@
+"""precision="int8": how far from the truth, and right answers where quantising is easy to get wrong.
+
+Where a bound is a number it comes from the published measurement: relative L1 .0152 on random normals with one V scale
+per channel and key block. Everything else is held against the formulas in fp64 (`oracle.attention_int8`), which leave a
+backend only fp32 rounding.
+"""
+
+from __future__ import annotations
+
+import math
+from typing import Any
+
+import oracle
+import pytest
+import torch
+from engines import Engine, engines
+from samples import block_mask, qkv
+from torch import Tensor
+
+# A number that lies within fp32 rounding of the middle of two steps may be rounded to either. At a relative rounding of
+# about 1e-6 that happens to 254e-6 of the probabilities, each worth 1/254 of its block's maximum: far below 1e-4 of the
+# output. Of the query and key entries about 127 * 2 * 1e-7 flip, each worth 1/127 of a largest entry in one of head_dim
+# terms of a score: below 1e-3 of one row.
+FLIPS = 1e-3
+
+
+def check(engine: Engine, q: Tensor, k: Tensor, v: Tensor, *, block_mask: Any = None, **options: Any) -> Any:
+    """Against the formulas, and against the truth with the formulas as the yardstick."""
+    result, formulas = engine.check_int8(q, k, v, block_mask=block_mask, **options)
+    rounding = torch.finfo(q.dtype).eps
+    assert oracle.relative_l1(result.output, formulas.output) <= FLIPS + rounding
+    return result
+
+
+@pytest.mark.parametrize("length", [1000, 2048])
+def test_error_on_normals(engine: Engine, length: int) -> None:
+    q, k, v = qkv(heads=1, q_len=length if engine.backend == "cpu" else 256, kv_len=length, dim=64)
+    result = check(engine, q, k, v)
+    error = oracle.relative_l1(result.output, oracle.attention(q, k, v).output)
+    assert error <= 0.0152, "the published error of this scheme"
+    assert result.stats.qk_dtype == "int8"
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16], ids=str)
+@pytest.mark.parametrize(("dim", "value_dim"), [(64, 64), (40, 96), (1, 1), (256, 7), (3, 256), (80, 80)])
+def test_dtypes_and_head_dims(engine: Engine, dtype: torch.dtype, dim: int, value_dim: int) -> None:
+    q, k, v = qkv(heads=4, kv_heads=2, q_len=70, kv_len=200, dim=dim, value_dim=value_dim, dtype=dtype)
+    result = check(engine, q, k, v, causal=True)
+    assert result.output.dtype == dtype
+
+
+@pytest.mark.parametrize(("q_len", "kv_len"), [(1, 1), (1, 65), (65, 1), (63, 63), (200, 300), (300, 200)])
+def test_lengths(engine: Engine, q_len: int, kv_len: int) -> None:
+    q, k, v = qkv(q_len=q_len, kv_len=kv_len)
+    check(engine, q, k, v)
+    check(engine, q, k, v, causal=True)
+
+
+@pytest.mark.parametrize("block_size", [(64, 64), (64, 128), (128, 64), (128, 128)])
+def test_block_masks(engine: Engine, block_size: tuple[int, int]) -> None:
+    q, k, v = qkv(batch=2, heads=4, kv_heads=2, q_len=300, kv_len=330)
+    check(engine, q, k, v, block_mask=block_mask((300, 330), batch=2, heads=4, block_size=block_size), causal=True)
+    check(engine, q, k, v, block_mask=block_mask((300, 330), block_size=block_size, density=0.2))
+
+
+def test_single_token_is_its_value(engine: Engine) -> None:
+    """One key: each scale is the entry / 127, so the output is the value up to fp32 rounding, and the lse the score."""
+    q, k, v = qkv(batch=2, q_len=3, kv_len=1)
+    result = engine.attend(q, k, v, precision="int8")
+    torch.testing.assert_close(result.output, v.expand(2, 2, 3, 32), rtol=4e-7, atol=0)
+    expected = (q.double() * k.double()).sum(-1) * 32**-0.5
+    torch.testing.assert_close(result.lse.double(), expected, rtol=0, atol=2e-6)
+
+
+def test_zero_channels_give_zero(engine: Engine) -> None:
+    q, k, v = qkv(q_len=130)
+    v[..., 5], v[:, 1] = 0, 0
+    output = check(engine, q, k, v).output
+    assert (output[..., 5] == 0).all()
+    assert (output[:, 1] == 0).all()
+    zeros = engine.attend(torch.zeros_like(q), torch.zeros_like(k), v, precision="int8")
+    torch.testing.assert_close(zeros.lse, torch.full_like(zeros.lse, math.log(130)), rtol=0, atol=1e-6)
+    check(engine, q, torch.zeros_like(k), v)
+    check(engine, torch.zeros_like(q), k, v)
+
+
+def test_channels_of_different_size(engine: Engine) -> None:
+    """Value channels over 60 orders of magnitude, each with its own scale: each as good as the others."""
+    q, k, v = qkv(q_len=130, dim=16)
+    size = 10.0 ** torch.arange(-30, 30, 60 / 16)
+    plain = engine.attend(q, k, v, precision="int8").output
+    scaled = engine.attend(q, k, v * size, precision="int8").output
+    torch.testing.assert_close(scaled / size, plain, rtol=0, atol=2e-3)  # a flip moves v by 1/127 of its maximum of 3
+
+
+def test_constant_rows(engine: Engine) -> None:
+    """Equal keys: smoothing leaves zeros, every weight is 1/n exactly, and a constant value comes back."""
+    q, k, v = qkv(q_len=70, kv_len=130)
+    result = check(engine, q, k[:, :, :1].expand(-1, -1, 130, -1), v)
+    constant = v[:, :, :1].expand(-1, -1, 130, -1)
+    result = engine.attend(q, k[:, :, :1].expand(-1, -1, 130, -1), constant, precision="int8")
+    torch.testing.assert_close(result.output, constant[:, :, :70], rtol=2e-6, atol=0)
+    # Any weights average a constant; P is rounded to 1/254, so its sum is off by at most half a step per key.
+    result = engine.attend(q, k, constant, precision="int8")
+    torch.testing.assert_close(result.output, constant[:, :, :70], rtol=0.5 / 254 * 130 / 10, atol=0)
+
+
+def test_long_flat_rows_keep_their_mass(engine: Engine) -> None:
+    """One key 8 above 2,000 equal ones, which hold 40%: against the running maximum each would round to 0 of 254."""
+    k = torch.zeros(1, 1, 2048, 16)
+    k[..., 0] = -1.0
+    k[:, :, 0, 0] = 1.0
+    q = torch.zeros(1, 1, 2, 16)
+    q[..., 0] = 16.0
+    v = torch.ones(1, 1, 2048, 16)
+    v[:, :, 0] = -1.0
+    share = math.exp(8) / (math.exp(8) + 2047)
+    result = engine.attend(q, k, v, precision="int8")
+    assert float(oracle.attention(q, k, v).output[0, 0, 0, 0]) == pytest.approx(1 - 2 * share)
+    assert float(result.output[0, 0, 0, 0]) == pytest.approx(1 - 2 * share, abs=0.02)
+    check(engine, q, k, v)
+
+
+def test_logits_of_ten_thousand(engine: Engine) -> None:
+    """Row i looks up key 7i: logit 1e4 against -1e4, in any block, masked or not."""
+    codes = torch.randint(0, 2, (130, 32)).float() * 2 - 1
+    k = codes[None, None].clone()
+    rows = torch.arange(0, 130, 7)
+    q = codes[rows][None, None] * (1e4 * 32**0.5 / 32)
+    v = torch.randn(1, 1, 130, 16)
+    result = engine.attend(q, k, v, precision="int8")
+    expected = oracle.attention(q, k, v)
+    assert float((expected.lse - 1e4).abs().max()) < 1e-3
+    # One key has all the weight: what is left is the rounding of its value, half of 1/127 of a channel's maximum, 4.
+    torch.testing.assert_close(result.output.double(), expected.output, rtol=0, atol=4 / 254)
+    torch.testing.assert_close(result.lse.double(), expected.lse, rtol=1 / 127, atol=0)
+    flipped = engine.attend(-q, k, v, precision="int8", attn_mask=torch.eye(130, dtype=torch.bool)[rows])
+    torch.testing.assert_close(flipped.output.double(), expected.output, rtol=0, atol=4 / 254)
+    torch.testing.assert_close(flipped.lse.double(), -expected.lse, rtol=1 / 127, atol=0)
+
+
+def test_lse(engine: Engine) -> None:
+    """Of the unsmoothed, unquantised scores: a large key mean does not show in its error."""
+    q, k, v = qkv(heads=4, kv_heads=2, q_len=130, kv_len=300)
+    k = k + 5 * torch.randn(1, 2, 1, 32)
+    truth = oracle.attention(q, k, v, causal=True).lse
+    result = check(engine, q, k, v, causal=True)
+    # A score errs by the rounding of q and k (steps 3/127 and 4/127, std step / sqrt(12)) in 32 terms, over sqrt(32).
+    assert float((result.lse.double() - truth).abs().max()) < 5 * 0.011
+
+
+def test_engines_agree() -> None:
+    """One arithmetic: what separates any two engines is fp32 rounding, never a formula."""
+    q, k, v = qkv(heads=4, kv_heads=2, q_len=260, kv_len=300, dim=40)
+    mask = block_mask((260, 300), heads=4)
+    first, *others = (e.attend(q, k, v, mask, causal=True, precision="int8", pv_threshold=4.0) for e in engines())
+    for other in others:
+        assert oracle.relative_l1(other.output, first.output) <= FLIPS
+        torch.testing.assert_close(other.lse, first.lse, rtol=0, atol=1e-4)
+        torch.testing.assert_close(other.stats.counts, first.stats.counts, rtol=0, atol=0.02)
+
+
+def test_smoothing_earns_its_keep(engine: Engine) -> None:
+    """Keys with a mean ten times their spread: unsmoothed int8 would be off by several times."""
+    q, k, v = qkv(q_len=130, kv_len=300)
+    shifted = k + 10 * torch.randn(32)
+    truth = oracle.attention(q, shifted, v).output
+    ours = oracle.relative_l1(engine.attend(q, shifted, v, precision="int8").output, truth)
+    zero = torch.zeros(1, 2, 32, dtype=torch.float64)
+    unsmoothed = oracle.relative_l1(oracle.attention_int8(q, shifted, v, mean=zero).output, truth)
+    assert ours < 0.02
+    assert unsmoothed > 3 * ours

@@ -1,0 +1,102 @@
+"""CPU targets: which of them run here, that they are what stats say, and how to force one."""
+
+from __future__ import annotations
+
+import os
+import platform
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+import torch
+from engines import Engine, cpu_targets, engines
+from samples import qkv
+
+import tamis
+
+ALL = ["baseline", "avx2", "avx512", "avx512_vnni"]
+NEEDS = {
+    "baseline": set(),
+    "avx2": {"avx2", "fma"},
+    "avx512": {"avx512f", "avx512bw", "avx512vl", "avx512dq"},
+    "avx512_vnni": {"avx512f", "avx512bw", "avx512vl", "avx512dq", "avx512_vnni"},
+}
+
+
+def flags() -> set[str]:
+    """The processor's own list."""
+    path = Path("/proc/cpuinfo")
+    if not path.exists():
+        pytest.skip("needs /proc/cpuinfo to know what the processor can do")
+    line = next((x for x in path.read_text(encoding="utf-8").splitlines() if x.startswith("flags")), "")
+    return set(line.split())
+
+
+@pytest.mark.skipif(platform.machine() != "x86_64", reason="the targets are those of x86-64")
+def test_every_target_the_processor_has_is_there() -> None:
+    """So no suite is green because the native backend was not there to be tested."""
+    assert set(cpu_targets()) == {name for name in ALL if NEEDS[name] <= flags()}
+
+
+def test_stats_name_the_target(engine: Engine) -> None:
+    """`Engine` itself asserts it on every call; here for the reference, which has none."""
+    stats = engine.attend(*qkv()).stats
+    assert (stats.backend, stats.target) == (engine.backend, engine.target)
+    assert engine.backend in repr(stats)
+    assert engine.target is None or engine.target in repr(stats)
+
+
+def test_the_default_is_the_best() -> None:
+    stats = tamis.attend(*qkv()).stats
+    assert stats is not None
+    assert (stats.backend, stats.target) == (engines()[-1].backend, engines()[-1].target)
+    by_rank = [name for name in ALL if name in cpu_targets()]
+    assert by_rank == cpu_targets()
+
+
+def test_targets_do_different_things() -> None:
+    """Another instruction set, another order of sums: were all bits the same, one target would run under every name."""
+    q, k, v = qkv(q_len=300, dim=80)
+    outputs = {str(engine): engine.attend(q, k, v).output for engine in engines() if engine.backend == "cpu"}
+    if {"cpu-baseline", "cpu-avx2"} <= set(outputs):
+        assert not torch.equal(outputs["cpu-baseline"], outputs["cpu-avx2"])
+
+
+def run_python(code: str, target: str) -> subprocess.CompletedProcess[str]:
+    environment = {**os.environ, "TAMIS_CPU_TARGET": target}
+    return subprocess.run([sys.executable, "-c", code], env=environment, capture_output=True, text=True, check=False)
+
+
+CODE = "import torch, tamis; x = torch.randn(1, 1, 70, 8); print(tamis.attend(x, x, x, backend='cpu').stats.target)"
+
+
+@pytest.mark.parametrize("target", cpu_targets())
+def test_environment_forces_a_target(target: str) -> None:
+    result = run_python(CODE, target)
+    assert result.returncode == 0, result.stderr
+    assert result.stdout.strip() == target
+
+
+@pytest.mark.skipif(not cpu_targets(), reason="no native backend")
+def test_environment_with_a_wrong_name() -> None:
+    result = run_python(CODE, "pentium")
+    assert result.returncode != 0
+    assert "TAMIS_CPU_TARGET" in result.stderr
+    assert "pentium" in result.stderr
+
+
+@pytest.mark.skipif(not cpu_targets(), reason="no native backend")
+def test_force_target_ends() -> None:
+    from tamis.backends import cpu
+
+    best = cpu.target()
+    with cpu.force_target("baseline"):
+        assert cpu.target() == "baseline"
+        with cpu.force_target(cpu_targets()[-1]):
+            assert cpu.target() == cpu_targets()[-1]
+        assert cpu.target() == "baseline"
+    assert cpu.target() == best
+    with pytest.raises(ValueError, match="pentium"), cpu.force_target("pentium"):
+        pass
+    assert cpu.target() == best
