@@ -76,7 +76,7 @@ def test_prefill_equals_eager(model: Any, padding: str, sparse: bool) -> None:
         mask[1, : 70 if padding == "left" else None] = 0
         mask[1, : 130 if padding == "right" else 0] = 1
     expected = run(model, "eager", input_ids=tokens, attention_mask=mask)
-    with apply(model, EVERYTHING, precision="full", min_queries=1 if sparse else 10**6) as handle:
+    with apply(model, EVERYTHING, precision="full", pv_threshold=None, min_queries=1 if sparse else 10**6) as handle:
         logits = run(model, input_ids=tokens, attention_mask=mask)
     torch.testing.assert_close(logits[mask.bool()], expected[mask.bool()], **TOLERANCE)
     assert logits.isfinite().all()
@@ -89,7 +89,7 @@ def test_chunked_prefill_is_aligned_at_the_end(model: Any, sparse: bool) -> None
     expected = run(model, "eager", input_ids=tokens)
     cache = transformers.DynamicCache(config=model.config)
     parts = []
-    with apply(model, EVERYTHING, precision="full", min_queries=2 if sparse else 10**6) as handle:
+    with apply(model, EVERYTHING, precision="full", pv_threshold=None, min_queries=2 if sparse else 10**6) as handle:
         for start, end in ((0, 90), (90, 91), (91, 160), (160, TOKENS)):
             parts.append(run(model, input_ids=tokens[:, start:end], past_key_values=cache))
     torch.testing.assert_close(torch.cat(parts, dim=1), expected, **TOLERANCE)
@@ -133,13 +133,13 @@ def test_static_cache_and_packed_sequences_take_complete_masks() -> None:
     tokens = ids()
     cache = transformers.StaticCache(config=model.config, max_cache_len=256)
     expected = run(model, "eager", input_ids=tokens)
-    with apply(model, EVERYTHING, precision="full", min_queries=1) as handle:
+    with apply(model, EVERYTHING, precision="full", pv_threshold=None, min_queries=1) as handle:
         logits = run(model, input_ids=tokens, past_key_values=cache)
     torch.testing.assert_close(logits, expected, **TOLERANCE)
     assert handle.calls["sparse"] == 2
     positions = torch.cat([torch.arange(80), torch.arange(120)])[None]
     expected = run(model, "eager", input_ids=tokens, position_ids=positions, use_cache=False)
-    with apply(model, EVERYTHING, precision="full", min_queries=1) as handle:
+    with apply(model, EVERYTHING, precision="full", pv_threshold=None, min_queries=1) as handle:
         logits = run(model, input_ids=tokens, position_ids=positions, use_cache=False)
     torch.testing.assert_close(logits, expected, **TOLERANCE)
     assert handle.calls["sparse"] == 2

@@ -15,8 +15,10 @@ from tamis.predictors.base import Keep, Range, as_keep, must_blocks
 
 Setting: TypeAlias = "float | Sequence[float] | Tensor"
 
-DEFAULT_CDF = 0.98
-DEFAULT_SIMILARITY = 0.3
+# Measured by `tamis bench defaults` on SmolLM2-135M: the lowest density whose relative L1 over its 270 heads at 4,096
+# tokens stays within .08 on average, and its perplexity at 8,192 within .5%.
+DEFAULT_CDF = 0.995
+DEFAULT_SIMILARITY = 0.1
 
 
 @dataclass(frozen=True)
