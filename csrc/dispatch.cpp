@@ -99,7 +99,7 @@ int tamis_used_blocks(const tamis_attend_args* args, uint8_t* used) {
 #pragma omp parallel for num_threads(a.threads) schedule(dynamic, 1)
   for (int64_t n = 0; n < a.batch * a.kv_heads; ++n) {
     uint8_t* mine = used + n * parts;
-    memset(mine, 0, parts);
+    if (parts) memset(mine, 0, parts);
     const int64_t b = n / a.kv_heads;
     for (int64_t h = n % a.kv_heads * group; h < (n % a.kv_heads + 1) * group; ++h)
       for (int64_t qb = 0; qb < q_blocks; ++qb) {

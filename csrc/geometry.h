@@ -41,6 +41,12 @@ static inline Sight sight_of(const tamis_geometry& g, const Span& q, const Span&
   return all ? Sight::all : Sight::some;
 }
 
+static inline bool holds_padding(const int64_t* segments, int64_t offset, int64_t first, int64_t end) {
+  int64_t lowest = 0;
+  for (int64_t i = first; segments && i < end; ++i) lowest = least(lowest, segments[offset + i]);
+  return lowest < 0;
+}
+
 // Rows [i0, i1) of query block qb against keys [j0, j1) of key block kb.
 static inline Sight sight(const tamis_geometry& g, int64_t b, int64_t qb, int64_t kb, int64_t i0, int64_t i1,
                           int64_t j0, int64_t j1) {
@@ -48,7 +54,10 @@ static inline Sight sight(const tamis_geometry& g, int64_t b, int64_t qb, int64_
     Sight s = sight_of(g, span_at(g.q_bounds, g.q_bounds_stride, b, qb),
                        span_at(g.kv_bounds, g.kv_bounds_stride, b, kb));
     // The bounds leave padding out, so "all" still needs a look at who is padding.
-    return s == Sight::all && (g.q_seg || g.kv_seg) ? Sight::some : s;
+    return s == Sight::all && (holds_padding(g.q_seg, b * g.q_batch_stride, i0, i1) ||
+                               holds_padding(g.kv_seg, b * g.kv_batch_stride, j0, j1))
+               ? Sight::some
+               : s;
   }
   int64_t shift = g.kv_len - g.q_len;
   return sight_of(g, Span{i0 + shift, i1 - 1 + shift, 0, 0}, Span{j0, j1 - 1, 0, 0});

@@ -92,7 +92,7 @@ static int summarize(const tamis_summarize_args* args) {
   return error;
 }
 
-// Sums of 64 tokens in fp32, their sum in fp64: exact enough at any length, and independent of the threads.
+// 64ths of tokens (which cannot overflow) summed by 64 in fp32, their sum in fp64: exact enough at any length, and independent of the threads.
 static int key_mean(const tamis_summarize_args* args) {
   const tamis_summarize_args& a = *args;
   const int64_t parts = (a.seq + 63) / 64, padded = round_up(a.dim, 16), heads = a.batch * a.heads;
@@ -120,7 +120,7 @@ static int key_mean(const tamis_summarize_args* args) {
         load_row(a.x, bh / a.heads, bh % a.heads, i, a.dim, row);
         if (!all_finite(row, a.dim)) continue;
         ++count;
-        for (int64_t c = 0; c < padded; c += W) store(sum + c, load(sum + c) + load(row + c));
+        for (int64_t c = 0; c < padded; c += W) store(sum + c, fma(load(row + c), set1(1.f / 64), load(sum + c)));
       }
       memcpy(sums + n * a.dim, sum, a.dim * 4);
       numbers[n] = count;
@@ -133,7 +133,7 @@ static int key_mean(const tamis_summarize_args* args) {
     for (int64_t c = 0; c < a.dim; ++c) {
       double sum = 0;
       for (int64_t part = 0; part < parts; ++part) sum += sums[(bh * parts + part) * a.dim + c];
-      a.means[bh * a.dim + c] = count ? (float)(sum / (double)count) : 0.f;
+      a.means[bh * a.dim + c] = count ? (float)(sum * 64 / (double)count) : 0.f;
     }
   }
   free(sums);

@@ -50,6 +50,17 @@ def test_dtypes(engine: Engine, dtype: torch.dtype, dim: int) -> None:
     engine.check(q, k, v, causal=True, block_mask=block_mask((130, 300), heads=4))
 
 
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16], ids=str)
+def test_half_is_rounded_once(engine: Engine, dtype: torch.dtype) -> None:
+    """On a CPU all is fp32 inside: the output is the truth rounded to nearest, give or take the fp32 error before."""
+    q, k, v = qkv(q_len=130, kv_len=300, dtype=dtype)
+    truth = oracle.attention(q, k, v, causal=True).output
+    before = 4 * float((oracle.attention(q, k, v, causal=True, dtype=torch.float32).output - truth).abs().max())
+    output = engine.attend(q, k, v, causal=True).output.double()
+    tiny = torch.finfo(dtype).tiny * torch.finfo(dtype).eps
+    assert ((output - truth).abs() <= truth.abs() * torch.finfo(dtype).eps / 2 + before + tiny).all()
+
+
 def test_half_keeps_its_range(engine: Engine) -> None:
     """Scores of up to 1e5 overflow fp16, and bf16 values of 1e30 overflow fp16: neither may pass through it."""
     q, k, v = qkv(q_len=65, dim=64, dtype=torch.float16)
@@ -99,6 +110,16 @@ def test_expanded_inputs(engine: Engine) -> None:
     assert_reordered(engine.attend(*wide), engine.attend(*(x.contiguous() for x in wide)), 130)
     constant = k[:, :, :1].expand(1, 1, 130, 24)
     assert_reordered(engine.attend(q, constant, v), engine.attend(q, constant.contiguous(), v), 130)
+
+
+def test_one_key_and_value_for_all_batches(engine: Engine) -> None:
+    q, k, v = qkv(batch=3, q_len=70, kv_len=130, dim=24)
+    for precision in ("full", "int8"):
+        shared = engine.attend(q, k[:1], v[:1], causal=True, precision=precision)
+        expanded = engine.attend(
+            q, k[:1].expand(3, -1, -1, -1), v[:1].expand(3, -1, -1, -1), causal=True, precision=precision
+        )
+        assert_reordered(shared, expanded, 130)
 
 
 def test_inputs_are_left_alone(engine: Engine) -> None:

@@ -275,3 +275,42 @@ def test_block_mask_crosses_the_border_of_a_graph(any_engine: Engine) -> None:
     compiled = torch.compile(run, fullgraph=True, backend="aot_eager")
     ours, theirs = compiled(q, mask), run(q, mask)
     assert_reordered(tamis.AttentionOutput(*ours), tamis.AttentionOutput(*theirs), 200)
+
+
+def test_corrupt_mask_in_a_graph(any_engine: Engine) -> None:
+    """Values are not seen when a graph is made, so the op itself looks at them."""
+    q, k, v = inputs()
+
+    def run(query: Tensor, counts: Tensor, indices: Tensor) -> Tensor:
+        mask = tamis.BlockMask(counts, indices, (64, 64), (200, 200))
+        return tamis.attend(query, k, v, mask, backend=any_engine.backend).output
+
+    compiled = torch.compile(run, fullgraph=True, backend="aot_eager")
+    counts, indices = torch.full((1, 1, 4), 2, dtype=torch.int32), torch.tensor([0, 3], dtype=torch.int32)
+    indices = indices.repeat(1, 1, 4, 1)
+    assert torch.equal(compiled(q, counts, indices), run(q, counts, indices))
+    for place, value in (((0, 0, 3, 1), 4), ((0, 0, 0, 0), -1), ((0, 0, 2, 1), 0)):
+        wrong = indices.clone()
+        wrong[place] = value
+        with pytest.raises(ValueError, match=r"block_mask|kv_indices"):
+            compiled(q, counts, wrong)
+    with pytest.raises(ValueError, match=r"block_mask|kv_num_blocks"):
+        compiled(q, counts + 1, indices)
+
+
+@pytest.mark.parametrize("backend", BACKENDS)
+def test_wrong_offsets_in_a_graph(backend: str) -> None:
+    """Offsets are not read in a graph: whatever they are, no memory outside the tensors is, and stray tokens get 0."""
+    q, k, v = (x[0].transpose(0, 1) for x in inputs())
+
+    def run(query: Tensor, offsets: Tensor) -> tuple[Tensor, Tensor]:
+        result = tamis.attend_varlen(query, k, v, offsets, offsets, causal=True, backend=backend)
+        return result.output, result.lse
+
+    compiled = torch.compile(run, fullgraph=True, backend="aot_eager")
+    for values in ([0, 50, 200], [0, 50, 9999], [10, 50, 150], [0, 300, 200], [-40, 50, 200], [2**31 - 1, -(2**31), 0]):
+        output, lse = compiled(q, torch.tensor(values, dtype=torch.int32))
+        assert output.isfinite().all()
+        assert (output[(lse == -torch.inf).T] == 0).all()
+        if values == [10, 50, 150]:
+            assert (lse == -torch.inf).all(0).nonzero().flatten().tolist() == [*range(10), *range(150, 200)]

@@ -108,6 +108,38 @@ VALUE_ERRORS: dict[str, tuple[Callable[[], Any], str]] = {
     "predicting with other heads": (predict(key=torch.randn(1, 3, 130, 32)), "key has 3 heads"),
     "merging nothing": (lambda: tamis.merge([], []), "outputs"),
     "merging unequal lists": (lambda: tamis.merge([torch.randn(1, 1, 3, 4)], []), "lses"),
+    "sdpa with one dim": (lambda: tamis.sparse_attention(*(torch.randn(8),) * 3, is_causal=True), r"query.*\(8,\)"),
+    "sdpa key with one dim": (sparse(key=torch.randn(8), is_causal=True), r"key.*\(8,\)"),
+    "one block_size": (predict(block_size=64), "block_size"),
+    "whole float block_size": (predict(block_size=(64.0, 128)), "block_size"),
+    "float block_size": (predict(block_size=(64.5, 128)), "block_size"),
+    "packing unequal batches": (
+        lambda: tamis.pack_kv(torch.randn(1, 2, 9, 32), torch.randn(3, 2, 9, 32)),
+        "value has batch 3 and key 1",
+    ),
+    "packing unequal dims": (lambda: tamis.pack_kv(torch.randn(1, 2, 9, 32), torch.randn(2, 9, 32)), "value.*key 4"),
+    "packing devices": (lambda: tamis.pack_kv(META, META.new_empty(1, 2, 130, 32, device="cpu")), "value.*key on meta"),
+    "packing no head_dim": (lambda: tamis.pack_kv(torch.randn(1, 2, 9, 0), torch.randn(1, 2, 9, 8)), "key has 0"),
+    "packing one dim": (lambda: tamis.pack_kv(torch.randn(8), torch.randn(8)), r"key.*\(8,\)"),
+    "three seq_lens": (
+        lambda: tamis.BlockMask(MASK.kv_num_blocks, MASK.kv_indices, (128, 64), (70, 130, 1)),  # type: ignore[arg-type]
+        "seq_lens.*130, 1",
+    ),
+    "negative seq_lens": (
+        lambda: tamis.BlockMask(MASK.kv_num_blocks, MASK.kv_indices, (128, 64), (70, -130)),
+        "seq_lens.*-130",
+    ),
+    "from_dense with one length": (
+        lambda: tamis.BlockMask.from_dense(MASK.to_dense(), seq_lens=(70,)),  # type: ignore[arg-type]
+        "seq_lens",
+    ),
+    "keep end above the integers": (lambda: tamis.Sparge(keep={"keys": [(0, 2**70)]}), "keep: keys"),
+    "keep end below the integers": (lambda: tamis.Sparge(keep={"queries": [(-(2**70), None)]}), "keep: queries"),
+    "keep with a number as a name": (lambda: tamis.Sparge(keep={1: [], "a": []}), "keep"),  # type: ignore[dict-item]
+    "no cdf in a list": (lambda: tamis.Sparge(cdf=[]), "cdf"),
+    "no similarity in a tensor": (lambda: tamis.Sparge(similarity=torch.ones(0)), "similarity"),
+    "window predictor's size above the integers": (lambda: tamis.Window(2**70), "size"),
+    "window predictor's sink above the integers": (lambda: tamis.Window(1, sink=2**70), "sink"),
     "merging other shapes": (
         lambda: tamis.merge([torch.randn(1, 1, 3, 4)] * 2, [torch.randn(1, 1, 3), torch.randn(1, 1, 4)]),
         "lses",
@@ -138,6 +170,58 @@ TYPE_ERRORS: dict[str, tuple[Callable[[], Any], str]] = {
     "predictor": (sparse(predictor="sparge"), "predictor"),
     "cdf as a string": (lambda: tamis.Sparge(cdf="most"), "cdf"),  # type: ignore[arg-type]
     "sink as a number": (lambda: tamis.Sparge(sink=1), "sink"),  # type: ignore[arg-type]
+    "sdpa query list": (sparse(query=[1]), "query.*list"),
+    "sdpa key None": (sparse(key=None), "key.*None"),
+    "sdpa value None": (sparse(value=None), "value.*None"),
+    "sdpa packed key": (sparse(key=tamis.pack_kv(*qkv()[1:]), value=None), "key.*PackedKV"),
+    "is_causal as a number": (sparse(is_causal=1), "is_causal.*int"),
+    "sparse query": (attend(query=torch.randn(1, 4, 70, 32).to_sparse()), "query.*strided"),
+    "sparse key": (attend(key=torch.randn(1, 2, 130, 32).to_sparse()), "key.*strided"),
+    "sparse value": (attend(value=torch.randn(1, 2, 130, 32).to_sparse()), "value.*strided"),
+    "sparse attn_mask": (attend(attn_mask=torch.randn(70, 130).to_sparse()), "attn_mask.*strided"),
+    "sparse sinks": (attend(sink_logits=torch.randn(4).to_sparse()), "sink_logits.*strided"),
+    "sdpa sparse value": (sparse(value=torch.randn(1, 2, 70, 32).to_sparse()), "value.*strided"),
+    "sdpa sparse attn_mask": (sparse(attn_mask=torch.randn(70, 70).to_sparse()), "attn_mask.*strided"),
+    "sparse predicted": (predict(key=torch.randn(1, 2, 130, 32).to_sparse()), "key.*strided"),
+    "packing sparse": (
+        lambda: tamis.pack_kv(torch.randn(1, 2, 9, 8), torch.randn(1, 2, 9, 8).to_sparse()),
+        "value.*strided",
+    ),
+    "predicting None": (predict(query=None), "query.*None"),
+    "predicting without keys": (predict(key=None), "key.*None"),
+    "window predictor of a string": (predict(tamis.Window(3), key="x"), "key.*str"),
+    "predicting for a pack": (predict(key=tamis.pack_kv(*qkv()[1:])), "key.*PackedKV"),
+    "packing no value": (lambda: tamis.pack_kv(qkv()[1], None), "value.*None"),  # type: ignore[arg-type]
+    "packing no key": (lambda: tamis.pack_kv(None, qkv()[2]), "key.*None"),  # type: ignore[arg-type]
+    "packing integers": (lambda: tamis.pack_kv(*(torch.ones(1, 1, 4, 4, dtype=torch.int32),) * 2), "key.*int32"),
+    "packing other dtypes": (lambda: tamis.pack_kv(qkv()[1], qkv()[2].half()), "value.*float16 and key"),
+    "one length": (
+        lambda: tamis.BlockMask(MASK.kv_num_blocks, MASK.kv_indices, (128, 64), seq_lens=100),  # type: ignore[arg-type]
+        "seq_lens.*int",
+    ),
+    "a string as a length": (
+        lambda: tamis.BlockMask(MASK.kv_num_blocks, MASK.kv_indices, (128, 64), ("a", 1)),  # type: ignore[arg-type]
+        "seq_lens.*'a'",
+    ),
+    "float lengths": (
+        lambda: tamis.BlockMask(MASK.kv_num_blocks, MASK.kv_indices, (128, 64), (100.0, 100.0)),  # type: ignore[arg-type]
+        "seq_lens.*100.0",
+    ),
+    "from_dense with float lengths": (
+        lambda: tamis.BlockMask.from_dense(MASK.to_dense(), seq_lens=(70.0, 130)),  # type: ignore[arg-type]
+        "seq_lens.*70.0",
+    ),
+    "keep of a number": (lambda: tamis.Sparge(keep={"keys": [3]}), "keep: keys.*3"),  # type: ignore[list-item]
+    "keep without a list": (lambda: tamis.Sparge(keep={"keys": 3}), "keep: keys.*int"),  # type: ignore[dict-item]
+    "merging numbers": (lambda: tamis.merge(1, 2), "outputs.*int"),  # type: ignore[arg-type]
+    "merging numbers for lses": (
+        lambda: tamis.merge([torch.randn(1, 1, 3, 4)] * 2, [1, 2]),  # type: ignore[list-item]
+        r"lses\[0\].*int",
+    ),
+    "merging lses that are None": (
+        lambda: tamis.merge([torch.randn(1, 1, 3, 4)], None),  # type: ignore[arg-type]
+        "lses.*None",
+    ),
     "integer predicted": (predict(query=torch.ones(1, 4, 70, 32, dtype=torch.int64)), "query.*int64"),
 }
 
@@ -195,6 +279,15 @@ def test_gradients_in_varlen_and_packing() -> None:
         tamis.attend_varlen(x, x, x, offsets, offsets)
     with pytest.raises(tamis.UnsupportedError, match=r"no_grad|detach"):
         tamis.pack_kv(x[None].transpose(1, 2), x[None].transpose(1, 2))
+    _, k, v = qkv()
+    packed = tamis.pack_kv(k, v)
+    wanting = torch.randn(1, 2, 3, 32, requires_grad=True)
+    for name, new in (("key", (wanting, v[:, :, :3])), ("value", (k[:, :, :3], wanting))):
+        with pytest.raises(tamis.UnsupportedError, match=rf"{name}.*(no_grad|detach)"):
+            packed.append(*new)
+    with torch.no_grad():
+        packed.append(wanting, wanting)
+    assert not any(x.requires_grad for x in (*packed.tensors, *packed._tail))
 
 
 def test_predicting_needs_no_gradient() -> None:

@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import ast
+import doctest
+import importlib
 import re
 import subprocess
 import sys
@@ -172,6 +174,14 @@ def test_public_names_are_documented() -> None:
         assert thing.__doc__, name
         if name not in ("AttentionOutput", "AttentionStats", "UnsupportedError", "PackedKV"):
             assert ">>>" in thing.__doc__, f"{name} has no example"
+
+
+@pytest.mark.parametrize("path", [p for p in modules() if name_of(p).split(".")[0] not in LAZY_ROOMS], ids=name_of)
+def test_examples_run(path: Path) -> None:
+    """Every example of the core does what its docstring says, to the letter."""
+    module = importlib.import_module(f"tamis.{name_of(path)}".rstrip("."))
+    results = doctest.testmod(module)
+    assert results.failed == 0
 
 
 def test_unsupported_is_a_value_error() -> None:

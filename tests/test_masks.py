@@ -8,7 +8,7 @@ from typing import Any
 import pytest
 import torch
 from engines import Engine
-from samples import block_mask, qkv
+from samples import assert_reordered, block_mask, qkv
 
 BATCH, HEADS, KV_HEADS = 2, 4, 2
 
@@ -99,6 +99,17 @@ def test_positions(engine: Engine, dtype: torch.dtype, batched: bool) -> None:
     extreme = torch.iinfo(dtype)
     far = torch.where(kv_pos > 0, extreme.max - 1, kv_pos)
     engine.check(q, k, v, causal=True, positions=(q_pos, far))
+
+
+def test_one_side_by_default(engine: Engine) -> None:
+    """None stands for a side's default: the usual positions, segment 0."""
+    q, k, v = qkv(q_len=130, kv_len=200, dim=20)
+    q_pos, kv_pos = torch.arange(130) + 70, torch.arange(200)
+    segment, zeros = torch.randint(-1, 2, (200,)), torch.zeros(130, dtype=torch.int64)
+    whole = engine.attend(q, k, v, causal=True, positions=(q_pos, kv_pos), segments=(zeros, segment))
+    for given in ((None, kv_pos), (q_pos, None), (None, None), None):
+        result = engine.attend(q, k, v, causal=True, positions=given, segments=(None, segment))
+        assert_reordered(result, whole, 200)
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16], ids=str)

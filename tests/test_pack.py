@@ -142,6 +142,34 @@ def test_packed_is_small() -> None:
     assert size < 0.31 * (k.numel() + v.numel()) * 4
 
 
+def test_append_does_not_double_the_memory(engine: Engine) -> None:
+    """One key more than 64 full blocks: an eighth of room at most, and the same integers as packing the whole."""
+    _, k, v = qkv(heads=1, kv_len=4097, dim=8)
+    packed = pack(engine, k[:, :, :4096], v[:, :, :4096])
+    with engine.selected():
+        packed = packed.append(k[:, :, 4096:], v[:, :, 4096:])
+        whole = torch.ops.tamis.pack_kv(k, v, packed.tensors[6], None, engine.backend)
+    assert 4097 <= packed.capacity <= 4096 * 9 / 8
+    for ours, theirs in zip(stored(packed), whole, strict=True):
+        assert torch.equal(ours, theirs)
+
+
+@pytest.mark.parametrize("inside", [False, True], ids=["append outside", "append inside"])
+def test_inference_mode_may_end_between_packing_and_appending(engine: Engine, inside: bool) -> None:
+    """Room is left in the last block, so that append writes into what packing made; then it grows."""
+    q, k, v = qkv(q_len=3, kv_len=200)
+    with torch.inference_mode(not inside):
+        packed = pack(engine, k[:, :, :100], v[:, :, :100])
+    for start, stop in ((100, 110), (110, 200)):
+        with torch.inference_mode(inside), engine.selected():
+            packed = packed.append(k[:, :, start:stop], v[:, :, start:stop])
+        with torch.inference_mode(not inside), engine.selected():
+            whole = torch.ops.tamis.pack_kv(k[:, :, :stop], v[:, :, :stop], packed.tensors[6], None, engine.backend)
+        for ours, theirs in zip(stored(packed), whole, strict=True):
+            assert torch.equal(ours, theirs)
+    assert engine.attend(q, packed, None).output.isfinite().all()
+
+
 def test_packing_does_not_alias(engine: Engine) -> None:
     q, k, v = qkv(q_len=3, kv_len=130)
     packed = pack(engine, k, v)
@@ -188,6 +216,14 @@ def test_refusals() -> None:
         packed.append(k.bfloat16(), v.bfloat16())
     with pytest.raises(ValueError, match="key"):
         packed.append(k[:, :1], v[:, :1])
+    with pytest.raises(TypeError, match=r"key.*None"):
+        packed.append(None, v)  # type: ignore[arg-type]
+    with pytest.raises(TypeError, match=r"value.*list"):
+        packed.append(k, [1.0])  # type: ignore[arg-type]
+    with pytest.raises(TypeError, match=r"value.*strided"):
+        packed.append(k, v.to_sparse())
+    with pytest.raises(ValueError, match=r"key.*32"):
+        packed.append(k[0, 0, 0], v[0, 0, 0])
     assert packed.length == 130, "a refused append changes nothing"
 
 

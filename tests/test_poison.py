@@ -192,6 +192,20 @@ def test_tail_of_kv_indices(engine: Engine, precision: str, garbage: int) -> Non
     assert same(engine.attend(q, k, v, dirty, precision=precision), expected)
 
 
+@pytest.mark.parametrize("precision", ["full", "int8"])
+def test_strided_lists(engine: Engine, precision: str) -> None:
+    """The lists of a mask may be views, with garbage between their entries."""
+    q, k, v = qkv(q_len=300, dim=20)
+    mask = block_mask((300, 300), heads=2, density=0.5)
+    counts, indices = (
+        torch.stack([x, torch.full_like(x, 2**31 - 1)], -1)[..., 0] for x in (mask.kv_num_blocks, mask.kv_indices)
+    )
+    assert indices.stride(-1) == 2
+    views = tamis.BlockMask(counts, indices, mask.block_size, mask.seq_lens)
+    expected = engine.attend(q, k, v, mask, precision=precision)
+    assert same(engine.attend(q, k, v, views, precision=precision), expected)
+
+
 CORRUPT = {
     "index past the end": ([2], [[0, 5]]),
     "negative index": ([2], [[-1, 2]]),

@@ -202,7 +202,18 @@ def test_keep_ranges(engine: Engine, settings: dict[str, Any]) -> None:
     assert causal[(seen & (columns | rows[:, None])).expand_as(causal)].all()
 
 
-def keep_argument(keys: list[tuple[int, int]], queries: list[tuple[int, int]]) -> Any:
+def test_keep_ranges_are_slices(any_engine: Engine) -> None:
+    """Negative numbers count from the end, None is open, what lies outside is nothing."""
+    q, k = structured(1000, 1000)
+    plain = oracle.blocks_of(any_engine.predict(tamis.Sparge(topk=0.1, similarity=-1.0), q, k))
+    for span in ((None, 100), (-100, None), (-100, -30), (900, 5000), (500, 400), (1000, 1100), (None, None)):
+        columns = torch.zeros(16, dtype=torch.bool)
+        columns[torch.arange(1000)[slice(*span)] // 64] = True
+        sparse = tamis.Sparge(topk=0.1, similarity=-1.0, keep=keep_argument([span], []))
+        assert torch.equal(oracle.blocks_of(any_engine.predict(sparse, q, k)), plain | columns)
+
+
+def keep_argument(keys: list[Any], queries: list[Any]) -> Any:
     """Key ranges and query ranges as `keep` takes them."""
     return {"keys": keys, "queries": queries}
 

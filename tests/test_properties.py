@@ -214,3 +214,27 @@ def test_any_shape(target: Engine, data: st.DataObject) -> None:
     if draw(st.booleans()):
         options["segments"] = tuple(torch.randint(-1, 3, (n,)) for n in (q_len, kv_len))
     target.check(q, k, v, **options)
+
+
+@given(data=st.data())
+@pytest.mark.parametrize("target", engines(), ids=str)
+def test_any_shape_int8(target: Engine, data: st.DataObject) -> None:
+    draw = data.draw
+    heads, kv_heads = draw(st.sampled_from([(1, 1), (4, 2), (3, 1)]))
+    q_len, kv_len = draw(st.integers(1, 150)), draw(st.integers(1, 270))
+    torch.manual_seed(draw(st.integers(0, 99)))
+    q, k, v = qkv(
+        batch=draw(st.integers(1, 2)),
+        heads=heads,
+        kv_heads=kv_heads,
+        q_len=q_len,
+        kv_len=kv_len,
+        dim=draw(st.integers(1, 70)),
+        value_dim=draw(st.integers(1, 70)),
+        dtype=draw(st.sampled_from([torch.float32, torch.bfloat16, torch.float16])),
+    )
+    options: dict[str, Any] = {"causal": draw(st.booleans()), "window": draw(st.none() | st.integers(1, 100))}
+    if draw(st.booleans()):
+        size = draw(st.sampled_from([(64, 64), (64, 128), (128, 64), (128, 128)]))
+        options["block_mask"] = block_mask((q_len, kv_len), heads=heads, block_size=size)
+    target.check_int8(q, k, v, **options)

@@ -10,9 +10,9 @@ from torch.nn.attention.bias import CausalBias, CausalVariant
 
 from tamis.backends import base
 from tamis.block_mask import BlockMask
-from tamis.call import Call, PerHead, make_call, refuse_gradients
+from tamis.call import DTYPES, Call, PerHead, flatten, make_call, refuse_gradients
 from tamis.errors import UnsupportedError
-from tamis.packed import PackedKV, length_tensor, tails
+from tamis.packed import PackedKV, check_layout, check_tensor, length_tensor, tails
 from tamis.predictors.base import Predictor
 from tamis.predictors.sparge import Sparge
 from tamis.stats import AttentionOutput, AttentionStats
@@ -95,6 +95,9 @@ def attend(
     if block_mask is not None and not isinstance(block_mask, BlockMask):
         raise TypeError(f"block_mask must be a tamis.BlockMask or None, got {type(block_mask).__name__}")
     plain_key = None if isinstance(key, PackedKV) else key
+    for name, tensor in (("query", query), ("key", plain_key), ("value", value), ("attn_mask", attn_mask)):
+        check_layout(tensor, name)
+    check_layout(sink_logits, "sink_logits")
     if packed is not None and precision == "full":
         precision = "int8"
     refuse_gradients(query=query, key=plain_key, value=value, attn_mask=attn_mask, sink_logits=sink_logits)
@@ -281,6 +284,11 @@ def sparse_attention(
         >>> output.shape, 0 < stats.density <= 1
         (torch.Size([1, 4, 1024, 64]), True)
     """
+    for name, tensor in (("query", query), ("key", key), ("value", value)):
+        check_tensor(tensor, name)
+    check_layout(attn_mask, "attn_mask")
+    if not isinstance(is_causal, bool):
+        raise TypeError(f"is_causal must be True or False, got {type(is_causal).__name__}")
     if dropout_p != 0.0:
         raise UnsupportedError(f"dropout_p must be 0: no backend drops attention at random, got {dropout_p}")
     if not enable_gqa:
@@ -323,9 +331,10 @@ def sparse_attention(
 
 
 def _check_equal_heads(query: Tensor, key: Tensor) -> None:
-    shapes = [side.shape for side in (query, key) if isinstance(side, Tensor) and side.dim() > 2]
-    if len(shapes) == 2 and shapes[0][-3] != shapes[1][-3]:
-        raise ValueError(f"key has {shapes[1][-3]} heads and query {shapes[0][-3]}: unequal heads need enable_gqa=True")
+    if min(query.dim(), key.dim()) > 2 and query.shape[-3] != key.shape[-3]:
+        raise ValueError(
+            f"key has {key.shape[-3]} heads and query {query.shape[-3]}: unequal heads need enable_gqa=True"
+        )
 
 
 def pack_kv(key: Tensor, value: Tensor, precision: str = "int8") -> PackedKV:
@@ -337,7 +346,7 @@ def pack_kv(key: Tensor, value: Tensor, precision: str = "int8") -> PackedKV:
         precision: "int8".
 
     Returns:
-        A `PackedKV`, a quarter of the size of float32; `.append` adds keys and values.
+        A `PackedKV`, about a quarter of the size of float32 (plus scales; from head_dim 64 on); `.append` adds to it.
 
     Raises:
         TypeError, ValueError: as `attend`. UnsupportedError: precision "full" or "fp8", or an input requires grad.
@@ -356,6 +365,7 @@ def pack_kv(key: Tensor, value: Tensor, precision: str = "int8") -> PackedKV:
         if precision in ("full", "fp8"):
             raise UnsupportedError(f"precision must be 'int8': key and value are packed in no other, got {precision!r}")
         raise ValueError(f"precision must be 'int8', got {precision!r}")
+    _check_pack(key, value)
     refuse_gradients(key=key, value=value)
     # A call without queries has the same checks and the same choice of a backend.
     call = make_call(key, key, value, precision="int8")
@@ -366,3 +376,22 @@ def pack_kv(key: Tensor, value: Tensor, precision: str = "int8") -> PackedKV:
     tensors = base.pack_kv(call.key, call.value, mean, None, name)
     length = call.kv_len
     return PackedKV((*tensors, mean, length_tensor(length)), length, tails(call.key, call.value), name)
+
+
+def _check_pack(key: Tensor, value: Tensor) -> None:
+    """What `make_call` would say of a query, which packing has none of."""
+    for name, tensor in (("key", key), ("value", value)):
+        check_tensor(tensor, name)
+        if tensor.dtype not in DTYPES:
+            raise TypeError(f"{name} must be float32, bfloat16 or float16, got {tensor.dtype}")
+    if value.dtype != key.dtype:
+        raise TypeError(f"value is {value.dtype} and key {key.dtype}: they must agree")
+    if value.device != key.device:
+        raise ValueError(f"value is on {value.device} and key on {key.device}: they must agree")
+    if value.dim() != key.dim():
+        raise ValueError(f"value has {value.dim()} dimensions and key {key.dim()}: they must agree")
+    batches = flatten(key).shape[0], flatten(value).shape[0]
+    if batches[1] not in (1, batches[0]):
+        raise ValueError(f"value has batch {batches[1]} and key {batches[0]}: they must agree, or value have 1")
+    if key.shape[-1] < 1 or value.shape[-1] < 1:
+        raise ValueError(f"head dims must be at least 1: key has {key.shape[-1]}, value {value.shape[-1]}")

@@ -59,9 +59,7 @@ class BlockMask:
                 kind = tensor.dtype if isinstance(tensor, Tensor) else type(tensor).__name__
                 raise TypeError(f"{name} must be an int32 tensor, got {kind}")
         object.__setattr__(self, "block_size", check_block_size(self.block_size))
-        if len(self.seq_lens) != 2:
-            raise ValueError(f"seq_lens must be (q_len, kv_len), got {self.seq_lens}")
-        object.__setattr__(self, "seq_lens", (self.seq_lens[0], self.seq_lens[1]))
+        object.__setattr__(self, "seq_lens", _check_lens(self.seq_lens))
         if torch.compiler.is_compiling():
             return  # Sizes of a traced graph are symbols: comparing them would fix what must stay free.
         counts, indices = self.kv_num_blocks.shape, self.kv_indices.shape
@@ -113,6 +111,7 @@ class BlockMask:
         dense = dense[(None,) * (4 - dense.dim())]
         if seq_lens is None:
             seq_lens = (dense.shape[2] * block_size[0], dense.shape[3] * block_size[1])
+        seq_lens = _check_lens(seq_lens)
         grid = tuple(geometry.num_blocks(length, block) for length, block in zip(seq_lens, block_size, strict=True))
         if dense.shape[2] != grid[0] or dense.shape[3] != grid[1]:
             raise ValueError(
@@ -229,6 +228,21 @@ class BlockMask:
         # The blank means "nothing kept": a patch with anything in it gets at least the lightest shade.
         levels = (share * (len(_SHADES) - 1)).ceil().to(torch.int64).tolist()
         return ["".join(_SHADES[level] for level in row) for row in levels]
+
+
+def _check_lens(seq_lens: Sequence[int]) -> tuple[int, int]:
+    if not isinstance(seq_lens, (tuple, list)):
+        raise TypeError(f"seq_lens must be (q_len, kv_len), got {type(seq_lens).__name__}")
+    if len(seq_lens) != 2:
+        raise ValueError(f"seq_lens must be (q_len, kv_len), got {tuple(seq_lens)}")
+    if torch.compiler.is_compiling():
+        return seq_lens[0], seq_lens[1]  # These may be symbols.
+    for length in seq_lens:
+        if isinstance(length, bool) or not isinstance(length, (int, torch.SymInt)):
+            raise TypeError(f"seq_lens must be two integers, got {tuple(seq_lens)}")
+        if length < 0:
+            raise ValueError(f"seq_lens must not be negative, got {tuple(seq_lens)}")
+    return seq_lens[0], seq_lens[1]
 
 
 def may_trim(device: torch.device) -> bool:

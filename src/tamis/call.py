@@ -13,11 +13,13 @@ from typing import Protocol, TypeAlias
 
 import torch
 from torch import Tensor
+from torch.nn.attention.bias import CausalBias
 
 from tamis import geometry
 from tamis.errors import UnsupportedError
 
 DTYPES = (torch.float32, torch.bfloat16, torch.float16)
+LARGEST, SMALLEST = torch.finfo(torch.float32).max, torch.finfo(torch.float32).tiny  # numbers become fp32
 PRECISIONS = ("full", "int8", "fp8")
 
 PerHead: TypeAlias = "float | Sequence[float] | Tensor"
@@ -177,6 +179,8 @@ def per_head(setting: PerHead, num_heads: int, name: str, device: torch.device) 
     """A setting as fp32 `[heads]`: one number for all query heads, or one per head."""
     if isinstance(setting, Tensor):
         tensor = setting.to(device=device, dtype=torch.float32)
+    elif not isinstance(setting, (int, float, Sequence)) or isinstance(setting, (str, bytes)):
+        raise TypeError(f"{name} must be one number or one per query head, got {type(setting).__name__}")
     else:
         tensor = torch.tensor(setting, dtype=torch.float32, device=device)
     if tensor.dim() == 0:
@@ -200,8 +204,8 @@ def refuse_gradients(**tensors: Tensor | None) -> None:
 
 def check_block_size(block_size: Sequence[int]) -> tuple[int, int]:
     """A mask's grain: two of 64 and 128."""
-    sizes = tuple(block_size)
-    if len(sizes) != 2 or any(size not in geometry.BLOCK_SIZES for size in sizes):
+    sizes = tuple(block_size) if isinstance(block_size, Sequence) else (block_size,)
+    if len(sizes) != 2 or any(not isinstance(size, int) or size not in geometry.BLOCK_SIZES for size in sizes):
         raise ValueError(f"block_size must be (query, key) with each 64 or 128, got {sizes}")
     return sizes[0], sizes[1]
 
@@ -222,6 +226,11 @@ def _check_inputs(query: Tensor, key: Tensor | None, value: Tensor | None) -> No
             raise ValueError(f"{name} is on {tensor.device} and query on {query.device}: they must agree")
         if tensor.dim() != query.dim():
             raise ValueError(f"{name} has {tensor.dim()} dimensions and query {query.dim()}: they must agree")
+        if tensor.dim() > 4 and tensor.shape[:-3] != query.shape[:-3]:
+            raise ValueError(
+                f"{name} has leading dimensions {tuple(tensor.shape[:-3])} and query {tuple(query.shape[:-3])}: "
+                "they must agree"
+            )
 
 
 def _match_batch(tensor: Tensor, batch: int, name: str) -> Tensor:
@@ -331,8 +340,10 @@ def _expand_mask(
     mask: Tensor, query: Tensor, lead: Sequence[int], kv_len: int, block_size: tuple[int, int]
 ) -> tuple[Tensor, Tensor]:
     """The mask as a `[batch, heads, q_len, kv_len]` view, and what it leaves visible by block, reduced first."""
-    if not isinstance(mask, Tensor):
-        raise TypeError(f"attn_mask must be a tensor, got {type(mask).__name__}")
+    if not isinstance(mask, Tensor) or isinstance(mask, CausalBias):
+        # Torch's bias objects hold no numbers: they are for sparse_attention, which reads what they stand for.
+        hint = ": give causal=True, or call sparse_attention" if isinstance(mask, CausalBias) else ""
+        raise TypeError(f"attn_mask must be a plain tensor, got {type(mask).__name__}{hint}")
     if mask.dtype != torch.bool and mask.dtype not in DTYPES:
         raise TypeError(f"attn_mask must be bool, float32, bfloat16 or float16, got {mask.dtype}")
     if mask.device != query.device:
@@ -373,7 +384,7 @@ def _check_threshold(pv_threshold: PerHead, query: Tensor) -> Tensor:
     # Reading a tensor's values would synchronise a device and break a traced graph: there they are taken as they are.
     readable = not isinstance(pv_threshold, Tensor) or pv_threshold.device.type == "cpu"
     if isinstance(pv_threshold, (int, float)):
-        if not pv_threshold > 0:
+        if not pv_threshold >= SMALLEST:
             raise ValueError(f"pv_threshold must be > 0 (None turns it off), got {pv_threshold}")
     elif readable and not torch.compiler.is_compiling() and not bool((threshold > 0).all()):
         raise ValueError(f"pv_threshold must be > 0 (None turns it off), got {threshold.tolist()}")
@@ -385,7 +396,7 @@ def _check_number(value: float, name: str, *, positive: bool = False) -> float:
         raise TypeError(f"{name} must be a number, got {type(value).__name__}")
     if torch.compiler.is_compiling():
         return value  # May be a symbol there, which has no value to check.
-    if not math.isfinite(value) or (positive and value <= 0):
+    if not abs(value) <= LARGEST or (positive and value < SMALLEST):
         raise ValueError(f"{name} must be finite{' and > 0' if positive else ''}, got {value}")
     return float(value)
 
@@ -397,7 +408,7 @@ def _check_window(window: int | None) -> int | None:
         raise TypeError(f"window must be an integer, got {type(window).__name__}")
     if window < 1:
         raise ValueError(f"window must be at least 1, got {window}")
-    return window
+    return min(window, 2**62)  # no distance is larger, and sums with it fit 64 bits
 
 
 def _check_flag(value: bool, name: str) -> bool:

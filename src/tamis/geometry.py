@@ -90,6 +90,19 @@ def visible_blocks(q_bounds: Tensor, kv_bounds: Tensor, causal: bool, window: in
     return seen
 
 
+def without_hidden(attn_mask: Tensor | None, kv_segments: Tensor | None) -> Tensor | None:
+    """Key segments in which keys that a mask hides from every row are padding: they then shift no mean and no scale."""
+    if attn_mask is None or attn_mask.numel() == 0:
+        return kv_segments
+    for dim in range(3):
+        if attn_mask.stride(dim) == 0:  # an expanded axis says the same everywhere
+            attn_mask = attn_mask.narrow(dim, 0, 1)
+    best = attn_mask.amax((1, 2))
+    shown = best if best.dtype == torch.bool else best != float("-inf")
+    segments = torch.zeros_like(best, dtype=torch.int64) if kv_segments is None else kv_segments
+    return torch.where(shown, segments, -1)
+
+
 def visible_pairs(
     q_positions: Tensor,
     kv_positions: Tensor,

@@ -25,6 +25,7 @@ def merge(outputs: Sequence[Tensor], lses: Sequence[Tensor]) -> AttentionOutput:
         `AttentionOutput` with the dtype of the parts, and no stats.
 
     Raises:
+        TypeError: not two sequences of tensors.
         ValueError: the lists are empty, of different lengths, or the shapes do not fit.
 
     Source: FlashAttention (arXiv 2205.14135), section 3.1.
@@ -38,6 +39,12 @@ def merge(outputs: Sequence[Tensor], lses: Sequence[Tensor]) -> AttentionOutput:
         >>> torch.allclose(both.output, tamis.attend(query, key, value).output, atol=1e-5)
         True
     """
+    for name, parts in (("outputs", outputs), ("lses", lses)):
+        if not isinstance(parts, (Sequence, Tensor)):
+            raise TypeError(f"{name} must be a sequence of tensors, got {type(parts).__name__}")
+        for index, part in enumerate(parts):
+            if not isinstance(part, Tensor):
+                raise TypeError(f"{name}[{index}] must be a tensor, got {type(part).__name__}")
     if len(outputs) == 0 or len(outputs) != len(lses):
         raise ValueError(
             f"outputs and lses must be of one length, at least 1: got {len(outputs)} outputs and {len(lses)} lses"
@@ -50,10 +57,10 @@ def merge(outputs: Sequence[Tensor], lses: Sequence[Tensor]) -> AttentionOutput:
             )
         if lse.shape != output.shape[:-1]:
             raise ValueError(f"lses[{index}] has shape {tuple(lse.shape)}, expected {tuple(output.shape[:-1])}")
-    parts = torch.stack([lse.to(torch.float32) for lse in lses])
-    largest = parts.amax(0)
+    logs = torch.stack([lse.to(torch.float32) for lse in lses])
+    largest = logs.amax(0)
     # An empty row has lse -inf everywhere: subtracting 0 keeps exp() at 0 where -inf - -inf would be NaN.
-    weights = torch.exp(parts - torch.where(largest == float("-inf"), 0.0, largest))
+    weights = torch.exp(logs - torch.where(largest == float("-inf"), 0.0, largest))
     total = weights.sum(0)
     merged = torch.zeros(outputs[0].shape, dtype=torch.float32, device=outputs[0].device)
     for output, weight in zip(outputs, weights, strict=True):

@@ -7,7 +7,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from tamis import geometry
-from tamis.call import flatten
+from tamis.call import flatten, refuse_gradients
 
 TILE = 64
 
@@ -47,7 +47,8 @@ class PackedKV:
             The same object.
 
         Raises:
-            ValueError: shapes differ from what was packed. TypeError: the dtype does.
+            ValueError: shapes differ from what was packed. TypeError: the dtype does, or there is no tensor.
+            UnsupportedError: an input requires grad.
 
         Example:
             >>> import torch, tamis
@@ -56,7 +57,10 @@ class PackedKV:
             >>> packed.append(key[:, :, :1], value[:, :, :1]).length
             101
         """
-        key, value = flatten(key), flatten(value)
+        check_tensor(key, "key")
+        check_tensor(value, "value")
+        refuse_gradients(key=key, value=value)
+        key, value = flatten(key.detach()), flatten(value.detach())
         for name, new, old in (("key", key, self._tail[0]), ("value", value, self._tail[1])):
             if new.dtype != old.dtype:
                 raise TypeError(f"{name} is {new.dtype}, packed was {old.dtype}: they must agree")
@@ -80,11 +84,15 @@ class PackedKV:
         return self
 
     def _reserve(self, blocks: int) -> None:
-        """Make room, at least doubling, so that appending one key at a time copies each block a few times at most."""
+        """Make room that may be written: an eighth more at least, so that appending copies a block rarely."""
         have = self.tensors[0].shape[2]
         if blocks <= have:
+            if not torch.is_inference_mode_enabled():
+                # What torch.inference_mode() made cannot be written outside of it.
+                stores = (store.clone() if store.is_inference() else store for store in self.tensors[:6])
+                self.tensors = (*stores, *self.tensors[6:])
             return
-        extra = max(blocks, 2 * have) - have
+        extra = max(blocks - have, have // 8)
         grown = (F.pad(store, (0, 0) * (store.dim() - 3) + (0, extra)) for store in self.tensors[:6])
         self.tensors = (*grown, *self.tensors[6:])
 
@@ -96,6 +104,21 @@ class PackedKV:
         )
 
 
+def check_tensor(tensor: Tensor, name: str) -> None:
+    """Raise unless it is a strided tensor `[.., seq, dim]`: what must hold before a shape can be looked at."""
+    if not isinstance(tensor, Tensor):
+        raise TypeError(f"{name} must be a tensor, got {type(tensor).__name__}")
+    check_layout(tensor, name)
+    if tensor.dim() < 2:
+        raise ValueError(f"{name} must be [.., seq, dim], got shape {tuple(tensor.shape)}")
+
+
+def check_layout(tensor: object, name: str) -> None:
+    """Raise for a tensor in a sparse layout; what is no tensor is not looked at."""
+    if isinstance(tensor, Tensor) and tensor.layout != torch.strided:
+        raise TypeError(f"{name} must be strided, got {tensor.layout}")
+
+
 def length_tensor(length: int) -> Tensor:
     """The length as the ops take it: on the CPU, so that reading it waits for no device."""
     return torch.tensor([length], dtype=torch.int64)
@@ -104,4 +127,4 @@ def length_tensor(length: int) -> Tensor:
 def tails(key: Tensor, value: Tensor) -> tuple[Tensor, Tensor]:
     """Copies of the keys and values of the unfinished last block."""
     start = key.shape[2] // TILE * TILE
-    return key[:, :, start:].clone(), value[:, :, start:].clone()
+    return key[:, :, start:].detach().clone(), value[:, :, start:].detach().clone()

@@ -7,6 +7,7 @@ exported graphs hold one opaque node. Backends are found by name: a module `tami
 from __future__ import annotations
 
 import importlib
+import re
 from collections.abc import Callable
 from typing import Any, Protocol, cast
 
@@ -14,7 +15,7 @@ import torch
 from torch import Tensor
 
 from tamis import geometry
-from tamis.call import Call
+from tamis.call import LARGEST, SMALLEST, Call
 from tamis.errors import unsupported
 
 BACKENDS = ("cpu", "reference")
@@ -108,6 +109,7 @@ _SCHEMAS = (
     "Tensor? visible, float? softcap, Tensor? sink_logits, str precision, Tensor? pv_threshold, str backend) "
     "-> (Tensor output, Tensor lse, Tensor counts)",
 )
+_ATTEND_NAMES = re.findall(r"(\w+)(?:,|\))", _SCHEMAS[-1].split(" -> ")[0])
 _library: Any = torch.library.Library("tamis", "FRAGMENT")  # type: ignore[no-untyped-call]
 _ops: Any = torch.ops.tamis
 _loaded: dict[str, Backend] = {}
@@ -252,6 +254,38 @@ def _fake_attend(
     )
 
 
+def _check_values(*arguments: object) -> None:
+    """Shapes and values of an `attend` op when it runs: a compiled graph passed the door with other ones.
+
+    Native code trusts these shapes, so nothing may reach it without this.
+    """
+    call = dict(zip(_ATTEND_NAMES, arguments, strict=False))
+    query = cast(Tensor, call["query"])
+    batch, heads, q_len, _ = query.shape
+    q_blocks = geometry.num_blocks(q_len, cast(int, call["block_q"]))
+    num, indices = cast("Tensor | None", call["kv_num_blocks"]), cast("Tensor | None", call["kv_indices"])
+    if num is not None and indices is not None:
+        if num.shape != (batch, heads, q_blocks) or indices.shape[:3] != num.shape:
+            raise ValueError(
+                f"block_mask has lists {tuple(num.shape)} and {tuple(indices.shape)}, expected "
+                f"({batch}, {heads}, {q_blocks}) and ({batch}, {heads}, {q_blocks}, max_blocks)"
+            )
+        if num.dtype != torch.int32 or indices.dtype != torch.int32:
+            raise TypeError(f"block_mask must hold int32 lists, got {num.dtype} and {indices.dtype}")
+    softcap, scale = cast("float | None", call["softcap"]), cast(float, call["scale"])
+    if softcap is not None and not (SMALLEST <= softcap <= LARGEST):
+        raise ValueError(f"softcap must be finite and > 0, got {softcap}")
+    if not abs(scale) <= LARGEST:
+        raise ValueError(f"scale must be finite, got {scale}")
+    for name in ("pv_threshold", "sink_logits"):
+        setting = cast("Tensor | None", call[name])
+        if setting is not None and setting.shape != (heads,):
+            raise ValueError(f"{name} must be [{heads}] (query heads), got {tuple(setting.shape)}")
+    threshold = cast("Tensor | None", call["pv_threshold"])
+    if threshold is not None and threshold.device.type == "cpu" and not bool((threshold > 0).all()):
+        raise ValueError(f"pv_threshold must be > 0 (None turns it off), got {threshold.tolist()}")
+
+
 def _register() -> None:
     fakes: dict[str, Callable[..., object]] = {
         "key_mean": _fake_key_mean,
@@ -264,6 +298,8 @@ def _register() -> None:
         name = schema.split("(")[0]
 
         def run(*arguments: object, _name: str = name) -> object:
+            if _name == "attend":
+                _check_values(*arguments)
             return getattr(load(cast(str, arguments[-1])), _name)(*arguments[:-1])
 
         _library.define(schema, tags=(torch.Tag.pt2_compliant_tag,))

@@ -18,6 +18,7 @@ import torch
 from torch import Tensor
 
 import tamis
+from tamis import geometry
 from tamis.backends import native
 from tamis.call import Call
 
@@ -186,15 +187,15 @@ def select(
     kv_heads, kv_blocks = k_means.shape[1:3]
     floats = [q_means, q_similarity, k_means, k_similarity, similarity, cdf, topk]
     dense = [None if t is None else t.to(torch.float32).contiguous() for t in floats]
-    geometry = native.Geometry()
+    places = native.Geometry()
     kept = native.fill_geometry(
-        geometry, (q_len, kv_len), (block_q, block_kv), causal, window, (None,) * 4, q_bounds, kv_bounds, visible
+        places, (q_len, kv_len), (block_q, block_kv), causal, window, (None,) * 4, q_bounds, kv_bounds, visible
     )
     args = native.Select()
     args.batch, args.heads, args.kv_heads, args.head_dim = batch, heads, kv_heads, head_dim
     args.q_means, args.q_similarity, args.k_means, args.k_similarity = (native.pointer(t) for t in dense[:4])
     args.similarity, args.cdf, args.topk = (native.pointer(t) for t in dense[4:])
-    args.scale, args.sink, args.geometry = scale, sink, geometry
+    args.scale, args.sink, args.geometry = scale, sink, places
     if must is not None:
         args.must = must.data_ptr()
         args.must_stride[:] = native.broadcast_strides(must)
@@ -317,7 +318,7 @@ def attend(
     args.threads = _threads(batch * heads * q_len * kv_len * (head_dim + args.value_dim) // 8)
     if precision == "int8" and not packed:
         assert key is not None and value is not None
-        packed = _pack_for_call(args, key, value, kv_segments, softcap)
+        packed = _pack_for_call(args, key, value, geometry.without_hidden(attn_mask, kv_segments), softcap)
         args.packed = _packed_struct(packed)
     _run("attend", args)
     del kept

@@ -54,8 +54,9 @@ def key_mean(key: Tensor, segments: Tensor | None, used: Tensor | None) -> Tenso
         counts = counts & (segments >= 0)[:, None]
     if used is not None:
         counts = counts & used.repeat_interleave(TILE, -1)[..., : key.shape[2]]
-    total = torch.where(counts[..., None], x, 0.0).sum(2)
-    return total / counts.sum(2, keepdim=True).clamp(min=1)
+    number = counts.sum(2, keepdim=True).clamp(min=1)
+    # In fp64: the sum of keys near the end of the fp32 range does not fit there.
+    return (torch.where(counts[..., None], x, 0.0).sum(2, dtype=torch.float64) / number).to(torch.float32)
 
 
 def summarize(x: Tensor, block: int, mean: Tensor | None, segments: Tensor | None) -> tuple[Tensor, Tensor]:
@@ -113,8 +114,9 @@ def select(
     seen = geometry.visible_blocks(q_bounds, kv_bounds, causal, window)[:, None]
     seen = (seen if visible is None else seen & visible).expand(scores.shape)
 
-    scores = torch.where(seen & ~k_mixed[:, :, None], scores, _MINUS_INF)
-    kept = _choose(scores, seen.sum(-1), cdf, topk)
+    broken = ~scores.isfinite()  # too large to compare: kept, as what cannot be judged is
+    scores = torch.where(seen & ~k_mixed[:, :, None] & ~broken, scores, _MINUS_INF)
+    kept = _choose(scores, seen.sum(-1), cdf, topk) | broken
     kept = kept | q_mixed[..., None] | k_mixed[:, :, None]
     if sink and kept.shape[-1] > 0:
         kept[..., 0] = True
@@ -206,9 +208,10 @@ def attend(
     operands: _Operands
     if precision == "int8":
         if key is not None and value is not None:
-            mean = key_mean(key, kv_segments, _used_tiles(kept, key.shape[1], block_kv, kv_len))
+            counted = geometry.without_hidden(attn_mask, kv_segments)
+            mean = key_mean(key, counted, _used_tiles(kept, key.shape[1], block_kv, kv_len))
             mean = torch.zeros_like(mean) if softcap is not None else mean
-            packed = [*pack_kv(key, value, mean, kv_segments), mean]
+            packed = [*pack_kv(key, value, mean, counted), mean]
         operands = _Int8(query, packed, scale, shift_scores=softcap is not None)
     else:
         assert key is not None

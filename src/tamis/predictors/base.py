@@ -12,6 +12,7 @@ from torch import Tensor
 from tamis import geometry
 from tamis.block_mask import BlockMask
 from tamis.call import Call
+from tamis.packed import check_layout
 
 Range: TypeAlias = "tuple[int | None, int | None]"
 
@@ -56,12 +57,25 @@ class Keep:
 
     def __post_init__(self) -> None:
         for name in ("keys", "queries"):
-            ranges = tuple(tuple(item) for item in getattr(self, name))
-            for item in ranges:
-                whole = all(end is None or (isinstance(end, int) and not isinstance(end, bool)) for end in item)
-                if len(item) != 2 or not whole:
-                    raise ValueError(f"keep: {name} must be ranges (start, stop) of integers or None, got {item}")
-            object.__setattr__(self, name, ranges)
+            given = getattr(self, name)
+            if not isinstance(given, Sequence):
+                raise TypeError(f"keep: {name} must be ranges (start, stop), got {type(given).__name__}")
+            object.__setattr__(self, name, tuple(_range(item, name) for item in given))
+
+
+_OPEN = 2**62
+
+
+def _range(item: Range, name: str) -> Range:
+    if not isinstance(item, Sequence):
+        raise TypeError(f"keep: {name} must be ranges (start, stop), got {item!r}")
+    ends = tuple(item)
+    whole = all(end is None or (isinstance(end, int) and not isinstance(end, bool)) for end in ends)
+    if len(ends) != 2 or not whole:
+        raise ValueError(f"keep: {name} must be ranges (start, stop) of integers or None, got {ends}")
+    if any(end is not None and not -_OPEN <= end <= _OPEN for end in ends):
+        raise ValueError(f"keep: {name} must have ends within -2**62 .. 2**62, got {ends}")
+    return ends[0], ends[1]
 
 
 def as_keep(keep: Keep | Mapping[str, Sequence[Range]] | None) -> Keep | None:
@@ -70,10 +84,16 @@ def as_keep(keep: Keep | Mapping[str, Sequence[Range]] | None) -> Keep | None:
         return keep
     if not isinstance(keep, Mapping):
         raise TypeError(f"keep must be a Keep, a mapping or None, got {type(keep).__name__}")
-    unknown = sorted(set(keep) - {"keys", "queries"})
+    unknown = [name for name in keep if name not in ("keys", "queries")]
     if unknown:
         raise ValueError(f"keep knows 'keys' and 'queries', got {unknown}")
     return Keep(**keep)
+
+
+def detached(tensor: Tensor, name: str) -> Tensor:
+    """A predictor's input without its gradient, which a mask has none of; what is no tensor `make_call` refuses."""
+    check_layout(tensor, name)
+    return tensor.detach() if isinstance(tensor, Tensor) else tensor
 
 
 def must_blocks(call: Call, keep: Keep | None, *, diagonal: bool) -> Tensor:
@@ -96,9 +116,6 @@ def must_blocks(call: Call, keep: Keep | None, *, diagonal: bool) -> Tensor:
         call.kv_segments,
     )
     return table
-
-
-_OPEN = 2**62
 
 
 def _flat(ranges: Sequence[Range]) -> list[int]:

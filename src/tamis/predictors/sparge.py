@@ -8,10 +8,11 @@ from typing import TypeAlias
 
 from torch import Tensor
 
+from tamis import geometry
 from tamis.backends import base as backends
 from tamis.block_mask import BlockMask, may_trim
 from tamis.call import Call, make_call, per_head
-from tamis.predictors.base import Keep, Range, as_keep, must_blocks
+from tamis.predictors.base import Keep, Range, as_keep, detached, must_blocks
 
 Setting: TypeAlias = "float | Sequence[float] | Tensor"
 
@@ -87,8 +88,8 @@ class Sparge:
     ) -> BlockMask:
         """Predict a `BlockMask` for every query head; the arguments are those of `attend`."""
         call = make_call(
-            query.detach(),
-            key.detach(),
+            detached(query, "query"),
+            detached(key, "key"),
             None,
             block_size=block_size,
             causal=causal,
@@ -101,9 +102,10 @@ class Sparge:
         name = backends.choose(call, backend)
         assert call.key is not None
         block_q, block_kv = call.block_size
-        mean = backends.key_mean(call.key, call.kv_segments, None, name)
+        counted = geometry.without_hidden(call.attn_mask, call.kv_segments)
+        mean = backends.key_mean(call.key, counted, None, name)
         q_means, q_similarity = backends.summarize(call.query, block_q, None, call.q_segments, name)
-        k_means, k_similarity = backends.summarize(call.key, block_kv, mean, call.kv_segments, name)
+        k_means, k_similarity = backends.summarize(call.key, block_kv, mean, counted, name)
         lists = backends.select(
             q_means,
             q_similarity,
@@ -147,6 +149,8 @@ def _numbers(setting: Setting, name: str, allowed: str) -> float | tuple[float, 
     if not isinstance(setting, (int, float, Sequence)) or isinstance(setting, str):
         raise TypeError(f"{name} must be a number or one per query head, got {setting!r}")
     values = [setting] if isinstance(setting, (int, float)) else list(setting)
+    if not values:
+        raise ValueError(f"{name} must be a number or one per query head, got an empty sequence")
     for value in values:
         if isinstance(value, bool) or not isinstance(value, (int, float)):
             raise TypeError(f"{name} must be a number or one per query head, got {value!r}")

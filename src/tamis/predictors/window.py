@@ -12,7 +12,7 @@ from tamis import geometry
 from tamis.backends import base
 from tamis.block_mask import BlockMask, block_lists, may_trim
 from tamis.call import make_call
-from tamis.predictors.base import Keep, Range, as_keep, must_blocks
+from tamis.predictors.base import Keep, Range, as_keep, detached, must_blocks
 
 
 @dataclass(frozen=True)
@@ -47,8 +47,8 @@ class Window:
             value = getattr(self, name)
             if isinstance(value, bool) or not isinstance(value, int):
                 raise TypeError(f"{name} must be an integer, got {type(value).__name__}")
-            if value < least:
-                raise ValueError(f"{name} must be at least {least}, got {value}")
+            if not least <= value <= 2**62:
+                raise ValueError(f"{name} must be at least {least} and at most 2**62, got {value}")
         object.__setattr__(self, "keep", as_keep(self.keep))
 
     def __call__(
@@ -67,8 +67,8 @@ class Window:
     ) -> BlockMask:
         """Make the `BlockMask`; the arguments are those of `attend`. Every backend's mask is the same."""
         call = make_call(
-            query.detach(),
-            key.detach(),
+            detached(query, "query"),
+            detached(key, "key"),
             None,
             block_size=block_size,
             causal=causal,
