@@ -74,7 +74,7 @@ class Perplexities:
     def __init__(self) -> None:
         self.asked: list[Any] = []
 
-    def __call__(self, settings: measure.Settings | None) -> float:
+    def __call__(self, settings: measure.Settings | None, start: int) -> float:
         self.asked.append(settings)
         if settings is None:
             return 10.0

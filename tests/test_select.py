@@ -153,7 +153,9 @@ def test_topk_counts_blocks_without_mass(engine: Engine, scale: float) -> None:
     """Of a softmax so peaked that all but one block underflow to 0, and of one so flat that all are equal."""
     kept = chosen(**summaries(1000, 1500), topk=0.5, scale=scale, engine=engine)
     assert (kept.sum(-1) == 12).all()
-    assert (chosen(**summaries(1000, 1500), topk=0.5, cdf=0.1, scale=scale, engine=engine).sum(-1) == 12).all()
+    union = chosen(**summaries(1000, 1500), topk=0.5, cdf=0.1, scale=scale, engine=engine).sum(-1)
+    ties = 3 if scale == 0 else 0  # the tenth of the mass may be other blocks than the half of the blocks
+    assert ((union >= 12) & (union <= 12 + ties)).all()
 
 
 def diagonal_blocks(q_len: int, kv_len: int) -> Tensor:

@@ -19,7 +19,7 @@ from tamis.stats import AttentionOutput, AttentionStats
 
 IntPair: TypeAlias = "tuple[Tensor | None, Tensor | None]"
 
-DEFAULT_PV_THRESHOLD = 3.0  # measured by `tamis bench defaults`, as the defaults of Sparge are
+DEFAULT_PV_THRESHOLD = 3.5  # measured by `tamis bench defaults`, as the defaults of Sparge are
 
 
 def attend(
