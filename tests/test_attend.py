@@ -177,6 +177,20 @@ def test_leading_dims(engine: Engine, shape: tuple[int, ...]) -> None:
     oracle.assert_within(result.output.reshape(expected.output.shape), expected.output, plain.output)
 
 
+@pytest.mark.parametrize(
+    "shape", [(70, 130), (2, 70, 130), (3, 1, 1, 130), (2, 1, 1, 70, 130), (1, 1, 1, 70, 1), (2, 3, 2, 70, 130)]
+)
+def test_masks_of_five_dims(engine: Engine, shape: tuple[int, ...]) -> None:
+    """As in torch a mask broadcasts against all leading dims."""
+    q, k, v = torch.randn(2, 3, 2, 70, 24), torch.randn(2, 3, 2, 130, 24), torch.randn(2, 3, 2, 130, 8)
+    mask = torch.rand(shape) > 0.3
+    flat = [x.flatten(0, 1) for x in (q, k, v)]
+    spread: dict[str, Any] = {"attn_mask": mask.expand(2, 3, 2, 70, 130).flatten(0, 1)}
+    truth = oracle.attention(*flat, **spread).output
+    output = engine.attend(q, k, v, attn_mask=mask).output.flatten(0, 1)
+    oracle.assert_within(output, truth, oracle.attention(*flat, **spread, dtype=torch.float32).output)
+
+
 def test_scale(engine: Engine) -> None:
     q, k, v = qkv(q_len=70, dim=24)
     for scale in (1.0, 0.01, 3.0, -0.5, 0.0):

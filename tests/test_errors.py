@@ -38,6 +38,7 @@ def positions(q: Any, kv: Any) -> tuple[Any, Any]:
 
 MASK = block_mask((70, 130))
 META = torch.randn(1, 2, 130, 32, device="meta")
+META_MASK = tamis.BlockMask(MASK.kv_num_blocks.to("meta"), MASK.kv_indices.to("meta"), MASK.block_size, MASK.seq_lens)
 
 VALUE_ERRORS: dict[str, tuple[Callable[[], Any], str]] = {
     "heads that do not divide": (
@@ -106,6 +107,11 @@ VALUE_ERRORS: dict[str, tuple[Callable[[], Any], str]] = {
     "window predictor": (lambda: tamis.Window(0), "size"),
     "window predictor's sink": (lambda: tamis.Window(64, sink=-1), "sink"),
     "predicting with other heads": (predict(key=torch.randn(1, 3, 130, 32)), "key has 3 heads"),
+    "packing precision": (lambda: tamis.pack_kv(*qkv()[1:], precision="int4"), "precision.*int4"),
+    "head_dim 0": (attend(query=torch.randn(1, 4, 70, 0), key=torch.randn(1, 2, 130, 0)), "head"),
+    "block_mask device": (attend(block_mask=META_MASK), "block_mask.*meta"),
+    "sinks on another device": (attend(sink_logits=torch.randn(4, device="meta")), "sink_logits.*meta"),
+    "dense table of one dim": (lambda: tamis.BlockMask.from_dense(torch.ones(4, dtype=torch.bool)), "dense"),
     "merging nothing": (lambda: tamis.merge([], []), "outputs"),
     "merging unequal lists": (lambda: tamis.merge([torch.randn(1, 1, 3, 4)], []), "lses"),
     "sdpa with one dim": (lambda: tamis.sparse_attention(*(torch.randn(8),) * 3, is_causal=True), r"query.*\(8,\)"),
@@ -222,6 +228,9 @@ TYPE_ERRORS: dict[str, tuple[Callable[[], Any], str]] = {
         lambda: tamis.merge([torch.randn(1, 1, 3, 4)], None),  # type: ignore[arg-type]
         "lses.*None",
     ),
+    "keep of another kind": (lambda: tamis.Sparge(keep=[(0, 5)]), "keep"),  # type: ignore[arg-type]
+    "cdf of something else": (lambda: tamis.Sparge(cdf=["most"]), "cdf"),  # type: ignore[list-item]
+    "window predictor's size": (lambda: tamis.Window(2.5), "size"),  # type: ignore[arg-type]
     "integer predicted": (predict(query=torch.ones(1, 4, 70, 32, dtype=torch.int64)), "query.*int64"),
 }
 
@@ -323,6 +332,12 @@ def test_a_named_backend_never_falls_back(monkeypatch: pytest.MonkeyPatch) -> No
                 stats = tamis.attend(q, k, v).stats
                 assert stats is not None
                 assert stats.backend == other
+
+
+def test_the_cpu_backend_takes_cpu_tensors() -> None:
+    x = torch.randn(1, 2, 130, 32, device="meta")
+    with pytest.raises(tamis.UnsupportedError, match=r"cpu: .*CPU tensors"):
+        tamis.attend(x, x, x, backend="cpu")
 
 
 def test_large_head_dims_are_refused_or_right(engine: Engine) -> None:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import os
 import platform
+import shutil
 import subprocess
 import sys
 from pathlib import Path
@@ -84,6 +85,37 @@ def test_environment_with_a_wrong_name() -> None:
     assert result.returncode != 0
     assert "TAMIS_CPU_TARGET" in result.stderr
     assert "pentium" in result.stderr
+
+
+@pytest.mark.parametrize("broken", [False, True], ids=["missing", "broken"])
+def test_without_the_native_library(tmp_path: Path, broken: bool) -> None:
+    """A package without it, or with one that does not load, runs on the reference and says why not on the cpu."""
+    package = tmp_path / "tamis"
+    shutil.copytree(
+        Path(tamis.__file__).parent, package, ignore=shutil.ignore_patterns("*.so", "*.dylib", "__pycache__")
+    )
+    if broken:
+        (package / "libtamis_cpu.so").write_bytes(b"not a library")
+    code = f"""
+import sys
+# An editable install finds the package before the path does.
+sys.meta_path[:] = [finder for finder in sys.meta_path if "editable" not in type(finder).__module__]
+sys.path.insert(0, {str(tmp_path)!r})
+import torch, tamis
+assert tamis.__file__.startswith({str(tmp_path)!r}), tamis.__file__
+x = torch.randn(1, 1, 70, 8)
+print(tamis.attend(x, x, x).stats.backend)
+try:
+    tamis.attend(x, x, x, backend="cpu")
+except tamis.UnsupportedError as error:
+    print(error)
+"""
+    result = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=False)
+    assert result.returncode == 0, result.stderr
+    ran, *reasons = result.stdout.splitlines()
+    assert ran == "reference"
+    assert any(line.strip().startswith("cpu: ") and "library" in line for line in reasons)
+    assert any(line.strip().startswith("reference: ") for line in reasons)
 
 
 @pytest.mark.skipif(not cpu_targets(), reason="no native backend")
