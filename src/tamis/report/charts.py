@@ -162,7 +162,7 @@ def error_chart(layers: Sequence[Part], label: str) -> Markup:
 
 def log_range(layers: Sequence[Part], values: Sequence[float]) -> tuple[float, float]:
     """The exponents of round numbers (1, 2 or 5 times a power of ten) around every layer's median and worst error."""
-    medians = [m for layer in layers if (m := numbers.median(per_head(layer, "relative_l1")))]
+    medians = [m for layer in layers if (m := numbers.median(per_head(layer, "relative_l1")) or 0) > 0]
     smallest, largest = min(medians or values), max(values)
     floor, ceiling = math.floor(math.log10(smallest)), math.ceil(math.log10(largest))
     low = floor + max(step for step in ROUND if 10 ** (floor + step) <= smallest * 1.0001)
