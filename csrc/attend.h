@@ -52,7 +52,7 @@ typedef struct {
   int8_t* key;            /* [batch, kv_heads, capacity, 64, dim4] */
   float* key_scale;       /* [batch, kv_heads, capacity] */
   int32_t* key_sum;       /* [batch, kv_heads, capacity, 64]: sum of a key's int8 entries */
-  int8_t* value;          /* [batch, kv_heads, capacity, 16, value_dim, 4] */
+  int8_t* value;          /* [batch, kv_heads, capacity, value_dim, 64] */
   float* value_scale;     /* [batch, kv_heads, capacity, value_dim] */
   int32_t* value_sum;     /* [batch, kv_heads, capacity, value_dim] */
   float* key_mean;        /* [batch, kv_heads, head_dim] */

@@ -5,12 +5,10 @@
 
 #include "engine_full.h"
 #include "engine_int8.h"
-
-// The running state of an item's rows.
-struct State {
-  float *m, *l, *o;  // [rows], [rows], [tiles][value_dim][32]
-  float *s, *rows;   // a tile of scores; a tile of fp32 rows
-};
+#include "state.h"
+#ifdef TAMIS_AMX
+#include "engine_amx.h"
+#endif
 
 static inline bool group_moves(const vf& block_top, const vf& top, const float* real, float threshold) {
   // `real` is -inf on rows beyond the last one. No row with block_top - top > -threshold: skip.
@@ -95,6 +93,36 @@ static int64_t visit_tile(Engine& e, const Item& it, State& st, int64_t tile, in
   return done;
 }
 
+// The 64 keys from j0 against all row tiles, of which `sights` says how much each sees. Adds the rows whose PV
+// product is done, times `weight`.
+template <class Engine>
+static void visit_part(Engine& e, const Item& it, State& st, const Sight* sights, int64_t j0, int64_t keys,
+                       double weight) {
+  const float threshold = e.a.pv_threshold ? e.a.pv_threshold[it.h] : 0.f;
+  float real[kTileRows];
+  int64_t done = 0;
+  e.set_block(it, j0, keys);
+  for (int64_t tile = 0; tile * kTileRows < it.rows; ++tile) {
+    const int64_t rows = least(kTileRows, it.rows - tile * kTileRows);
+    if (sights[tile] == Sight::none) {
+      done += rows;
+      continue;
+    }
+    for (int64_t i = 0; i < kTileRows; ++i) real[i] = i < rows ? 0.f : -INFINITY;
+    done += visit_tile(e, it, st, tile, rows, sights[tile], j0, threshold, real);
+  }
+  st.pv += (double)done * weight;
+}
+template <class Engine>
+static void finish_parts(Engine&, const Item&, State&) {}
+#ifdef TAMIS_AMX
+static void visit_part(AmxEngine& e, const Item& it, State& st, const Sight* sights, int64_t j0, int64_t keys,
+                       double weight) {
+  e.visit_part(it, st, sights, j0, keys, weight);
+}
+static void finish_parts(AmxEngine& e, const Item& it, State& st) { e.finish(it, st); }
+#endif
+
 // Divides by the denominator, adds the sink to it, writes output and log-sum-exp.
 template <class Engine>
 static void finish_item(Engine& e, const Item& it, State& st) {
@@ -132,25 +160,19 @@ static void finish_item(Engine& e, const Item& it, State& st) {
   }
 }
 
-// Returns false where the row of the mask is corrupt: nothing out of range is ever read.
+// The key blocks that a block of query rows visits; `list` null: all.
+struct Blocks {
+  const int32_t* list;
+  int64_t count;
+};
+
+// Some rows of a query block against all its key blocks. Returns their PV products, 1 for each block of one row.
 template <class Engine>
-static bool attend_item(Engine& e, const Item& it, State& st) {
+static double attend_rows(Engine& e, const Item& it, State& st, const Blocks& blocks) {
   const tamis_attend_args& a = e.a;
   const tamis_geometry& g = a.geometry;
-  const int64_t tiles = blocks_of(it.rows, kTileRows), kv_blocks = blocks_of(g.kv_len, g.block_kv);
-  const int64_t ld = round_up(a.head_dim, 16);
-  const float threshold = a.pv_threshold ? a.pv_threshold[it.h] : 0.f;
-  float real[kTileRows];
-
-  const int32_t* list = nullptr;
-  int64_t count = kv_blocks;
-  if (a.kv_num_blocks) {
-    count = a.kv_num_blocks[it.b * a.num_stride[0] + it.h * a.num_stride[1] + it.qb * a.num_stride[2]];
-    list = a.kv_indices + it.b * a.idx_stride[0] + it.h * a.idx_stride[1] + it.qb * a.idx_stride[2];
-    if (count < 0 || count > a.max_blocks) return false;
-    for (int64_t n = 0; n < count; ++n)
-      if (list[n] < 0 || list[n] >= kv_blocks || (n && list[n] <= list[n - 1])) return false;
-  }
+  const int64_t tiles = blocks_of(it.rows, kTileRows), ld = round_up(a.head_dim, 16);
+  Sight sights[Engine::kRowsAtOnce / kTileRows];
   for (int64_t tile = 0; tile < tiles; ++tile) {
     const int64_t rows = least(kTileRows, it.rows - tile * kTileRows);
     memset(st.rows, 0, kTileRows * ld * 4);
@@ -161,34 +183,51 @@ static bool attend_item(Engine& e, const Item& it, State& st) {
   for (int64_t i = 0; i < tiles * kTileRows; ++i) st.m[i] = -INFINITY, st.l[i] = 0.f;
   memset(st.o, 0, tiles * kTileRows * a.value_dim * 4);
 
-  double qk = 0, pv = 0;
-  for (int64_t n = 0; n < count; ++n) {
-    const int64_t kb = list ? list[n] : n;
+  st.pv = 0;
+  for (int64_t n = 0; n < blocks.count; ++n) {
+    const int64_t kb = blocks.list ? blocks.list[n] : n;
     if (!block_visible(g, it.b, it.h, it.qb, kb)) continue;
     const int64_t j_end = least((kb + 1) * g.block_kv, g.kv_len);
-    int64_t done = 0, parts = 0;
-    for (int64_t j0 = kb * g.block_kv; j0 < j_end; j0 += kKeys, ++parts) {
+    const double weight = 1. / (double)blocks_of(j_end - kb * g.block_kv, kKeys);
+    for (int64_t j0 = kb * g.block_kv; j0 < j_end; j0 += kKeys) {
       const int64_t keys = least(kKeys, j_end - j0);
-      e.set_block(it, j0, keys);
       for (int64_t tile = 0; tile < tiles; ++tile) {
-        const int64_t rows = least(kTileRows, it.rows - tile * kTileRows), i0 = it.i0 + tile * kTileRows;
-        const Sight s = sight(g, it.b, it.qb, kb, i0, i0 + rows, j0, j0 + keys);
-        if (s == Sight::none) {
-          done += rows;
-          continue;
-        }
-        for (int64_t i = 0; i < kTileRows; ++i) real[i] = i < rows ? 0.f : -INFINITY;
-        done += visit_tile(e, it, st, tile, rows, s, j0, threshold, real);
+        const int64_t i0 = it.i0 + tile * kTileRows, i1 = least(i0 + kTileRows, it.i0 + it.rows);
+        sights[tile] = sight(g, it.b, it.qb, kb, i0, i1, j0, j0 + keys);
       }
+      visit_part(e, it, st, sights, j0, keys, weight);
     }
-    qk += 1;
-    pv += (double)done / (double)(it.rows * parts);
   }
-  double visible = 0;
-  for (int64_t kb = 0; kb < kv_blocks; ++kb) visible += block_visible(g, it.b, it.h, it.qb, kb);
-  double* counts = a.counts + ((it.b * a.heads + it.h) * blocks_of(g.q_len, g.block_q) + it.qb) * 3;
-  counts[0] = visible, counts[1] = qk, counts[2] = pv;
+  finish_parts(e, it, st);
   finish_item(e, it, st);
+  return st.pv;
+}
+
+// Returns false where the row of the mask is corrupt: nothing out of range is ever read.
+template <class Engine>
+static bool attend_item(Engine& e, const Item& it, State& st) {
+  const tamis_attend_args& a = e.a;
+  const tamis_geometry& g = a.geometry;
+  const int64_t kv_blocks = blocks_of(g.kv_len, g.block_kv);
+  Blocks blocks{nullptr, kv_blocks};
+  if (a.kv_num_blocks) {
+    blocks.count = a.kv_num_blocks[it.b * a.num_stride[0] + it.h * a.num_stride[1] + it.qb * a.num_stride[2]];
+    blocks.list = a.kv_indices + it.b * a.idx_stride[0] + it.h * a.idx_stride[1] + it.qb * a.idx_stride[2];
+    if (blocks.count < 0 || blocks.count > a.max_blocks) return false;
+    for (int64_t n = 0; n < blocks.count; ++n)
+      if (blocks.list[n] < 0 || blocks.list[n] >= kv_blocks || (n && blocks.list[n] <= blocks.list[n - 1])) return false;
+  }
+  double visible = 0, qk = 0, pv = 0;
+  for (int64_t kb = 0; kb < kv_blocks; ++kb) visible += block_visible(g, it.b, it.h, it.qb, kb);
+  for (int64_t n = 0; n < blocks.count; ++n)
+    qk += block_visible(g, it.b, it.h, it.qb, blocks.list ? blocks.list[n] : n);
+  for (int64_t i = 0; i < it.rows; i += Engine::kRowsAtOnce) {
+    Item rows = it;
+    rows.i0 += i, rows.rows = least(Engine::kRowsAtOnce, it.rows - i);
+    pv += attend_rows(e, rows, st, blocks);
+  }
+  double* counts = a.counts + ((it.b * a.heads + it.h) * blocks_of(g.q_len, g.block_q) + it.qb) * 3;
+  counts[0] = visible, counts[1] = qk, counts[2] = pv / (double)it.rows;
   return true;
 }
 
@@ -235,4 +274,10 @@ static int attend_all(const tamis_attend_args& a) {
   return error;
 }
 
-static int attend(const tamis_attend_args* a) { return a->int8 ? attend_all<Int8Engine>(*a) : attend_all<FullEngine>(*a); }
+#ifdef TAMIS_AMX
+typedef AmxEngine QuantisedEngine;
+#else
+typedef Int8Engine QuantisedEngine;
+#endif
+
+static int attend(const tamis_attend_args* a) { return a->int8 ? attend_all<QuantisedEngine>(*a) : attend_all<FullEngine>(*a); }

@@ -1,6 +1,11 @@
 // The C ABI: finds the target by name and calls it. This file and baseline are compiled for the oldest
 // processor of the platform.
 #include <string.h>
+#if defined(__x86_64__) && defined(__linux__)
+#include <cpuid.h>
+#include <sys/syscall.h>
+#include <unistd.h>
+#endif
 
 #include "geometry.h"
 #include "target.h"
@@ -8,6 +13,9 @@
 extern const tamis_kernels tamis_kernels_baseline;
 #if defined(__x86_64__)
 extern const tamis_kernels tamis_kernels_avx2, tamis_kernels_avx512, tamis_kernels_avx512_vnni;
+#endif
+#ifdef TAMIS_HAS_AMX
+extern const tamis_kernels tamis_kernels_amx;
 #endif
 
 namespace {
@@ -31,8 +39,27 @@ bool has_avx512() {
 bool has_vnni() { return has_avx512() && __builtin_cpu_supports("avx512vnni"); }
 #endif
 
+#ifdef TAMIS_HAS_AMX
+// Tiles are too much state to be on for everybody: Linux wants to be asked once per process, and may say no.
+bool ask_for_tiles() {
+  unsigned a, b, c, d;
+  if (!__get_cpuid_count(7, 0, &a, &b, &c, &d)) return false;
+  const unsigned bf16 = 1u << 22, tile = 1u << 24, int8 = 1u << 25;
+  if ((d & (bf16 | tile | int8)) != (bf16 | tile | int8)) return false;
+  const long request_permission = 0x1023, tile_data = 18;
+  return syscall(SYS_arch_prctl, request_permission, tile_data) == 0;
+}
+bool has_amx() {
+  static const bool granted = has_vnni() && ask_for_tiles();
+  return granted;
+}
+#endif
+
 // Best first.
 const Target kTargets[] = {
+#ifdef TAMIS_HAS_AMX
+    {"amx", &tamis_kernels_amx, has_amx},
+#endif
 #if defined(__x86_64__)
     {"avx512_vnni", &tamis_kernels_avx512_vnni, has_vnni},
     {"avx512", &tamis_kernels_avx512, has_avx512},

@@ -44,8 +44,8 @@ static inline void qk_int8(const uint8_t* q, const int8_t* k, int64_t ld, int64_
 }
 
 template <int R, int N>
-static inline void pv_int8(const uint8_t* p, const int8_t* v, int64_t value_dim, int64_t fours, const int32_t* v_sum,
-                           const float* v_scale, const vf* alpha, const vf* beta, float* o) {
+static inline void pv_int8(const uint8_t* p, const int8_t* v, int64_t fours, const int32_t* v_sum, const float* v_scale,
+                           const vf* alpha, const vf* beta, float* o) {
   vi acc[N][R];
 #pragma GCC unroll 16
   for (int n = 0; n < N; ++n) {
@@ -60,7 +60,7 @@ static inline void pv_int8(const uint8_t* p, const int8_t* v, int64_t value_dim,
 #pragma GCC unroll 16
     for (int n = 0; n < N; ++n) {
       int32_t four;
-      memcpy(&four, v + (g * value_dim + n) * 4, 4);
+      memcpy(&four, v + n * kKeys + g * 4, 4);
       vi value = set1i(four);
 #pragma GCC unroll 4
       for (int r = 0; r < R; ++r) acc[n][r] = dot4(acc[n][r], row[r], value);
@@ -75,7 +75,27 @@ static inline void pv_int8(const uint8_t* p, const int8_t* v, int64_t value_dim,
     }
 }
 
+// Quantises a tile of query rows, `dim` (a multiple of 4 from head_dim on) bytes each, into [dim / 4][32][4].
+// `row_scale` gets each row's scale, the softmax scale included; `shift` its scaled product with the key mean.
+static void quantise_tile(const tamis_attend_args& a, const Item& it, const float* rows, int64_t ld, int64_t n,
+                          int64_t dim, int8_t* bytes, uint8_t* to, float* row_scale, float* shift) {
+  const float* mean = a.packed.key_mean + (it.b * a.kv_heads + it.kv_head) * a.head_dim;
+  const int64_t ld_bytes = round_up(dim, 16);
+  for (int64_t i = 0; i < kTileRows; ++i) {
+    const float* x = rows + i * ld;
+    float top = i < n ? max_abs(x, a.head_dim) : 0.f;
+    // A NaN or infinite row keeps a broken scale, so that its own output shows it and no other does.
+    if (i < n && !all_finite(x, a.head_dim)) top = NAN;
+    row_scale[i] = top / 127.f * a.scale;
+    shift[i] = dot(x, mean, a.head_dim) * a.scale;
+    quantise_row(x, ld, inverse_scale(top), bytes + i * ld_bytes);
+    if (ld_bytes > ld) memset(bytes + i * ld_bytes + ld, 0, ld_bytes - ld);
+  }
+  transpose((const float*)bytes, ld_bytes / 4, kTileRows, (int)(dim / 4), (float*)to, kTileRows);
+}
+
 struct Int8Engine {
+  static constexpr int64_t kRowsAtOnce = kMostRows;
   const tamis_attend_args& a;
   uint8_t* q;        // [tiles][dim4 / 4][32][4], with kQueryOffset added
   uint8_t* p;        // [16][32][4], with kProbOffset added
@@ -98,20 +118,8 @@ struct Int8Engine {
   }
 
   void set_queries(const Item& it, int64_t tile, float* rows, int64_t ld, int64_t n) {
-    const float* mean = a.packed.key_mean + (it.b * a.kv_heads + it.kv_head) * a.head_dim;
-    for (int64_t i = 0; i < kTileRows; ++i) {
-      const float* x = rows + i * ld;
-      float top = i < n ? max_abs(x, a.head_dim) : 0.f;
-      // A NaN or infinite row keeps a broken scale, so that its own output shows it and no other does.
-      if (i < n && !all_finite(x, a.head_dim)) top = NAN;
-      float inverse = inverse_scale(top);
-      row_scale[tile * kTileRows + i] = top / 127.f * a.scale;
-      shift[tile * kTileRows + i] = dot(x, mean, a.head_dim) * a.scale;
-      quantise_row(x, ld, inverse, bytes + i * ld);
-    }
-    int64_t words = a.packed.dim4 / 4;
     uint8_t* to = q + tile * kTileRows * a.packed.dim4;
-    transpose((const float*)bytes, ld / 4, kTileRows, (int)words, (float*)to, kTileRows);
+    quantise_tile(a, it, rows, ld, n, a.packed.dim4, bytes, to, row_scale + tile * kTileRows, shift + tile * kTileRows);
     if (kQueryOffset)
       for (int64_t i = 0; i < kTileRows * a.packed.dim4; ++i) to[i] = (uint8_t)(to[i] ^ 0x80);
   }
@@ -178,9 +186,9 @@ struct Int8Engine {
     for (int r = 0; r < R; ++r) beta[r] = sum_factor(block_top[r], top[r]) * set1(1.f / kProbLevels);
     o += r0 * W;
     for (; c + kPvTile <= a.value_dim; c += kPvTile)
-      pv_int8<R, kPvTile>(rows, v + c * 4, a.value_dim, fours, v_sum + c, v_scale + c, alpha, beta, o + c * kTileRows);
+      pv_int8<R, kPvTile>(rows, v + c * kKeys, fours, v_sum + c, v_scale + c, alpha, beta, o + c * kTileRows);
     for (; c < a.value_dim; ++c)
-      pv_int8<R, 1>(rows, v + c * 4, a.value_dim, fours, v_sum + c, v_scale + c, alpha, beta, o + c * kTileRows);
+      pv_int8<R, 1>(rows, v + c * kKeys, fours, v_sum + c, v_scale + c, alpha, beta, o + c * kTileRows);
   }
   // A softcap must see the scores of the unsmoothed key.
   void unsmooth(int64_t tile, int vecs, float* s) const {

@@ -71,7 +71,7 @@ static void pack_value_block(const tamis_pack_args& a, int64_t b, int64_t h, int
     for (int i = 0; i < W; ++i) inverse[i] = bad[i] == 0.f ? inverse_scale(tops[i]) : 0.f;
     const vf inv = load(inverse), lo = set1(-127.f), hi = set1(127.f);
     vi sum = set1i(0);
-    int32_t words[W];
+    float words[16 * W], channels[W * 16];  // four bytes each: of four keys and one channel
     for (int64_t g = 0; g < 16; ++g) {
       vi word = set1i(0);
       for (int t = 0; t < 4; ++t) {
@@ -79,9 +79,10 @@ static void pack_value_block(const tamis_pack_args& a, int64_t b, int64_t h, int
         sum = addi(sum, q);
         word = either(word, shift_left(q & set1i(255), 8 * t));
       }
-      storei(words, word);
-      memcpy(to + (g * dim + c) * 4, words, 4 * (dim - c < W ? dim - c : W));
+      storei(words + g * W, word);
     }
+    transpose(words, W, 16, W, channels, 16);
+    memcpy(to + c * 64, channels, 64 * (dim - c < W ? dim - c : W));
     int32_t sums[W];
     storei(sums, sum);
     for (int i = 0; i < W && c + i < dim; ++i) {

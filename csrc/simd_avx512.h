@@ -34,11 +34,15 @@ static inline vf to_float(vi a) { return _mm512_cvtepi32_ps(a); }
 static inline vi round_to_int(vf a) { return _mm512_cvtps_epi32(a); }
 static inline vi shift_left(vi a, int n) { return _mm512_slli_epi32(a, n); }
 static inline vi either(vi a, vi b) { return _mm512_or_si512(a, b); }
+static inline vi bits_of(vf a) { return _mm512_castps_si512(a); }
+static inline vi maxi(vi a, vi b) { return _mm512_max_epi32(a, b); }
 static inline vi addi(vi a, vi b) { return _mm512_add_epi32(a, b); }
 static inline uint32_t above_bits(vf a, vf b) { return _mm512_cmp_ps_mask(a, b, _CMP_GT_OQ); }
 static inline bool any_above(vf a, vf b) { return above_bits(a, b) != 0; }
 static inline bool any_differs(vf a, vf b) { return _mm512_cmp_ps_mask(a, b, _CMP_NEQ_UQ) != 0; }
 // x - floor(x) in one instruction, and a scale by 2^floor(x) in another: -inf gives 0, NaN stays.
+static inline vf fraction(vf x) { return _mm512_reduce_ps(x, _MM_FROUND_TO_NEG_INF | _MM_FROUND_NO_EXC); }
+static inline vf times_power(vf a, vf x) { return _mm512_scalef_ps(a, x); }
 static inline vf exp2_full(vf x) {
   vf f = _mm512_reduce_ps(x, _MM_FROUND_TO_NEG_INF | _MM_FROUND_NO_EXC);
   vf p = set1(1.867130117e-3f);

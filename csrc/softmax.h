@@ -6,6 +6,7 @@
 
 constexpr int kTileRows = 32;
 constexpr int kGroupRows = 16;  // stage 2 skips or keeps this many rows together, on every target
+constexpr int64_t kMostRows = 128;  // of a query block
 constexpr int kKeys = TAMIS_PACK_BLOCK;
 constexpr float kLog2e = 1.44269504088896f;
 

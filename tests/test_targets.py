@@ -16,12 +16,13 @@ from samples import qkv
 
 import tamis
 
-ALL = ["baseline", "avx2", "avx512", "avx512_vnni"]
+ALL = ["baseline", "avx2", "avx512", "avx512_vnni", "amx"]
 NEEDS = {
     "baseline": set(),
     "avx2": {"avx2", "fma"},
     "avx512": {"avx512f", "avx512bw", "avx512vl", "avx512dq"},
     "avx512_vnni": {"avx512f", "avx512bw", "avx512vl", "avx512dq", "avx512_vnni"},
+    "amx": {"avx512f", "avx512bw", "avx512vl", "avx512dq", "avx512_vnni", "amx_tile", "amx_int8", "amx_bf16"},
 }
 
 

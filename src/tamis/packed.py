@@ -21,7 +21,7 @@ class PackedKV:
 
     Attributes:
         tensors: key int8 `[batch, kv_heads, blocks, 64, dim]` (dim padded to 4), its scales and row sums, value int8
-            `[batch, kv_heads, blocks, 16, value_dim, 4]`, its scales and column sums, the mean key, and the length.
+            `[batch, kv_heads, blocks, value_dim, 64]`, its scales and column sums, the mean key, and the length.
             Room for more blocks than the length needs may be there; it is never read.
         length: number of keys.
     """

@@ -234,7 +234,7 @@ def _fake_pack_kv(key: Tensor, value: Tensor, mean: Tensor, segments: Tensor | N
         ((batch, heads, blocks, 64, padded), torch.int8),
         ((batch, heads, blocks), torch.float32),
         ((batch, heads, blocks, 64), torch.int32),
-        ((batch, heads, blocks, 16, value_dim, 4), torch.int8),
+        ((batch, heads, blocks, value_dim, 64), torch.int8),
         ((batch, heads, blocks, value_dim), torch.float32),
         ((batch, heads, blocks, value_dim), torch.int32),
     ]

@@ -239,7 +239,7 @@ def pack_kv(
         torch.empty((*lead, PACK_BLOCK, (dim + 3) // 4 * 4), dtype=torch.int8),
         torch.empty(lead, dtype=torch.float32),
         torch.empty((*lead, PACK_BLOCK), dtype=torch.int32),
-        torch.empty((*lead, PACK_BLOCK // 4, value_dim, 4), dtype=torch.int8),
+        torch.empty((*lead, value_dim, PACK_BLOCK), dtype=torch.int8),
         torch.empty((*lead, value_dim), dtype=torch.float32),
         torch.empty((*lead, value_dim), dtype=torch.int32),
     ]
@@ -290,7 +290,7 @@ def attend(
     if packed:
         packed = [t.contiguous() for t in packed]
         args.packed = _packed_struct(packed)
-        args.kv_heads, kv_len, args.value_dim = packed[0].shape[1], int(packed[7]), packed[3].shape[4]
+        args.kv_heads, kv_len, args.value_dim = packed[0].shape[1], int(packed[7]), packed[3].shape[3]
     else:
         assert key is not None and value is not None
         args.key, args.value = native.tensor(key), native.tensor(value)

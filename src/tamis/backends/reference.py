@@ -158,7 +158,7 @@ def pack_kv(key: Tensor, value: Tensor, mean: Tensor, segments: Tensor | None) -
         key8.to(torch.int8),
         key_scale[:, :, :, 0, 0].clone(),
         key8.sum(-1, dtype=torch.int32),
-        torch.unflatten(value8, 3, (16, 4)).transpose(4, 5).to(torch.int8).contiguous(),
+        value8.transpose(3, 4).to(torch.int8).contiguous(),
         value_scale[:, :, :, 0].clone(),
         value8.sum(3, dtype=torch.int32),
     ]
@@ -321,7 +321,7 @@ class _Int8:
 
     def weighted(self, weights: Tensor, seen: Tensor, keys: slice) -> Tensor:
         tile, number = keys.start // TILE, keys.stop - keys.start
-        value = self.value8[:, :, tile].transpose(-1, -2).flatten(2, 3)[:, :, :number].to(torch.float32)
+        value = self.value8[:, :, tile].transpose(-1, -2)[:, :, :number].to(torch.float32)
         product = _by_group((weights * 254).round(), value)
         group = product.shape[1] // max(1, value.shape[1])
         return product * (self.value_scale[:, :, tile, None].repeat_interleave(group, 1) / 254)

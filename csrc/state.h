@@ -1,0 +1,8 @@
+// The running state of an item's rows.
+#pragma once
+
+struct State {
+  float *m, *l, *o;  // running maximum [rows], denominator [rows], output [tiles][value_dim][32]
+  float *s, *rows;   // a tile of scores; a tile of fp32 rows
+  double pv;         // rows whose PV products were done, a kept block counting as one
+};
