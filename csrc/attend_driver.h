@@ -118,9 +118,9 @@ static void finish_parts(Engine&, const Item&, State&) {}
 #ifdef TAMIS_AMX
 static void visit_part(AmxEngine& e, const Item& it, State& st, const Sight* sights, int64_t j0, int64_t keys,
                        double weight) {
-  e.visit_part(it, st, sights, j0, keys, weight);
+  st.pv += (double)e.visit_part(it, st, *sights, j0, keys) * weight;
 }
-static void finish_parts(AmxEngine& e, const Item& it, State& st) { e.finish(it, st); }
+static void finish_parts(AmxEngine& e, const Item&, State& st) { e.finish(st); }
 #endif
 
 // Divides by the denominator, adds the sink to it, writes output and log-sum-exp.
