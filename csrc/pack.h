@@ -5,14 +5,16 @@
 
 struct PackScratch {
   float* rows;   // [64][padded], key or value block in fp32
+  float* mean;   // [padded]
   int8_t* bytes; // [padded]
 };
 
-// Loads a block; rows that do not count become zero. False where a counted entry is NaN or infinite.
-static bool load_block(const tamis_pack_args& a, const tamis_tensor& t, int64_t b, int64_t h, int64_t j0, int64_t n,
-                       int64_t dim, const float* mean, float* rows) {
+// Loads a block; rows that do not count become zero. Returns the largest absolute entry, NaN where one is NaN or
+// infinite.
+static float load_block(const tamis_pack_args& a, const tamis_tensor& t, int64_t b, int64_t h, int64_t j0, int64_t n,
+                        int64_t dim, const float* mean, float* rows) {
   const int64_t padded = round_up(dim, 16);
-  bool finite = true;
+  vf top = set1(0.f), broken = set1(0.f);
   for (int64_t j = 0; j < n; ++j) {
     float* row = rows + j * padded;
     memset(row + dim, 0, (padded - dim) * 4);
@@ -21,23 +23,25 @@ static bool load_block(const tamis_pack_args& a, const tamis_tensor& t, int64_t 
       continue;
     }
     load_row(t, b, h, j0 + j, dim, row);
-    if (mean)
-      for (int64_t c = 0; c < dim; ++c) row[c] -= mean[c];
-    finite = finite && all_finite(row, dim);
+    if (!mean) continue;
+    for (int64_t c = 0; c < padded; c += W) {
+      const vf x = load(row + c) - load(mean + c);
+      store(row + c, x);
+      top = vmax(vabs(x), top);
+      broken = fma(x, set1(0.f), broken);
+    }
   }
-  return finite;
+  return sum_lanes(broken) == 0.f ? max_lanes(top) : NAN;
 }
 
 static void pack_key_block(const tamis_pack_args& a, int64_t b, int64_t h, int64_t block, PackScratch s) {
   const tamis_packed& p = a.packed;
   const int64_t head = b * a.kv_heads + h, at = head * p.capacity + a.first_block + block, dim = a.head_dim;
   const int64_t padded = round_up(dim, 16), j0 = block * 64, n = a.seq - j0 < 64 ? a.seq - j0 : 64;
-  const bool finite = load_block(a, a.key, b, h, j0, n, dim, p.key_mean + head * dim, s.rows);
-  float top = 0.f;
-  for (int64_t j = 0; j < n; ++j) {
-    float m = max_abs(s.rows + j * padded, dim);
-    top = m > top ? m : top;
-  }
+  memcpy(s.mean, p.key_mean + head * dim, dim * 4);
+  memset(s.mean + dim, 0, (padded - dim) * 4);
+  const float top = load_block(a, a.key, b, h, j0, n, dim, s.mean, s.rows);
+  const bool finite = top == top;
   int8_t* to = p.key + at * 64 * p.dim4;
   for (int64_t j = 0; j < 64; ++j) {
     if (j < n) {
@@ -99,14 +103,15 @@ static int pack_kv(const tamis_pack_args* args) {
   int error = TAMIS_OK;
 #pragma omp parallel num_threads(a.threads)
   {
-    float* scratch = (float*)aligned_alloc(64, round_up(64 * padded * 4 + padded + 64, 64));
+    float* scratch = (float*)aligned_alloc(64, round_up(65 * padded * 4 + padded + 64, 64));
     if (!scratch) {
 #pragma omp atomic write
       error = TAMIS_NO_MEMORY;
     }
     PackScratch s;
     s.rows = scratch;
-    s.bytes = (int8_t*)(scratch + 64 * padded);
+    s.mean = scratch + 64 * padded;
+    s.bytes = (int8_t*)(s.mean + padded);
 #pragma omp for schedule(static)
     for (int64_t n = 0; n < a.batch * a.kv_heads * blocks; ++n) {
       if (!scratch || (a.used && !a.used[n])) continue;

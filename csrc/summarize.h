@@ -24,33 +24,46 @@ static inline void flush_sums(float* sum, float* unit, int64_t padded) {
   }
 }
 
-static void summarize_block(const tamis_summarize_args& a, int64_t b, int64_t h, int64_t block, float* row,
-                            float* sum, float* unit) {
+// `zero` stands for the mean where there is none; it and `row` are zero from dim on, in whole vectors.
+static void summarize_block(const tamis_summarize_args& a, int64_t b, int64_t h, int64_t block, float* zero,
+                            float* row) {
   const int64_t padded = round_up(a.dim, 16), blocks = (a.seq + a.block - 1) / a.block;
   const int64_t end = (block + 1) * a.block < a.seq ? (block + 1) * a.block : a.seq;
   const int64_t at = (b * a.heads + h) * blocks + block;
-  const float* mean = a.mean ? a.mean + (b * a.heads + h) * a.dim : nullptr;
+  float *sum = row + padded, *unit = sum + padded, *mean = zero;
+  if (a.mean) mean = (float*)memcpy(zero, a.mean + (b * a.heads + h) * a.dim, a.dim * 4);
   memset(sum, 0, 4 * padded * 4);  // sum, unit and their totals
   int64_t n = 0;
   bool finite = true;
   for (int64_t i = block * a.block; i < end; ++i) {
     if (!counts_row(a.segments, a.segment_stride, b, i)) continue;
     ++n;
-    load_row(a.x, b, h, i, a.dim, row);
-    if (mean)
-      for (int64_t c = 0; c < a.dim; ++c) row[c] -= mean[c];
     // Sums of at most 16 rows are added up: rounding grows with the shorter chain.
     if (n % 16 == 0) flush_sums(sum, unit, padded);
-    finite = finite && all_finite(row, a.dim);
-    const float top = max_abs(row, a.dim);
-    // Dividing by the largest entry first keeps the square of the norm in range.
-    const float inverse_top = top > 0 ? 1.f / top : 0.f;
+    const float* from = row;
+    if (is_plain(a.x) && a.dim == padded)
+      from = (const float*)row_of(a.x, b, h, i);
+    else
+      load_row(a.x, b, h, i, a.dim, row);
     vf square = set1(0.f);
     for (int64_t c = 0; c < padded; c += W) {
-      vf x = load(row + c) * set1(inverse_top);
+      const vf x = load(from + c) - load(mean + c);
+      store(row + c, x);
       square = fma(x, x, square);
     }
-    const float norm2 = sum_lanes(square);
+    float norm2 = sum_lanes(square), inverse_top = 1.f;
+    // A square that left the range of fp32 on either side: divide by the largest entry first, if that is a number.
+    if (!(norm2 > 1e-30f && norm2 < 1e30f)) {
+      finite = finite && all_finite(row, a.dim);
+      const float top = max_abs(row, a.dim);
+      inverse_top = top > 0 ? 1.f / top : 0.f;
+      square = set1(0.f);
+      for (int64_t c = 0; c < padded; c += W) {
+        const vf x = load(row + c) * set1(inverse_top);
+        square = fma(x, x, square);
+      }
+      norm2 = sum_lanes(square);
+    }
     const vf inverse = set1(norm2 > 0 ? inverse_top / sqrtf(norm2) : 0.f);
     for (int64_t c = 0; c < padded; c += W) {
       vf x = load(row + c);
@@ -75,9 +88,9 @@ static int summarize(const tamis_summarize_args* args) {
   int error = TAMIS_OK;
 #pragma omp parallel num_threads(a.threads)
   {
-    float* scratch = (float*)aligned_alloc(64, round_up(5 * padded * 4, 64));
+    float* scratch = (float*)aligned_alloc(64, round_up(6 * padded * 4, 64));
     if (scratch)
-      memset(scratch, 0, 5 * padded * 4);
+      memset(scratch, 0, 6 * padded * 4);
     else {
 #pragma omp atomic write
       error = TAMIS_NO_MEMORY;
@@ -85,8 +98,7 @@ static int summarize(const tamis_summarize_args* args) {
 #pragma omp for schedule(static)
     for (int64_t n = 0; n < a.batch * a.heads * blocks; ++n)
       if (scratch)
-        summarize_block(a, n / blocks / a.heads, n / blocks % a.heads, n % blocks, scratch, scratch + padded,
-                        scratch + 2 * padded);
+        summarize_block(a, n / blocks / a.heads, n / blocks % a.heads, n % blocks, scratch, scratch + padded);
     free(scratch);
   }
   return error;
@@ -113,14 +125,23 @@ static int key_mean(const tamis_summarize_args* args) {
       if (!row || !sums || !numbers) continue;
       const int64_t bh = n / parts, part = n % parts, end = part * 64 + 64 < a.seq ? part * 64 + 64 : a.seq;
       float* sum = row + padded;
-      memset(sum, 0, padded * 4);
       int64_t count = 0;
-      for (int64_t i = part * 64; i < end && (!a.used || a.used[n]); ++i) {
-        if (!counts_row(a.segments, a.segment_stride, bh / a.heads, i)) continue;
-        load_row(a.x, bh / a.heads, bh % a.heads, i, a.dim, row);
-        if (!all_finite(row, a.dim)) continue;
-        ++count;
-        for (int64_t c = 0; c < padded; c += W) store(sum + c, fma(load(row + c), set1(1.f / 64), load(sum + c)));
+      // A sum is finite exactly if all of its terms are: only where it is not are rows looked at one by one.
+      for (int careful = 0; careful < 2; ++careful) {
+        count = 0;
+        memset(sum, 0, padded * 4);
+        for (int64_t i = part * 64; i < end && (!a.used || a.used[n]); ++i) {
+          if (!counts_row(a.segments, a.segment_stride, bh / a.heads, i)) continue;
+          const float* from = row;
+          if (is_plain(a.x) && a.dim == padded)
+            from = (const float*)row_of(a.x, bh / a.heads, bh % a.heads, i);
+          else
+            load_row(a.x, bh / a.heads, bh % a.heads, i, a.dim, row);
+          if (careful && !all_finite(from, a.dim)) continue;
+          ++count;
+          for (int64_t c = 0; c < padded; c += W) store(sum + c, fma(load(from + c), set1(1.f / 64), load(sum + c)));
+        }
+        if (all_finite(sum, padded)) break;
       }
       memcpy(sums + n * a.dim, sum, a.dim * 4);
       numbers[n] = count;
