@@ -13,7 +13,7 @@
 extern "C" {
 #endif
 
-#define TAMIS_ABI_VERSION 1
+#define TAMIS_ABI_VERSION 2
 #define TAMIS_EXPORT __attribute__((visibility("default")))
 
 enum { TAMIS_OK = 0, TAMIS_NO_MEMORY = 1, TAMIS_CORRUPT_MASK = 2, TAMIS_UNKNOWN_TARGET = 3 };

@@ -218,7 +218,7 @@ struct AmxEngine {
       }
       if (moves || blind) done += least(W, greatest(0, it.rows - r * W));
     }
-    for (int r = 0; r < kVecs; ++r) {
+    for (int r = 0; r * W < it.rows && r < kVecs; ++r) {
       const vf sum = whole ? exponentials<true>(s + r * W, top_score[r], factor[r], base[r], p + r * W * 4)
                            : exponentials<false>(s + r * W, top_score[r], factor[r], base[r], p + r * W * 4);
       store(st.l + r * W, fma(sum, share[r], load(st.l + r * W)));

@@ -129,7 +129,7 @@ def _summarize_args(x: Tensor) -> native.Summarize:
     args = native.Summarize()
     args.batch, args.heads, args.seq, args.dim = x.shape
     args.x = native.tensor(x)
-    args.threads = _threads(8 * x.numel())
+    args.threads = _threads(x.numel())
     return args
 
 
@@ -250,7 +250,7 @@ def pack_kv(
     args.key, args.value = native.tensor(key), native.tensor(value)
     kept = _segments(args, segments)
     args.used, args.packed = native.pointer(dense_used), _packed_struct([*packed, dense_mean])
-    args.threads = _threads(8 * (key.numel() + value.numel()))
+    args.threads = _threads(2 * (key.numel() + value.numel()))
     _run("pack_kv", args)
     del kept
     return packed
@@ -283,6 +283,20 @@ def attend(
 ) -> tuple[Tensor, Tensor, Tensor]:
     """Run attention; see `tamis.backends.base`."""
     batch, heads, q_len, head_dim = query.shape
+    kv_heads = (packed[0] if key is None else key).shape[1]
+    differs_by_head = (kv_num_blocks, attn_mask, sink_logits, pv_threshold, visible)
+    differs_by_row = (window, q_positions, kv_positions, q_segments, kv_segments)
+    if q_len == 1 and heads > kv_heads > 0 and all(x is None for x in (*differs_by_head, *differs_by_row)):
+        # Decoding: heads that share a key are rows of one block and read it once. The last query sees every key.
+        rows = query.reshape(batch, kv_heads, heads // kv_heads, head_dim)
+        none = dict.fromkeys(
+            "kv_num_blocks kv_indices window attn_mask q_positions kv_positions q_segments kv_segments q_bounds "
+            "kv_bounds visible sink_logits pv_threshold".split()
+        )
+        options = {"block_q": block_q, "block_kv": block_kv, "scale": scale, "softcap": softcap, "precision": precision}
+        output, lse, counts = attend(rows, key, value, packed, causal=False, **options, **none)  # type: ignore[arg-type]
+        counts = counts[:, :, :1].repeat_interleave(heads // kv_heads, 1)
+        return output.reshape(batch, heads, 1, -1), lse.reshape(batch, heads, 1), counts
     args = native.Attend()
     args.batch, args.heads, args.head_dim, args.query = batch, heads, head_dim, native.tensor(query)
     if precision == "int8":

@@ -9,7 +9,7 @@ from pathlib import Path
 import torch
 from torch import Tensor
 
-ABI_VERSION = 1
+ABI_VERSION = 2
 DTYPES = {torch.float32: 0, torch.bfloat16: 1, torch.float16: 2}
 _MASK_DTYPES = {**DTYPES, torch.bool: 3}
 _NO_MEMORY, _CORRUPT_MASK = 1, 2
