@@ -180,7 +180,7 @@ struct AmxEngine {
     const float threshold = a.pv_threshold ? a.pv_threshold[it.h] * kLog2e : 0.f;
     const bool plain = sight == Sight::all && !a.attn_mask.data && !(a.softcap > 0);
     bool whole = plain && keys == kKeys && a.scale >= 0;
-    vf factor[kVecs], block_top[kVecs], base[kVecs], share[kVecs];
+    vf factor[kVecs], block_top[kVecs], base[kVecs], offset[kVecs], share[kVecs];
     vi top_score[kVecs];
     for (int r = 0; r < kVecs; ++r) {
       factor[r] = load(row_scale + r * W) * set1(key_scale * kLog2e);
@@ -194,32 +194,31 @@ struct AmxEngine {
     } else {
       careful_scores(it, sight, j0, keys, plain, factor, block_top);
     }
-    // O is kept relative to the maximum of the last block that was added to it, whatever it was: then a block's
-    // products need no factor. A block 2^-40 below the largest would add nothing: there it gives zeros.
+    // Weights are relative to their block's maximum, and so is O to that of the last block that was added: then products
+    // need no factor. Only far below the running maximum, where 254 steps are more than enough, do both stay at
+    // 2^-20 of it: else O would overflow.
     int64_t done = 0;
     for (int r = 0; r < kVecs; ++r) {
       const uint32_t rows = it.rows >= (r + 1) * W ? 0xffff : it.rows <= r * W ? 0 : (1u << (it.rows - r * W)) - 1;
       const vf old = load(st.m + r * W), before = load(reference + r * W);
-      const vf top = vmax(block_top[r], old), origin = where_minus_inf_zero(top), behind = block_top[r] - origin;
+      const vf top = vmax(block_top[r], old), origin = where_minus_inf_zero(top);
       const bool blind = !(above_bits(block_top[r], set1(-INFINITY)) & rows);  // sees no key: nothing is skipped
-      const bool moves = rows && (threshold == 0 || (above_bits(behind, set1(-threshold)) & rows));
-      const uint32_t adds = moves ? above_bits(behind, set1(-40.f)) : 0;
-      const vf now = choose_bits(block_top[r], before, adds);
+      const bool moves = rows && (threshold == 0 || (above_bits(block_top[r] - origin, set1(-threshold)) & rows));
+      base[r] = where_minus_inf_zero(vmax(block_top[r], top - set1(20.f)));
+      offset[r] = block_top[r] - base[r];
+      share[r] = exp2_full(base[r] - origin);
       store(st.m + r * W, top);
       store(st.l + r * W, load(st.l + r * W) * exp2_full(old - origin));
-      store(reference + r * W, now);
-      store(pending.keep + r * W, exp2_full(before - where_minus_inf_zero(now)));
-      share[r] = exp2_full(behind);
-      base[r] = where_minus_inf_zero(block_top[r]);
       if (moves) {  // elsewhere the product is skipped, and the weights still count in the denominator
+        const vf now = choose_bits(base[r], before, above_bits(block_top[r], set1(-INFINITY)));
+        store(reference + r * W, now);
+        store(pending.keep + r * W, exp2_full(before - where_minus_inf_zero(now)));
         pending.active |= 1u << r;
-        base[r] = choose_bits(base[r], set1(INFINITY), adds);
-        if (whole) top_score[r] = choose_ints(top_score[r], set1i(1 << 30), adds);
       }
       if (moves || blind) done += least(W, greatest(0, it.rows - r * W));
     }
     for (int r = 0; r * W < it.rows && r < kVecs; ++r) {
-      const vf sum = whole ? exponentials<true>(s + r * W, top_score[r], factor[r], base[r], p + r * W * 4)
+      const vf sum = whole ? exponentials<true>(s + r * W, top_score[r], factor[r], offset[r], p + r * W * 4)
                            : exponentials<false>(s + r * W, top_score[r], factor[r], base[r], p + r * W * 4);
       store(st.l + r * W, fma(sum, share[r], load(st.l + r * W)));
     }
@@ -254,10 +253,10 @@ struct AmxEngine {
     y = fma(y, f, set1(kProbLevels));
     return times_power(y, x);
   }
-  // Weights of 16 rows and 64 keys, as bytes in [key / 4][..][4]; returns their sums. From `whole` scores the maximum
-  // is taken while they are exact; the others are floats.
+  // Weights of 16 rows and 64 keys, as bytes in [key / 4][..][4]; returns their sums. Whole scores are
+  // factor * (score - top) + offset, the difference exact; the others are floats that `offset` is taken from.
   template <bool kWhole>
-  static vf exponentials(const int32_t* scores, vi top, vf factor, vf base, uint8_t* to) {
+  static vf exponentials(const int32_t* scores, vi top, vf factor, vf offset, uint8_t* to) {
     // A float of 2^23 + n has n in its lowest byte and 0x4b in its highest. Bytes move within 128 bits by the shuffle
     // port; the 0x4b that comes along from the lane below (which the first of four does not have) is cancelled.
     const vf magic = set1(8388608.f);
@@ -269,7 +268,8 @@ struct AmxEngine {
 #pragma GCC unroll 4
       for (int i = 0; i < 4; ++i) {
         const int32_t* at = scores + (j + i) * kTileRows;
-        const vf x = kWhole ? to_float(_mm512_sub_epi32(loadi(at), top)) * factor : load((const float*)at) - base;
+        const vf x = kWhole ? fma(to_float(_mm512_sub_epi32(loadi(at), top)), factor, offset)
+                            : load((const float*)at) - offset;
         e[i] = weight_of(x);
         n[i] = bits_of(e[i] + magic);
       }

@@ -105,6 +105,24 @@ def test_constant_rows(engine: Engine) -> None:
     torch.testing.assert_close(result.output, constant[:, :, :70], rtol=0.5 / 254 * 130 / 10, atol=0)
 
 
+@pytest.mark.parametrize("step", [-60.0, -9.0, 9.0, 60.0])
+def test_maxima_that_fall_and_rise(engine: Engine, step: float) -> None:
+    """Block maxima that lie far apart, in both orders: what was added before must fade or stay, and nothing overflow."""
+    q = torch.randn(1, 1, 70, 16)
+    q[..., 0] = 4
+    k = torch.randn(1, 1, 5 * 64, 16) * 0.1
+    k[..., 0] = step * torch.tensor([0.0, 1, 2, 1, 3]).repeat_interleave(64)
+    v = torch.randn(1, 1, 5 * 64, 8)
+    plain = check(engine, q, k, v)
+    size = torch.tensor([1e-20, 1, 1e15, 1, 1, 1, 1, 1e25])
+    large = engine.attend(q, k, v * size, precision="int8")
+    torch.testing.assert_close(large.output / size, plain.output, rtol=0, atol=2e-3)
+    skipping = engine.attend(q, k, v * size, precision="int8", pv_threshold=3.0)
+    assert torch.equal(skipping.lse, plain.lse)
+    # What is skipped weighs e^-3 of the largest weight at most.
+    assert float((skipping.output / size - plain.output).abs().max()) < math.exp(-3) * 64 * 5
+
+
 def test_long_flat_rows_keep_their_mass(engine: Engine) -> None:
     """One key 8 above 2,000 equal ones, which hold 40%: against the running maximum each would round to 0 of 254."""
     k = torch.zeros(1, 1, 2048, 16)
