@@ -5,7 +5,7 @@ VENV := .venv
 BIN := $(VENV)/bin
 export OMP_WAIT_POLICY ?= passive
 
-.PHONY: setup demo test lint bench clean
+.PHONY: setup demo test lint bench bench-check sanitize wheel clean
 
 # An editable install knows the modules that existed when it was made: a new one needs a new install.
 READY := $(VENV)/.ready-$(shell find src -name '*.py' | sort | cksum | cut -d' ' -f1)
@@ -34,6 +34,27 @@ lint: setup
 
 bench: setup
 	$(BIN)/tamis bench cpu
+
+# The same machine, or one like it, must not have become slower against torch: prints what moved by more than 10%.
+bench-check: setup
+	$(BIN)/tamis bench cpu --quick --compare benchmarks/results
+
+# Random calls and the tests of odd places, on a library that reports every access out of bounds and all undefined behaviour.
+SANITIZED := build/sanitize/libtamis_cpu.so
+sanitize: setup
+	$(BIN)/cmake -S . -B build/sanitize -DCMAKE_BUILD_TYPE=Release -DCMAKE_CXX_FLAGS="-fsanitize=address,undefined -fno-sanitize-recover=all -g"
+	$(BIN)/cmake --build build/sanitize --parallel
+	export TAMIS_CPU_LIBRARY=$(CURDIR)/$(SANITIZED) ASAN_OPTIONS=detect_leaks=0 \
+	  LD_PRELOAD="$$($(CXX) -print-file-name=libasan.so) $$($(CXX) -print-file-name=libubsan.so)"; \
+	$(BIN)/python tests/fuzz.py --seconds 60 && \
+	$(BIN)/python -m pytest -q tests/test_poison.py tests/test_layout.py tests/test_pack.py tests/test_decode.py
+
+# One wheel for every Python; torch brings the OpenMP library, which must not come twice.
+wheel: setup
+	rm -rf dist
+	$(BIN)/pip wheel --quiet --no-deps --wheel-dir build/wheel .
+	PATH="$(CURDIR)/$(BIN):$$PATH" $(BIN)/auditwheel repair --exclude libgomp.so.1 --wheel-dir dist build/wheel/tamis-*.whl
+	$(BIN)/python tests/wheel.py dist/tamis-*.whl
 
 clean:
 	rm -rf $(VENV) build dist

@@ -29,7 +29,9 @@ _forced: list[str] = []
 
 @functools.cache
 def library() -> ctypes.CDLL | str:
-    """The native library, or why there is none."""
+    """The native library, or why there is none; `TAMIS_CPU_LIBRARY` names another build of it, e.g. with sanitizers."""
+    if named := os.environ.get("TAMIS_CPU_LIBRARY"):
+        return native.load(Path(named)) if Path(named).is_file() else f"TAMIS_CPU_LIBRARY={named} is not a file"
     # An editable install keeps the library in another folder than the sources: both are on the package's path.
     for folder in tamis.__path__:
         for name in ("libtamis_cpu.so", "libtamis_cpu.dylib"):
