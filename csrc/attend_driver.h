@@ -166,7 +166,8 @@ struct Blocks {
   int64_t count;
 };
 
-// Some rows of a query block against all its key blocks. Returns their PV products, 1 for each block of one row.
+// Some rows of a query block against all its key blocks. Returns how many PV products were done, counting one row
+// against one key block as 1.
 template <class Engine>
 static double attend_rows(Engine& e, const Item& it, State& st, const Blocks& blocks) {
   const tamis_attend_args& a = e.a;
@@ -253,7 +254,7 @@ static int attend_all(const tamis_attend_args& a) {
     st.rows = st.s + kKeys * kTileRows;
     st.m = st.rows + kTileRows * wide;
     st.l = st.m + rows;
-    Engine e(a, scratch + own);
+    Engine e(a, scratch ? scratch + own : nullptr);
     // Heads in order, so that threads share a head's key and value in cache; the long rows of a causal
     // head first, so that the short ones fill the end.
 #pragma omp for schedule(dynamic, 1)

@@ -44,8 +44,8 @@ bool has_vnni() { return has_avx512() && __builtin_cpu_supports("avx512vnni"); }
 bool ask_for_tiles() {
   unsigned a, b, c, d;
   if (!__get_cpuid_count(7, 0, &a, &b, &c, &d)) return false;
-  const unsigned bf16 = 1u << 22, tile = 1u << 24, int8 = 1u << 25;
-  if ((d & (bf16 | tile | int8)) != (bf16 | tile | int8)) return false;
+  const unsigned tile = 1u << 24, int8 = 1u << 25;
+  if ((d & (tile | int8)) != (tile | int8)) return false;
   const long request_permission = 0x1023, tile_data = 18;
   return syscall(SYS_arch_prctl, request_permission, tile_data) == 0;
 }

@@ -23,8 +23,8 @@ struct AmxEngine {
   // A key block whose softmax is done and whose PV product is not.
   struct Pending {
     int64_t block;
-    uint32_t active;  // bit r: the rows of vector r take part
-    alignas(64) float keep[kTileRows];  // factor of O before it is added
+    uint32_t active, plain;  // bit r: the rows of vector r take part, and with a share of 1
+    alignas(64) float keep[kTileRows], share[kTileRows];  // factors of O and of the product that is added to it
   };
 
   const tamis_attend_args& a;
@@ -36,7 +36,6 @@ struct AmxEngine {
   int8_t *key_copy, *value_copy, *row_bytes;  // a block in whole tiles where it is not; quantised rows
   TileScope scope;
   Pending pending;
-  alignas(64) int32_t tops[kTileRows];  // largest score of each row in this block
   alignas(64) float reference[kTileRows];  // what O is relative to
   alignas(64) float row_scale[kTileRows], shift[kTileRows];
 
@@ -59,7 +58,7 @@ struct AmxEngine {
   void set_queries(const Item& it, int64_t, float* rows, int64_t ld, int64_t n) {
     quantise_tile(a, it, rows, ld, n, dim, row_bytes, (uint8_t*)q, row_scale, shift);
     for (float& x : reference) x = -INFINITY;
-    pending.active = 0;
+    pending.active = pending.plain = 0;
   }
 
   // S = K . Q for 16 keys from j. Work alternates between two sets of tiles, so that one set's sums are stored while
@@ -126,13 +125,21 @@ struct AmxEngine {
   }
   // O = O keep + P . V, for 16 channels from c.
   void update(const float* scale, int64_t c, float* o) const {
-    const int64_t end = least(c + 16, a.value_dim);
-    const vf k0 = load(pending.keep), k1 = load(pending.keep + W);
-    const int32_t* from = products + (c & 16) * kTileRows;
-    for (o += c * kTileRows; c < end; ++c, o += kTileRows, from += kTileRows) {
-      const vf by = set1(scale[c]);
-      if (pending.active & 1) store(o, fma(to_float(loadi(from)), by, load(o) * k0));
-      if (pending.active & 2) store(o + W, fma(to_float(loadi(from + W)), by, load(o + W) * k1));
+    const int64_t n = least(16, a.value_dim - c);
+    alignas(64) float by[16];  // value of one step of a weight: O stays in the range of the values
+    store(by, load_some(scale + c, n) * set1(1.f / kProbLevels));
+    o += c * kTileRows;
+    for (int r = 0; r < kVecs; ++r) {
+      if (!(pending.active >> r & 1)) continue;
+      const int32_t* from = products + (c & 16) * kTileRows + r * W;
+      const vf keep = load(pending.keep + r * W), share = load(pending.share + r * W);
+      float* at = o + r * W;
+      if (pending.plain >> r & 1)
+        for (int64_t i = 0; i < n; ++i, at += kTileRows, from += kTileRows)
+          store(at, fma(to_float(loadi(from)), set1(by[i]), load(at) * keep));
+      else
+        for (int64_t i = 0; i < n; ++i, at += kTileRows, from += kTileRows)
+          store(at, fma(to_float(loadi(from)) * share, set1(by[i]), load(at) * keep));
     }
   }
   void finish_pending(State& st) {
@@ -145,7 +152,7 @@ struct AmxEngine {
       if (c) update(scale, c - 16, st.o);
     }
     update(scale, wide - 16, st.o);
-    pending.active = 0;
+    pending.active = pending.plain = 0;
   }
 
   // The 64 keys from j0. Returns the rows whose PV product will be done.
@@ -166,10 +173,13 @@ struct AmxEngine {
     finish_pending(st);
     for (int r = 0; r < kVecs; ++r) {
       const vf top = load(st.m + r * W);
-      const vf left = exp2_full(load(reference + r * W) - where_minus_inf_zero(top)) * set1(1.f / kProbLevels);
+      const vf left = exp2_full(load(reference + r * W) - where_minus_inf_zero(top));
       float* o = st.o + r * W;
       for (int64_t c = 0; c < a.value_dim; ++c, o += kTileRows) store(o, load(o) * left);
-      store(st.m + r * W, top * set1(1.f / kLog2e));
+      // Back to natural logarithms, in which the lowest score was the lowest float too.
+      const vf lowest = set1(-3.4028235e38f);
+      const uint32_t at_lowest = above_bits(top, set1(-INFINITY)) & ~above_bits(top, lowest);
+      store(st.m + r * W, choose_bits(lowest, top * set1(1.f / kLog2e), at_lowest));
       store(st.l + r * W, load(st.l + r * W) * set1(1.f / kProbLevels));
     }
   }
@@ -180,7 +190,7 @@ struct AmxEngine {
     const float threshold = a.pv_threshold ? a.pv_threshold[it.h] * kLog2e : 0.f;
     const bool plain = sight == Sight::all && !a.attn_mask.data && !(a.softcap > 0);
     bool whole = plain && keys == kKeys && a.scale >= 0;
-    vf factor[kVecs], block_top[kVecs], base[kVecs], offset[kVecs], share[kVecs];
+    vf factor[kVecs], block_top[kVecs], base[kVecs], share[kVecs];
     vi top_score[kVecs];
     for (int r = 0; r < kVecs; ++r) {
       factor[r] = load(row_scale + r * W) * set1(key_scale * kLog2e);
@@ -194,31 +204,32 @@ struct AmxEngine {
     } else {
       careful_scores(it, sight, j0, keys, plain, factor, block_top);
     }
-    // Weights are relative to their block's maximum, and so is O to that of the last block that was added: then products
-    // need no factor. Only far below the running maximum, where 254 steps are more than enough, do both stay at
-    // 2^-20 of it: else O would overflow.
+    // Weights are relative to their block's maximum, and O to that of the last block that was added: then products need
+    // no factor. Only a block 2^-20 below the running maximum gets one, since O relative to it might overflow.
     int64_t done = 0;
     for (int r = 0; r < kVecs; ++r) {
       const uint32_t rows = it.rows >= (r + 1) * W ? 0xffff : it.rows <= r * W ? 0 : (1u << (it.rows - r * W)) - 1;
       const vf old = load(st.m + r * W), before = load(reference + r * W);
       const vf top = vmax(block_top[r], old), origin = where_minus_inf_zero(top);
-      const bool blind = !(above_bits(block_top[r], set1(-INFINITY)) & rows);  // sees no key: nothing is skipped
+      const uint32_t sees = above_bits(block_top[r], set1(-INFINITY));
       const bool moves = rows && (threshold == 0 || (above_bits(block_top[r] - origin, set1(-threshold)) & rows));
-      base[r] = where_minus_inf_zero(vmax(block_top[r], top - set1(20.f)));
-      offset[r] = block_top[r] - base[r];
-      share[r] = exp2_full(base[r] - origin);
+      base[r] = where_minus_inf_zero(block_top[r]);
+      share[r] = exp2_full(block_top[r] - origin);
       store(st.m + r * W, top);
       store(st.l + r * W, load(st.l + r * W) * exp2_full(old - origin));
       if (moves) {  // elsewhere the product is skipped, and the weights still count in the denominator
-        const vf now = choose_bits(base[r], before, above_bits(block_top[r], set1(-INFINITY)));
+        const vf lowest = top - set1(20.f);
+        const vf now = choose_bits(vmax(block_top[r], lowest), before, sees);
         store(reference + r * W, now);
         store(pending.keep + r * W, exp2_full(before - where_minus_inf_zero(now)));
+        store(pending.share + r * W, exp2_full(block_top[r] - where_minus_inf_zero(now)));
         pending.active |= 1u << r;
+        if (above_bits(block_top[r], lowest) == 0xffff) pending.plain |= 1u << r;
       }
-      if (moves || blind) done += least(W, greatest(0, it.rows - r * W));
+      if (moves || !(sees & rows)) done += least(W, greatest(0, it.rows - r * W));  // blind rows skip nothing
     }
     for (int r = 0; r * W < it.rows && r < kVecs; ++r) {
-      const vf sum = whole ? exponentials<true>(s + r * W, top_score[r], factor[r], offset[r], p + r * W * 4)
+      const vf sum = whole ? exponentials<true>(s + r * W, top_score[r], factor[r], base[r], p + r * W * 4)
                            : exponentials<false>(s + r * W, top_score[r], factor[r], base[r], p + r * W * 4);
       store(st.l + r * W, fma(sum, share[r], load(st.l + r * W)));
     }
@@ -239,7 +250,11 @@ struct AmxEngine {
     if (!plain) {
       uint32_t seen[kKeys];
       finish_scores(a, it, sight, it.i0, it.rows, j0, keys, x, seen);
-      for (int64_t i = 0; i < keys * kTileRows; i += W) store(x + i, load(x + i) * set1(kLog2e));
+      for (int64_t i = 0; i < keys * kTileRows; i += W) {
+        // The lowest finite score is "almost never", which -inf is not.
+        const vf natural = load(x + i), binary = vmax(set1(-3.4028235e38f), natural * set1(kLog2e));
+        store(x + i, choose_bits(binary, natural, ~above_bits(set1(-3.4028235e38f), natural)));
+      }
     }
     for (int64_t i = keys * kTileRows; i < kKeys * kTileRows; i += W) store(x + i, set1(-INFINITY));
     for (int r = 0; r < kVecs; ++r) block_top[r] = column_max(x, keys, r);
@@ -254,9 +269,10 @@ struct AmxEngine {
     return times_power(y, x);
   }
   // Weights of 16 rows and 64 keys, as bytes in [key / 4][..][4]; returns their sums. Whole scores are
-  // factor * (score - top) + offset, the difference exact; the others are floats that `offset` is taken from.
+  // factor * (score - top), the difference exact; the others are floats that `base` is taken from. Among them may be a
+  // NaN: the sum shows it, and its bytes must not reach the neighbours.
   template <bool kWhole>
-  static vf exponentials(const int32_t* scores, vi top, vf factor, vf offset, uint8_t* to) {
+  static vf exponentials(const int32_t* scores, vi top, vf factor, vf base, uint8_t* to) {
     // A float of 2^23 + n has n in its lowest byte and 0x4b in its highest. Bytes move within 128 bits by the shuffle
     // port; the 0x4b that comes along from the lane below (which the first of four does not have) is cancelled.
     const vf magic = set1(8388608.f);
@@ -268,10 +284,9 @@ struct AmxEngine {
 #pragma GCC unroll 4
       for (int i = 0; i < 4; ++i) {
         const int32_t* at = scores + (j + i) * kTileRows;
-        const vf x = kWhole ? fma(to_float(_mm512_sub_epi32(loadi(at), top)), factor, offset)
-                            : load((const float*)at) - offset;
+        const vf x = kWhole ? to_float(_mm512_sub_epi32(loadi(at), top)) * factor : load((const float*)at) - base;
         e[i] = weight_of(x);
-        n[i] = bits_of(e[i] + magic);
+        n[i] = bits_of((kWhole ? e[i] : numbers_only(e[i])) + magic);
       }
       sum = sum + ((e[0] + e[1]) + (e[2] + e[3]));
       constexpr int kXor = 0x96;

@@ -9,8 +9,8 @@ struct PackScratch {
   int8_t* bytes; // [padded]
 };
 
-// Loads a block; rows that do not count become zero. Returns the largest absolute entry, NaN where one is NaN or
-// infinite.
+// Loads a block; rows that do not count become zero. Of a key, less its mean, returns the largest absolute entry, NaN
+// where one is NaN or infinite.
 static float load_block(const tamis_pack_args& a, const tamis_tensor& t, int64_t b, int64_t h, int64_t j0, int64_t n,
                         int64_t dim, const float* mean, float* rows) {
   const int64_t padded = round_up(dim, 16);

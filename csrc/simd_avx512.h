@@ -66,7 +66,8 @@ static inline vf where_minus_inf_zero(vf a) {
   return _mm512_maskz_mov_ps(_mm512_cmp_ps_mask(a, set1(-INFINITY), _CMP_NEQ_UQ), a);
 }
 static inline vf choose_bits(vf a, vf b, uint32_t bits) { return _mm512_mask_mov_ps(b, (__mmask16)bits, a); }
-static inline vi choose_ints(vi a, vi b, uint32_t bits) { return _mm512_mask_mov_epi32(b, (__mmask16)bits, a); }
+static inline vf numbers_only(vf a) { return _mm512_maskz_mov_ps(_mm512_cmp_ps_mask(a, a, _CMP_ORD_Q), a); }
+static inline vf load_some(const float* p, int64_t n) { return _mm512_maskz_loadu_ps((__mmask16)((1u << n) - 1), p); }
 static inline float sum_lanes(vf a) { return _mm512_reduce_add_ps(a); }
 static inline float max_lanes(vf a) { return _mm512_reduce_max_ps(a); }
 static inline vi dot4(vi acc, vi row, vi other) {

@@ -1,5 +1,5 @@
 // One tile of scores, [keys][32 rows], made ready for the exponential: logit options, then visibility.
-// Scores are natural logarithms; base 2 appears only inside exp_of().
+// Scores are natural logarithms; base 2 appears only inside exp_of() (and in engine_amx.h, after this).
 #pragma once
 #include "geometry.h"
 #include "rows.h"

@@ -4,5 +4,5 @@
 struct State {
   float *m, *l, *o;  // running maximum [rows], denominator [rows], output [tiles][value_dim][32]
   float *s, *rows;   // a tile of scores; a tile of fp32 rows
-  double pv;         // rows whose PV products were done, a kept block counting as one
+  double pv;         // PV products done, one row against one key block counting as 1
 };

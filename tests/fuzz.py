@@ -115,7 +115,9 @@ def one(rng: random.Random, tested: list[Engine], reference: Engine) -> None:
     theirs = reference.attend(q, k, v, mask, precision=precision, **chosen)
     compare(ours, theirs, INT8_LIMIT if precision == "int8" else LIMITS[precision, dtype])
     predictor = tamis.Sparge(topk=rng.choice([None, 0.3]), similarity=rng.choice([-1.0, 0.1, 0.6]))
-    shown = {name: chosen[name] for name in ("causal", "window", "attn_mask", "positions", "segments") if name in chosen}
+    shown = {
+        name: chosen[name] for name in ("causal", "window", "attn_mask", "positions", "segments") if name in chosen
+    }
     engine.predict(predictor, q, k, **shown).validate()
 
 

@@ -84,3 +84,10 @@ def test_strided_query(engine: Engine) -> None:
     assert torch.equal(engine.attend(strided, k, v).output, engine.attend(q, k, v).output)
     expanded = q[:, :1].expand(-1, HEADS, -1, -1)
     assert torch.equal(engine.attend(expanded, k, v).output, engine.attend(expanded.clone(), k, v).output)
+
+
+def test_empty_batch(engine: Engine) -> None:
+    q, k, v = inputs()
+    result = engine.attend(q[:0], k[:0], v[:0])
+    assert result.output.shape == (0, HEADS, 1, 40)
+    assert result.lse.shape == (0, HEADS, 1)

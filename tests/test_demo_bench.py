@@ -10,7 +10,7 @@ import pytest
 import torch
 
 import tamis
-from tamis.bench import ablation, cpu, defaults, layers, memory, record
+from tamis.bench import ablation, compare, cpu, decode, defaults, layers, memory, record
 from tamis.demo import language, measure
 from tamis.demo.capture import Captured, capture
 
@@ -159,3 +159,39 @@ def test_records(tmp_path: Path) -> None:
     with pytest.raises(ValueError):
         record.write(tmp_path / "a" / "b.json", {"x": float("nan")})
     assert json.loads((tmp_path / "a" / "b.json").read_text()) == {"x": 1}
+
+
+def result_with(ratio: float, date: str, cpu_name: str = "one") -> dict[str, Any]:
+    spread = {"median": ratio, "min": ratio - 1, "max": ratio + 1}
+    row = {"tokens": 1024, "head_dim": 64, "density": 0.5, "ratio_sdpa_fp32": spread, "ratio_sdpa_bf16": spread}
+    machine = {"cpu": cpu_name, "cores": 2, "threads": 2, "target": "avx2", "date": date}
+    return {"rows": [row], "machine": machine}
+
+
+def test_compare_says_what_moved(tmp_path: Path) -> None:
+    (tmp_path / "cpu-old.json").write_text(json.dumps(result_with(9.0, "2026-01-01")), encoding="utf-8")
+    (tmp_path / "cpu-new.json").write_text(json.dumps(result_with(4.0, "2026-02-01")), encoding="utf-8")
+    (tmp_path / "cpu-else.json").write_text(json.dumps(result_with(1.0, "2026-03-01", "two")), encoding="utf-8")
+    assert "2 ratios moved" in compare.report(tmp_path, result_with(3.0, "2026-04-01"))
+    assert "4.00 -> 3.00 (-25%" in compare.report(tmp_path, result_with(3.0, "2026-04-01"))
+    assert "1 rows in common: 0 ratios moved" in compare.report(tmp_path, result_with(4.2, "2026-04-01"))
+    assert "nothing to compare with" in compare.report(tmp_path, result_with(4.0, "2026-04-01", "three"))
+
+
+def test_compare_reads_the_committed_results() -> None:
+    folder = Path(__file__).parent.parent / "benchmarks" / "results"
+    for path in folder.glob("cpu-*.json"):
+        committed = json.loads(path.read_text(encoding="utf-8"))
+        found = compare.baseline(folder, committed["machine"])
+        assert found is not None
+        assert compare.moved(committed, committed) == []
+
+
+def test_decode(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(decode, "HEADS", ((4, 2),))
+    monkeypatch.setattr(decode, "HEAD_DIMS", (16,))
+    result = decode.run(tokens=200, repeats=2)
+    (row,) = result["rows"]
+    assert row["ratio_append"]["min"] > 0
+    assert "4:2" in decode.table(result)
+    json.dumps(result)

@@ -17,6 +17,8 @@ from engines import Engine, engines
 from samples import block_mask, qkv
 from torch import Tensor
 
+import tamis
+
 # A number that lies within fp32 rounding of the middle of two steps may be rounded to either. At a relative rounding of
 # about 1e-6 that happens to 254e-6 of the probabilities, each worth 1/254 of its block's maximum: far below 1e-4 of the
 # output. Of the query and key entries about 127 * 2 * 1e-7 flip, each worth 1/127 of a largest entry in one of head_dim
@@ -188,3 +190,54 @@ def test_smoothing_earns_its_keep(engine: Engine) -> None:
     unsmoothed = oracle.relative_l1(oracle.attention_int8(q, shifted, v, mean=zero).output, truth)
     assert ours < 0.02
     assert unsmoothed > 3 * ours
+
+
+def test_the_lowest_mask_means_almost_never(engine: Engine) -> None:
+    """A row masked with the most negative number everywhere, as padding often is: the mean of the values."""
+    q, k, v = qkv(heads=1, q_len=70, kv_len=130, dim=16)
+    mask = torch.zeros(70, 130)
+    mask[3] = torch.finfo(torch.float32).min
+    mask[40, 1:] = -3e38
+    result = engine.attend(q, k, v, precision="int8", attn_mask=mask)
+    torch.testing.assert_close(result.output[:, :, 3], v.mean(2), rtol=0, atol=0.02)
+    torch.testing.assert_close(result.output[:, :, 40], v[:, :, 0], rtol=0, atol=0.02)
+    assert float(result.lse[0, 0, 3]) < -3e38
+    check(engine, q[:, :, 4:40], k, v, attn_mask=mask[4:40])
+
+
+@pytest.mark.parametrize("broken", [float("nan"), float("inf")])
+def test_a_broken_row_is_alone(engine: Engine, broken: float) -> None:
+    q, k, v = qkv(heads=1, q_len=70, kv_len=130, dim=16)
+    plain = engine.attend(q, k, v, precision="int8")
+    for row in (0, 5, 69):
+        bad = q.clone()
+        bad[0, 0, row, 2] = broken
+        output = engine.attend(bad, k, v, precision="int8").output
+        others = torch.arange(70) != row
+        assert output[:, :, row].isnan().all()
+        torch.testing.assert_close(output[:, :, others], plain.output[:, :, others], rtol=0, atol=1e-3)
+
+
+def test_values_of_all_sizes(engine: Engine) -> None:
+    """Blocks of which the lower one holds far larger values, and sums near the end of fp32."""
+    q = torch.zeros(1, 1, 1, 64)
+    q[..., 0] = 15.6
+    k = torch.zeros(1, 1, 128, 64)
+    k[:, :, :64, 0], k[:, :, 64:, 0] = 1, -1
+    v = torch.ones(1, 1, 128, 4)
+    v[:, :, 64:] = 1e20
+    exact = oracle.attention(q, k, v, scale=1.0).output
+    result = engine.attend(q, k, v, scale=1.0, precision="int8").output.double()
+    torch.testing.assert_close(result, exact, rtol=2e-2, atol=0)
+    flat = engine.attend(q * 0, torch.zeros(1, 1, 2560, 64), torch.full((1, 1, 2560, 4), 3e33), precision="int8")
+    torch.testing.assert_close(flat.output, torch.full((1, 1, 1, 4), 3e33), rtol=1e-5, atol=0)
+
+
+def test_zero_keys_among_others_in_a_pack(engine: Engine) -> None:
+    """Key blocks equal to the mean, whose scale is 0, far below another block: they weigh what they weigh."""
+    zeros, ones = torch.zeros(1, 1, 64, 64), torch.ones(1, 1, 64, 64)
+    large, small = torch.full((1, 1, 64, 4), 100.0), torch.ones(1, 1, 64, 4)
+    with engine.selected():
+        packed = tamis.pack_kv(zeros, large).append(5 * ones, small).append(zeros, large)
+    result = engine.attend(ones[:, :, :1], packed, None)
+    torch.testing.assert_close(result.output, torch.ones(1, 1, 1, 4), rtol=0, atol=1e-4)

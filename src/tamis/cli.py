@@ -79,13 +79,22 @@ def _add_bench(commands: Any) -> None:
     cpu.add_argument("--repeats", type=_positive, default=9, metavar="N", help="repetitions, fewer for long calls (9)")
     cpu.add_argument("--flex", action="store_true", help="also FlexAttention (needs a C++ compiler, minutes)")
     cpu.add_argument("--quick", action="store_true", help="lengths up to 4096, 3 repetitions, no memory row")
+    cpu.add_argument(
+        "--compare",
+        type=Path,
+        metavar="DIR",
+        help="print what moved against the results there; writes only with --json",
+    )
     cpu.set_defaults(command=_bench_cpu)
+    decode = kinds.add_parser("decode", help="one query a head against a long key")
+    decode.add_argument("--n", type=_positive, default=32768, metavar="N", help="keys (32768)")
+    decode.set_defaults(command=_bench_decode)
     ablation = kinds.add_parser("ablation", help="what each stage does on a real model")
     ablation.add_argument("--tokens", type=_positive, default=8192, metavar="N", help="longest text (8192)")
     ablation.set_defaults(command=_bench_ablation)
     defaults = kinds.add_parser("defaults", help="the measurement that chooses the defaults")
     defaults.set_defaults(command=_bench_defaults)
-    for kind in (cpu, ablation, defaults):
+    for kind in (cpu, decode, ablation, defaults):
         kind.add_argument("--json", type=Path, metavar="FILE", help="result (benchmarks/results/NAME-DATE.json)")
 
 
@@ -132,6 +141,8 @@ def _demo(options: argparse.Namespace) -> None:
 def _bench_cpu(options: argparse.Namespace) -> None:
     from tamis.bench import cpu
 
+    if options.compare is not None and not options.compare.is_dir():
+        raise _UsageError(f"--compare: {options.compare} is not a folder")
     lengths = options.n or [length for length in cpu.LENGTHS if not options.quick or length <= 4096]
     chosen = cpu.CpuOptions(
         lengths=tuple(lengths),
@@ -143,7 +154,20 @@ def _bench_cpu(options: argparse.Namespace) -> None:
     )
     result = cpu.run(chosen)
     print(cpu.table(result))
-    _write(options.json, "cpu", result)
+    if options.compare is not None:
+        from tamis.bench import compare
+
+        print(compare.report(options.compare, result))
+    if options.compare is None or options.json is not None:
+        _write(options.json, "cpu", result)
+
+
+def _bench_decode(options: argparse.Namespace) -> None:
+    from tamis.bench import decode
+
+    result = decode.run(options.n)
+    print(decode.table(result))
+    _write(options.json, "decode", result)
 
 
 def _bench_ablation(options: argparse.Namespace) -> None:

@@ -108,7 +108,7 @@ def reasons(call: Call) -> list[str]:
 
 
 def _threads(work: int) -> int:
-    """Threads for so many multiplications: one more for each that costs less to start than it takes off."""
+    """Threads for so many multiplications: as many as have work for longer than starting them takes."""
     return max(1, min(torch.get_num_threads(), work // 500_000))
 
 
@@ -298,7 +298,7 @@ def attend(
         options = {"block_q": block_q, "block_kv": block_kv, "scale": scale, "softcap": softcap, "precision": precision}
         output, lse, counts = attend(rows, key, value, packed, causal=False, **options, **none)  # type: ignore[arg-type]
         counts = counts[:, :, :1].repeat_interleave(heads // kv_heads, 1)
-        return output.reshape(batch, heads, 1, -1), lse.reshape(batch, heads, 1), counts
+        return output.reshape(batch, heads, 1, output.shape[-1]), lse.reshape(batch, heads, 1), counts
     args = native.Attend()
     args.batch, args.heads, args.head_dim, args.query = batch, heads, head_dim, native.tensor(query)
     if precision == "int8":
