@@ -33,6 +33,7 @@ struct AmxEngine {
   int32_t* products;        // [2][16][32]: P . V of 16 channels and the 16 before
   int8_t* q;                // [dim / 4][32][4]
   uint8_t* p;               // [16][32][4]
+  float* step;              // [wide]: what one step of a weight is worth, so that O has the size of values
   int8_t *key_copy, *value_copy, *row_bytes;  // a block in whole tiles where it is not; quantised rows
   TileScope scope;
   Pending pending;
@@ -41,13 +42,14 @@ struct AmxEngine {
 
   static int64_t scratch_bytes(const tamis_attend_args& a) {
     const int64_t dim = round_up(a.head_dim, 64), wide = round_up(a.value_dim, 16);
-    return kKeys * kTileRows * 5 + 2 * 16 * kTileRows * 4 + 2 * kTileRows * dim + kKeys * (dim + wide) + 64;
+    return kKeys * kTileRows * 5 + (2 * 16 * kTileRows + wide) * 4 + 2 * kTileRows * dim + kKeys * (dim + wide) + 64;
   }
   AmxEngine(const tamis_attend_args& args, char* scratch)
       : a(args), dim(round_up(args.head_dim, 64)), wide(round_up(args.value_dim, 16)) {
     s = (int32_t*)scratch;
     products = s + kKeys * kTileRows;
-    q = (int8_t*)(products + 2 * 16 * kTileRows);
+    step = (float*)(products + 2 * 16 * kTileRows);
+    q = (int8_t*)(step + wide);
     p = (uint8_t*)q + kTileRows * dim;
     key_copy = (int8_t*)p + kTileRows * kKeys;
     value_copy = key_copy + kKeys * dim;
@@ -124,22 +126,27 @@ struct AmxEngine {
     }
   }
   // O = O keep + P . V, for 16 channels from c.
-  void update(const float* scale, int64_t c, float* o) const {
+  void update(int64_t c, float* o) const {
     const int64_t n = least(16, a.value_dim - c);
-    alignas(64) float by[16];  // value of one step of a weight: O stays in the range of the values
-    store(by, load_some(scale + c, n) * set1(1.f / kProbLevels));
     o += c * kTileRows;
+    const int32_t* sums = products + (c & 16) * kTileRows;
+    const uint32_t both = (1u << kVecs) - 1;
+    if (pending.active == both && pending.plain == both) {
+      const vf k0 = load(pending.keep), k1 = load(pending.keep + W);
+      for (int64_t i = 0; i < n; ++i, o += kTileRows, sums += kTileRows) {
+        const vf by = set1(step[c + i]);
+        store(o, fma(to_float(loadi(sums)), by, load(o) * k0));
+        store(o + W, fma(to_float(loadi(sums + W)), by, load(o + W) * k1));
+      }
+      return;
+    }
     for (int r = 0; r < kVecs; ++r) {
       if (!(pending.active >> r & 1)) continue;
-      const int32_t* from = products + (c & 16) * kTileRows + r * W;
       const vf keep = load(pending.keep + r * W), share = load(pending.share + r * W);
-      float* at = o + r * W;
-      if (pending.plain >> r & 1)
-        for (int64_t i = 0; i < n; ++i, at += kTileRows, from += kTileRows)
-          store(at, fma(to_float(loadi(from)), set1(by[i]), load(at) * keep));
-      else
-        for (int64_t i = 0; i < n; ++i, at += kTileRows, from += kTileRows)
-          store(at, fma(to_float(loadi(from)) * share, set1(by[i]), load(at) * keep));
+      for (int64_t i = 0; i < n; ++i) {
+        float* at = o + i * kTileRows + r * W;
+        store(at, fma(to_float(loadi(sums + i * kTileRows + r * W)) * share, set1(step[c + i]), load(at) * keep));
+      }
     }
   }
   void finish_pending(State& st) {
@@ -147,11 +154,13 @@ struct AmxEngine {
     const float* scale = a.packed.value_scale + pending.block * a.value_dim;
     const int8_t* value = a.packed.value + pending.block * kKeys * a.value_dim;
     if (a.value_dim % 16) value = (int8_t*)memcpy(value_copy, value, kKeys * a.value_dim);
+    for (int64_t c = 0; c < wide; c += 16)
+      store(step + c, load_some(scale + c, least(16, a.value_dim - c)) * set1(1.f / kProbLevels));
     for (int64_t c = 0; c < wide; c += 16) {
       tile_values(value, c);
-      if (c) update(scale, c - 16, st.o);
+      if (c) update(c - 16, st.o);
     }
-    update(scale, wide - 16, st.o);
+    update(wide - 16, st.o);
     pending.active = pending.plain = 0;
   }
 
