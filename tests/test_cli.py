@@ -50,6 +50,8 @@ def test_info_says_why_a_better_target_is_not_used(
         (["demo", "--text", "/nowhere/text"], "--text: /nowhere/text is not there"),
         (["demo", "--json", "/nowhere/file.json"], "--json: the folder of /nowhere/file.json is not there"),
         (["bench"], "BENCHMARK"),
+        (["demo", "--pixels", "3"], "--pixels must be 14 or more"),
+        (["bench", "decode", "--json", "/nowhere/file.json"], "--json: the folder of /nowhere/file.json is not there"),
         (["bench", "cpu", "--density", "2"], r"expected a number in (0, 1], got '2'"),
     ],
 )
@@ -116,7 +118,11 @@ def test_demo_options_arrive(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) ->
 
 
 def test_bench_cpu_writes_a_record(capsys: pytest.CaptureFixture[str], tmp_path: Path) -> None:
-    out = tmp_path / "deep" / "cpu.json"
+    assert cli.main(["bench", "cpu", "--json", str(tmp_path / "deep" / "cpu.json")]) == 2
+    assert "--json: the folder of" in capsys.readouterr().err
+    assert cli.main(["bench", "cpu", "--compare", str(tmp_path / "deep")]) == 2
+    assert "is not a folder" in capsys.readouterr().err
+    out = tmp_path / "cpu.json"
     small = ["--n", "256", "--head-dim", "32", "--density", "1", "0.5", "--quick"]
     assert cli.main(["bench", "cpu", *small, "--json", str(out)]) == 0
     found = json.loads(out.read_text())

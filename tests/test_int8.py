@@ -109,7 +109,7 @@ def test_constant_rows(engine: Engine) -> None:
 
 @pytest.mark.parametrize("step", [-60.0, -9.0, 9.0, 60.0])
 def test_maxima_that_fall_and_rise(engine: Engine, step: float) -> None:
-    """Block maxima that lie far apart, in both orders: what was added before must fade or stay, and nothing overflow."""
+    """Block maxima that lie far apart, in both orders: what was added must fade or stay, and nothing overflow."""
     q = torch.randn(1, 1, 70, 16)
     q[..., 0] = 4
     k = torch.randn(1, 1, 5 * 64, 16) * 0.1

@@ -308,6 +308,10 @@ def sparse_attention(
     if top_left and query.shape[-2] != key.shape[-2]:
         positions = (torch.arange(query.shape[-2], device=query.device), None)
     predictor = Sparge() if predictor is None else predictor
+    if isinstance(predictor, type):
+        raise TypeError(
+            f"predictor must be an object such as {predictor.__name__}(), got the class {predictor.__name__}"
+        )
     if not callable(predictor):
         raise TypeError(f"predictor must be callable as Sparge() is, got {type(predictor).__name__}")
     block_mask = predictor(

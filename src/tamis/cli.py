@@ -51,7 +51,17 @@ def _parser() -> argparse.ArgumentParser:
     info = commands.add_parser("info", help="backends, CPU target, threads, versions")
     info.add_argument("--json", action="store_true", help="print JSON")
     info.set_defaults(command=_info)
+    parser.add_argument("--version", action="version", version=f"tamis {_version()}")
     return parser
+
+
+def _version() -> str:
+    from importlib.metadata import PackageNotFoundError, version
+
+    try:
+        return version("tamis")
+    except PackageNotFoundError:
+        return "(not installed)"
 
 
 def _add_demo(commands: Any) -> None:
@@ -63,9 +73,13 @@ def _add_demo(commands: Any) -> None:
     )
     demo.add_argument("--text", type=Path, metavar="FILE", help="read this UTF-8 text")
     demo.add_argument("--tokens", type=_positive, default=8192, metavar="N", help="tokens to read (8192)")
-    demo.add_argument("--model", type=Path, metavar="DIR", help="a causal language model as transformers saves it")
+    demo.add_argument(
+        "--model", type=Path, metavar="DIR", help="a causal language model as transformers saves it, or one GGUF file"
+    )
     demo.add_argument("--rounds", type=_positive, default=2, metavar="N", help="whole passes of each kind (2)")
-    demo.add_argument("--pixels", type=_positive, default=1036, metavar="N", help="side of the photograph (1036)")
+    demo.add_argument(
+        "--pixels", type=_positive, default=1036, metavar="N", help="side of the photograph, 14 or more (1036)"
+    )
     demo.set_defaults(command=_demo)
 
 
@@ -95,7 +109,9 @@ def _add_bench(commands: Any) -> None:
     defaults = kinds.add_parser("defaults", help="the measurement that chooses the defaults")
     defaults.set_defaults(command=_bench_defaults)
     for kind in (cpu, decode, ablation, defaults):
-        kind.add_argument("--json", type=Path, metavar="FILE", help="result (benchmarks/results/NAME-DATE.json)")
+        kind.add_argument(
+            "--json", type=Path, metavar="FILE", help="result (NAME-DATE.json, under benchmarks/results if there)"
+        )
 
 
 def _positive(text: str) -> int:
@@ -125,6 +141,8 @@ def _demo(options: argparse.Namespace) -> None:
     for path, what in ((options.json, "--json"), (options.report, "--report")):
         if path is not None and not path.resolve().parent.is_dir():
             raise _UsageError(f"{what}: the folder of {path} is not there")
+    if options.pixels < 14:
+        raise _UsageError(f"--pixels must be 14 or more, the side of one patch, got {options.pixels}")
     from tamis import demo
     from tamis.demo.language import LanguageOptions
 
@@ -139,6 +157,7 @@ def _demo(options: argparse.Namespace) -> None:
 
 
 def _bench_cpu(options: argparse.Namespace) -> None:
+    _check_folder(options.json)
     from tamis.bench import cpu
 
     if options.compare is not None and not options.compare.is_dir():
@@ -163,6 +182,7 @@ def _bench_cpu(options: argparse.Namespace) -> None:
 
 
 def _bench_decode(options: argparse.Namespace) -> None:
+    _check_folder(options.json)
     from tamis.bench import decode
 
     result = decode.run(options.n)
@@ -171,6 +191,7 @@ def _bench_decode(options: argparse.Namespace) -> None:
 
 
 def _bench_ablation(options: argparse.Namespace) -> None:
+    _check_folder(options.json)
     from tamis.bench import ablation
 
     result = ablation.run(options.tokens)
@@ -179,12 +200,19 @@ def _bench_ablation(options: argparse.Namespace) -> None:
 
 
 def _bench_defaults(options: argparse.Namespace) -> None:
+    _check_folder(options.json)
     from tamis.bench import defaults
     from tamis.bench.record import default_path
 
     path = options.json or default_path("defaults")
     print(defaults.table(defaults.run(path)))
     print(f"written: {path}")
+
+
+def _check_folder(path: Path | None) -> None:
+    """Before minutes of measuring, not after."""
+    if path is not None and not path.resolve().parent.is_dir():
+        raise _UsageError(f"--json: the folder of {path} is not there")
 
 
 def _write(path: Path | None, name: str, result: dict[str, Any]) -> None:

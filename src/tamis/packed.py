@@ -65,8 +65,10 @@ class PackedKV:
             if new.dtype != old.dtype:
                 raise TypeError(f"{name} is {new.dtype}, packed was {old.dtype}: they must agree")
             if new.shape[:2] != old.shape[:2] or new.shape[3] != old.shape[3]:
-                expected = (*old.shape[:2], "new", old.shape[3])
-                raise ValueError(f"{name} must be {expected}, got {tuple(new.shape)}")
+                batch, heads, _, dim = old.shape
+                raise ValueError(
+                    f"{name} must be [{batch}, {heads}, new tokens, {dim}] as packed before, got {tuple(new.shape)}"
+                )
             if new.device != old.device:
                 raise ValueError(f"{name} is on {new.device}, packed on {old.device}: they must agree")
         if value.shape[2] != key.shape[2]:

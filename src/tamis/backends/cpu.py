@@ -291,10 +291,11 @@ def attend(
     if q_len == 1 and heads > kv_heads > 0 and all(x is None for x in (*differs_by_head, *differs_by_row)):
         # Decoding: heads that share a key are rows of one block and read it once. The last query sees every key.
         rows = query.reshape(batch, kv_heads, heads // kv_heads, head_dim)
-        none = dict.fromkeys(
-            "kv_num_blocks kv_indices window attn_mask q_positions kv_positions q_segments kv_segments q_bounds "
-            "kv_bounds visible sink_logits pv_threshold".split()
+        absent = (
+            *("kv_num_blocks", "kv_indices", "window", "attn_mask", "q_positions", "kv_positions", "q_segments"),
+            *("kv_segments", "q_bounds", "kv_bounds", "visible", "sink_logits", "pv_threshold"),
         )
+        none: dict[str, None] = dict.fromkeys(absent)
         options = {"block_q": block_q, "block_kv": block_kv, "scale": scale, "softcap": softcap, "precision": precision}
         output, lse, counts = attend(rows, key, value, packed, causal=False, **options, **none)  # type: ignore[arg-type]
         counts = counts[:, :, :1].repeat_interleave(heads // kv_heads, 1)

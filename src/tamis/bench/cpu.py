@@ -202,6 +202,13 @@ def table(result: dict[str, Any]) -> str:
         f"{'tokens':>7}{'dim':>5}{'density':>9}{'total':>9}{'kernel':>9}{'x fp32':>8}{'(spread)':>14}{'x bf16':>8}"
         f"{'x flex':>8}{'full x':>8}{'GOPS':>7}{'equiv.':>8}{'pred.':>7}{'quant.':>8}{'L1':>8}"
     ]
+    legend = [
+        "",
+        "total: prediction, quantisation and int8 kernel, seconds. kernel: of a PackedKV. x fp32, x bf16, x flex:",
+        "torch's SDPA and FlexAttention / total, with the smallest and largest of the repetitions; above 1 tamis is",
+        "faster, and a wide spread says that the machine was busy. full x: SDPA fp32 / precision 'full'. GOPS: done;",
+        "equiv.: what a dense call would have done. pred., quant.: shares of total. L1: relative error of int8.",
+    ]
     for row in result["rows"]:
         fp32 = row["ratio_sdpa_fp32"]
         flex = f"{row['ratio_flex']['median']:8.2f}" if "ratio_flex" in row else f"{'-':>8}"
@@ -217,4 +224,4 @@ def table(result: dict[str, Any]) -> str:
             f"peak extra memory, {memory['tokens']:,} tokens, 1 head, density {memory['density']}: "
             f"{memory['peak_extra_bytes'] / 1e6:.0f} MB"
         )
-    return "\n".join(lines)
+    return "\n".join(lines + legend)

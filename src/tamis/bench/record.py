@@ -25,8 +25,9 @@ def commit() -> str | None:
 
 
 def default_path(name: str) -> Path:
-    """`benchmarks/results/NAME-DATE.json` under the current folder."""
-    return Path("benchmarks", "results", f"{name}-{datetime.date.today().isoformat()}.json")
+    """NAME-DATE.json, in `benchmarks/results` if the current folder has that, else right here."""
+    folder = Path("benchmarks", "results")
+    return (folder if folder.is_dir() else Path()) / f"{name}-{datetime.date.today().isoformat()}.json"
 
 
 def write(path: Path, result: dict[str, Any]) -> None:

@@ -31,8 +31,8 @@ class Sparge:
     keep every key, such key blocks are kept by every query. Invisible blocks are never kept.
 
     Args:
-        cdf: mass to keep, in (0, 1]; the fewest largest blocks that reach it, at least one. By default measured, or
-            off if `topk` is given.
+        cdf: mass to keep, in (0, 1]; the fewest largest blocks that reach it, at least one. By default the
+            measured .995 (docs/defaults.md), or off if `topk` is given.
         topk: share of the VISIBLE blocks of each row to keep, in (0, 1], rounded up. With `cdf`: the union.
         similarity: blocks whose mean cosine similarity of rows (keys less their mean) is below this are kept whole,
             in [-1, 1); -1 turns it off.

@@ -46,7 +46,7 @@ class Window:
         for name, least in (("size", 1), ("sink", 0)):
             value = getattr(self, name)
             if isinstance(value, bool) or not isinstance(value, int):
-                raise TypeError(f"{name} must be an integer, got {type(value).__name__}")
+                raise TypeError(f"{name} must be an integer, got {value!r} ({type(value).__name__})")
             if not least <= value <= 2**62:
                 raise ValueError(f"{name} must be at least {least} and at most 2**62, got {value}")
         object.__setattr__(self, "keep", as_keep(self.keep))
