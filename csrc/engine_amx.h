@@ -57,8 +57,8 @@ struct AmxEngine {
     if (scratch) memset(key_copy, 0, kKeys * (dim + wide));
   }
 
-  void set_queries(const Item& it, int64_t, float* rows, int64_t ld, int64_t n) {
-    quantise_tile(a, it, rows, ld, n, dim, row_bytes, (uint8_t*)q, row_scale, shift);
+  void set_queries(const Item& it, int64_t, float* rows, int64_t ld, int64_t) {
+    quantise_tile(a, it, rows, ld, dim, row_bytes, (uint8_t*)q, row_scale, shift);
     for (float& x : reference) x = -INFINITY;
     pending.active = pending.plain = 0;
   }
@@ -143,9 +143,11 @@ struct AmxEngine {
     for (int r = 0; r < kVecs; ++r) {
       if (!(pending.active >> r & 1)) continue;
       const vf keep = load(pending.keep + r * W), share = load(pending.share + r * W);
+      const bool plain = pending.plain >> r & 1;
       for (int64_t i = 0; i < n; ++i) {
         float* at = o + i * kTileRows + r * W;
-        store(at, fma(to_float(loadi(sums + i * kTileRows + r * W)) * share, set1(step[c + i]), load(at) * keep));
+        const vf sum = to_float(loadi(sums + i * kTileRows + r * W));
+        store(at, fma(plain ? sum : sum * share, set1(step[c + i]), load(at) * keep));
       }
     }
   }
@@ -249,6 +251,22 @@ struct AmxEngine {
   void careful_scores(const Item& it, Sight sight, int64_t j0, int64_t keys, bool plain, const vf* factor,
                       vf* block_top) {
     float* x = (float*)s;
+    if (!a.attn_mask.data && !(a.softcap > 0)) {  // nothing but who sees whom
+      for (int r = 0; r < kVecs; ++r) block_top[r] = set1(-INFINITY);
+      for (int64_t j = 0; j < kKeys; ++j) {
+        const bool real = j < keys;
+        const uint32_t seen = !real                ? 0
+                              : sight == Sight::all ? ~0u
+                                                    : rows_seeing(a.geometry, it.b, it.i0, it.rows, j0 + j);
+        for (int r = 0; r < kVecs; ++r) {
+          float* at = x + j * kTileRows + r * W;
+          const vf y = choose_bits(to_float(loadi(at)) * factor[r], set1(-INFINITY), seen >> (r * W));
+          block_top[r] = vmax(y, block_top[r]);
+          store(at, y);
+        }
+      }
+      return;
+    }
     const vf unit = set1(plain ? 1.f : 1.f / kLog2e);
     for (int64_t j = 0; j < keys; ++j)
       for (int r = 0; r < kVecs; ++r) {

@@ -77,17 +77,28 @@ static inline void pv_int8(const uint8_t* p, const int8_t* v, int64_t fours, con
 
 // Quantises a tile of query rows, `dim` (a multiple of 4 from head_dim on) bytes each, into [dim / 4][32][4].
 // `row_scale` gets each row's scale, the softmax scale included; `shift` its scaled product with the key mean.
-static void quantise_tile(const tamis_attend_args& a, const Item& it, const float* rows, int64_t ld, int64_t n,
-                          int64_t dim, int8_t* bytes, uint8_t* to, float* row_scale, float* shift) {
+static void quantise_tile(const tamis_attend_args& a, const Item& it, const float* rows, int64_t ld, int64_t dim,
+                          int8_t* bytes, uint8_t* to, float* row_scale, float* shift) {
   const float* mean = a.packed.key_mean + (it.b * a.kv_heads + it.kv_head) * a.head_dim;
-  const int64_t ld_bytes = round_up(dim, 16);
+  const int64_t ld_bytes = round_up(dim, 16), even = a.head_dim / W * W;
   for (int64_t i = 0; i < kTileRows; ++i) {
     const float* x = rows + i * ld;
-    float top = i < n ? max_abs(x, a.head_dim) : 0.f;
+    vf tops = set1(0.f), broken = set1(0.f), products = set1(0.f);
+    for (int64_t c = 0; c < even; c += W) {
+      const vf y = load(x + c);
+      tops = vmax(vabs(y), tops);
+      broken = fma(y, set1(0.f), broken);
+      products = fma(y, load(mean + c), products);
+    }
+    float top = max_lanes(tops), bad = sum_lanes(broken), product = sum_lanes(products);
+    for (int64_t c = even; c < a.head_dim; ++c) {
+      top = fabsf(x[c]) > top ? fabsf(x[c]) : top;
+      bad += x[c] * 0.f, product += x[c] * mean[c];
+    }
     // A NaN or infinite row keeps a broken scale, so that its own output shows it and no other does.
-    if (i < n && !all_finite(x, a.head_dim)) top = NAN;
+    if (bad != 0.f) top = NAN;
     row_scale[i] = top / 127.f * a.scale;
-    shift[i] = dot(x, mean, a.head_dim) * a.scale;
+    shift[i] = product * a.scale;
     quantise_row(x, ld, inverse_scale(top), bytes + i * ld_bytes);
     if (ld_bytes > ld) memset(bytes + i * ld_bytes + ld, 0, ld_bytes - ld);
   }
@@ -117,9 +128,9 @@ struct Int8Engine {
     shift = row_scale + rows;
   }
 
-  void set_queries(const Item& it, int64_t tile, float* rows, int64_t ld, int64_t n) {
+  void set_queries(const Item& it, int64_t tile, float* rows, int64_t ld, int64_t) {
     uint8_t* to = q + tile * kTileRows * a.packed.dim4;
-    quantise_tile(a, it, rows, ld, n, a.packed.dim4, bytes, to, row_scale + tile * kTileRows, shift + tile * kTileRows);
+    quantise_tile(a, it, rows, ld, a.packed.dim4, bytes, to, row_scale + tile * kTileRows, shift + tile * kTileRows);
     if (kQueryOffset)
       for (int64_t i = 0; i < kTileRows * a.packed.dim4; ++i) to[i] = (uint8_t)(to[i] ^ 0x80);
   }

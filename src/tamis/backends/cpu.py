@@ -56,8 +56,13 @@ def built_targets() -> list[str]:
 
 def available_targets() -> list[str]:
     """Targets that this processor can run, best first."""
+    return list(_available())
+
+
+@functools.cache
+def _available() -> tuple[str, ...]:
     found = library()
-    return [] if isinstance(found, str) else found.tamis_targets().decode().split()
+    return () if isinstance(found, str) else tuple(found.tamis_targets().decode().split())
 
 
 @contextlib.contextmanager
@@ -77,7 +82,7 @@ def target() -> str | None:
     Raises:
         ValueError: the target asked for cannot run here.
     """
-    available = available_targets()
+    available = _available()
     if not available:
         return None
     wanted = _forced[-1] if _forced else os.environ.get("TAMIS_CPU_TARGET", "")

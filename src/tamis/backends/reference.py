@@ -68,8 +68,9 @@ def summarize(x: Tensor, block: int, mean: Tensor | None, segments: Tensor | Non
     counts = _blocks(counts, blocks, block)[:, None, :, :, None]
     rows = torch.where(counts, _blocks(rows, blocks, block, dim=2), 0.0)
     number = counts.sum(3)
-    norm = torch.linalg.vector_norm(rows, dim=-1, keepdim=True)
-    unit = torch.where(norm == 0, 0.0, rows / norm)
+    top = rows.abs().amax(-1, keepdim=True)
+    near_one = torch.where(top == 0, 0.0, rows / top)  # whose squares neither overflow nor vanish
+    unit = torch.where(top == 0, 0.0, near_one / torch.linalg.vector_norm(near_one, dim=-1, keepdim=True))
     similarity = (unit.sum(3) / number.clamp(min=1)).square().sum(-1)
     similarity = torch.where(number[..., 0] == 0, 1.0, similarity)
     broken = (~rows.isfinite()).flatten(3).any(-1)

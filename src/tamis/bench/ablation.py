@@ -20,6 +20,7 @@ from tamis.demo.progress import Progress
 from tamis.predictors.sparge import Sparge
 
 LENGTHS = (1024, 2048, 4096, 8192)
+JUDGES = (Sparge().similarity, 0.3, 0.5)  # the default, and where more blocks are judged
 _HARDEST = 0.02  # share of heads on which the judge matters most, as in the paper
 
 
@@ -33,7 +34,7 @@ def run(tokens: int = LENGTHS[-1]) -> dict[str, Any]:
     both = Settings(standard, DEFAULT_PV_THRESHOLD)
     everything = Sparge(topk=1.0, similarity=-1.0)
     unjudged = Settings(replace(standard, similarity=-1.0), DEFAULT_PV_THRESHOLD)
-    with Progress(5 + len(lengths), "ablation") as progress:
+    with Progress(4 + len(JUDGES) + len(lengths), "ablation") as progress:
 
         def measure(settings: Settings, chosen: list[Layer]) -> Outcome:
             outcome = evaluate(chosen, settings)
@@ -45,6 +46,10 @@ def run(tokens: int = LENGTHS[-1]) -> dict[str, Any]:
         second = measure(Settings(everything, DEFAULT_PV_THRESHOLD), layers)
         joint = measure(both, layers)
         without = measure(unjudged, layers)
+        judges = [(JUDGES[0], joint)]
+        for similarity in JUDGES[1:]:
+            strict = Settings(replace(standard, similarity=similarity), DEFAULT_PV_THRESHOLD)
+            judges.append((similarity, measure(strict, layers)))
         by_length = {length: measure(both, [layer.first(length) for layer in layers]) for length in lengths}
     return {
         "tokens": tokens,
@@ -58,7 +63,7 @@ def run(tokens: int = LENGTHS[-1]) -> dict[str, Any]:
                 ("both", joint),
             )
         ],
-        "judge": _judge(joint, without),
+        "judge": [{"similarity": similarity, **_judge(outcome, without)} for similarity, outcome in judges],
         "lengths": [{"tokens": length, **outcome.as_json()} for length, outcome in by_length.items()],
         "machine": machine(),
         "commit": commit(),
@@ -90,15 +95,19 @@ def table(result: dict[str, Any]) -> str:
             f"{row['l1_median']:8.4f}{row['l1_p95']:7.3f}{row['l1_worst']:7.3f}{row['seconds']:9.2f}"
         )
 
-    judge = result["judge"]
+    judges = result["judge"]
     return "\n".join(
         [
             f"{result['tokens']} tokens, all layers and heads of SmolLM2-135M, settings {result['settings']}",
             head,
             *(line(row["name"], row) for row in result["stages"]),
-            line("both, judge off", judge["without"]),
-            f"on the {judge['hardest_heads']} heads where the judge matters most: L1 {judge['hardest_l1_with']:.3f} "
-            f"with, {judge['hardest_l1_without']:.3f} without",
+            line("both, judge off", judges[0]["without"]),
+            *(line(f"both, similarity {judge['similarity']}", judge["with"]) for judge in judges),
+            *(
+                f"similarity {judge['similarity']}, the {judge['hardest_heads']} heads where it matters most: "
+                f"L1 {judge['hardest_l1_with']:.3f} with, {judge['hardest_l1_without']:.3f} without"
+                for judge in judges
+            ),
             *(line(f"{row['tokens']} tokens", row) for row in result["lengths"]),
         ]
     )
