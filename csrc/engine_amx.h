@@ -103,26 +103,35 @@ struct AmxEngine {
   void tile_values(const int8_t* value, int64_t c) const {
     const int64_t row = kTileRows * 4;
     int32_t* to = products + (c & 16) * kTileRows;
+    const bool first = pending.active & 1, second = pending.active & 2;
     if (c == 0) {
       TILE_LOAD(6, p, row);
       TILE_LOAD(7, p + 64, row);
     }
     if (c & 16) {
       TILE_LOAD(5, value + c * kKeys, kKeys);
-      TILE_ZERO(2);
-      TILE_DOT_SUD(2, 5, 6);
-      TILE_ZERO(3);
-      TILE_DOT_SUD(3, 5, 7);
-      TILE_STORE(2, to, row);
-      TILE_STORE(3, to + W, row);
+      if (first) {
+        TILE_ZERO(2);
+        TILE_DOT_SUD(2, 5, 6);
+      }
+      if (second) {
+        TILE_ZERO(3);
+        TILE_DOT_SUD(3, 5, 7);
+      }
+      if (first) TILE_STORE(2, to, row);
+      if (second) TILE_STORE(3, to + W, row);
     } else {
       TILE_LOAD(4, value + c * kKeys, kKeys);
-      TILE_ZERO(0);
-      TILE_DOT_SUD(0, 4, 6);
-      TILE_ZERO(1);
-      TILE_DOT_SUD(1, 4, 7);
-      TILE_STORE(0, to, row);
-      TILE_STORE(1, to + W, row);
+      if (first) {
+        TILE_ZERO(0);
+        TILE_DOT_SUD(0, 4, 6);
+      }
+      if (second) {
+        TILE_ZERO(1);
+        TILE_DOT_SUD(1, 4, 7);
+      }
+      if (first) TILE_STORE(0, to, row);
+      if (second) TILE_STORE(1, to + W, row);
     }
   }
   // O = O keep + P . V, for 16 channels from c.
@@ -143,12 +152,14 @@ struct AmxEngine {
     for (int r = 0; r < kVecs; ++r) {
       if (!(pending.active >> r & 1)) continue;
       const vf keep = load(pending.keep + r * W), share = load(pending.share + r * W);
-      const bool plain = pending.plain >> r & 1;
-      for (int64_t i = 0; i < n; ++i) {
-        float* at = o + i * kTileRows + r * W;
-        const vf sum = to_float(loadi(sums + i * kTileRows + r * W));
-        store(at, fma(plain ? sum : sum * share, set1(step[c + i]), load(at) * keep));
-      }
+      float* at = o + r * W;
+      const int32_t* from = sums + r * W;
+      if (pending.plain >> r & 1)
+        for (int64_t i = 0; i < n; ++i, at += kTileRows, from += kTileRows)
+          store(at, fma(to_float(loadi(from)), set1(step[c + i]), load(at) * keep));
+      else
+        for (int64_t i = 0; i < n; ++i, at += kTileRows, from += kTileRows)
+          store(at, fma(to_float(loadi(from)) * share, set1(step[c + i]), load(at) * keep));
     }
   }
   void finish_pending(State& st) {
