@@ -183,7 +183,7 @@ def test_compare_reads_the_committed_results() -> None:
     folder = Path(__file__).parent.parent / "benchmarks" / "results"
     for path in folder.glob("cpu-*.json"):
         committed = json.loads(path.read_text(encoding="utf-8"))
-        found = compare.baseline(folder, committed["machine"])
+        found = compare.baseline(folder, committed)
         assert found is not None
         assert compare.moved(committed, committed) == []
 
