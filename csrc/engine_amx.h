@@ -224,7 +224,7 @@ struct AmxEngine {
         for (int r = 0; r < kVecs; ++r) top_score[r] = maxi(top_score[r], loadi(s + j * kTileRows + r * W));
       for (int r = 0; r < kVecs; ++r) block_top[r] = to_float(top_score[r]) * factor[r];
     } else {
-      careful_scores(it, sight, j0, keys, plain, factor, block_top);
+      careful_scores(it, sight, j0, keys, factor, block_top);
     }
     // Weights are relative to their block's maximum, and O to that of the last block that was added: then products need
     // no factor. Only a block 2^-20 below the running maximum gets one, since O relative to it might overflow.
@@ -259,8 +259,7 @@ struct AmxEngine {
   }
 
   // The scores as floats with every option and mask applied, base 2; -inf beyond the last key.
-  void careful_scores(const Item& it, Sight sight, int64_t j0, int64_t keys, bool plain, const vf* factor,
-                      vf* block_top) {
+  void careful_scores(const Item& it, Sight sight, int64_t j0, int64_t keys, const vf* factor, vf* block_top) {
     float* x = (float*)s;
     if (!a.attn_mask.data && !(a.softcap > 0)) {  // nothing but who sees whom
       for (int r = 0; r < kVecs; ++r) block_top[r] = set1(-INFINITY);
@@ -278,21 +277,19 @@ struct AmxEngine {
       }
       return;
     }
-    const vf unit = set1(plain ? 1.f : 1.f / kLog2e);
+    const vf unit = set1(1.f / kLog2e);
     for (int64_t j = 0; j < keys; ++j)
       for (int r = 0; r < kVecs; ++r) {
         vf y = to_float(loadi(s + j * kTileRows + r * W)) * (factor[r] * unit);
         if (a.softcap > 0) y = y + load(shift + r * W);  // it must see the scores of the unsmoothed key
         store(x + j * kTileRows + r * W, y);
       }
-    if (!plain) {
-      uint32_t seen[kKeys];
-      finish_scores(a, it, sight, it.i0, it.rows, j0, keys, x, seen);
-      for (int64_t i = 0; i < keys * kTileRows; i += W) {
-        // The lowest finite score is "almost never", which -inf is not.
-        const vf natural = load(x + i), binary = vmax(set1(-3.4028235e38f), natural * set1(kLog2e));
-        store(x + i, choose_bits(binary, natural, ~above_bits(set1(-3.4028235e38f), natural)));
-      }
+    uint32_t seen[kKeys];
+    finish_scores(a, it, sight, it.i0, it.rows, j0, keys, x, seen);
+    for (int64_t i = 0; i < keys * kTileRows; i += W) {
+      // The lowest finite score is "almost never", which -inf is not.
+      const vf natural = load(x + i), binary = vmax(set1(-3.4028235e38f), natural * set1(kLog2e));
+      store(x + i, choose_bits(binary, natural, ~above_bits(set1(-3.4028235e38f), natural)));
     }
     for (int64_t i = keys * kTileRows; i < kKeys * kTileRows; i += W) store(x + i, set1(-INFINITY));
     for (int r = 0; r < kVecs; ++r) block_top[r] = column_max(x, keys, r);
