@@ -13,7 +13,7 @@
 extern "C" {
 #endif
 
-#define TAMIS_ABI_VERSION 2
+#define TAMIS_ABI_VERSION 3
 #define TAMIS_EXPORT __attribute__((visibility("default")))
 
 enum { TAMIS_OK = 0, TAMIS_NO_MEMORY = 1, TAMIS_CORRUPT_MASK = 2, TAMIS_UNKNOWN_TARGET = 3 };
@@ -60,8 +60,10 @@ typedef struct {
 
 typedef struct {
   int64_t batch, heads, kv_heads, head_dim, value_dim;
-  tamis_tensor query, key, value; /* key, value: absent when int8 */
-  tamis_packed packed;            /* int8 only */
+  tamis_tensor query, key, value; /* key, value: absent where packed is there */
+  tamis_packed packed;            /* int8 only; where its key is NULL the call quantises key and value itself */
+  const int64_t* pack_segments;   /* then: as in tamis_pack_args */
+  int64_t pack_segment_stride;
   tamis_geometry geometry;
   const int32_t* kv_num_blocks; /* NULL: dense */
   const int32_t* kv_indices;
@@ -73,6 +75,7 @@ typedef struct {
   const float* sink_logits;  /* [heads] or NULL */
   const float* pv_threshold; /* [heads] or NULL */
   int32_t int8;
+  int32_t bf16_products; /* the target may use them: of value, and of query and key too where all are bf16 */
   void* output; /* dense, dtype of query */
   float* lse;     /* dense [batch, heads, q_len] */
   double* counts; /* dense [batch, heads, q_blocks, 3]: visible, QK done, PV done */

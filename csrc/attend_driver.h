@@ -5,9 +5,10 @@
 
 #include "engine_full.h"
 #include "engine_int8.h"
+#include "prepare.h"
 #include "state.h"
 #ifdef TAMIS_AMX
-#include "engine_amx.h"
+#include "engine_tiles.h"
 #endif
 
 static inline bool group_moves(const vf& block_top, const vf& top, const float* real, float threshold) {
@@ -15,10 +16,13 @@ static inline bool group_moves(const vf& block_top, const vf& top, const float* 
   return any_above(block_top - where_minus_inf_zero(top) + load(real), set1(-threshold));
 }
 
+// Of the running output: whole vectors and tiles.
+static inline int64_t channels(const tamis_attend_args& a) { return round_up(a.value_dim, 16); }
+
 template <class Engine, int R>
 static void accumulate_rows(Engine& e, int64_t tile, int r0, const State& st, const vf* block_top, const vf* top,
                             const vf* alpha) {
-  e.template accumulate<R>(tile, r0, st.s, block_top + r0, top + r0, alpha + r0, st.o + tile * e.a.value_dim * kTileRows);
+  e.template accumulate<R>(tile, r0, st.s, block_top + r0, top + r0, alpha + r0, st.o + tile * channels(e.a) * kTileRows);
 }
 
 // One tile of 32 rows against the engine's current block. Returns the rows whose PV product was done.
@@ -78,7 +82,7 @@ static int64_t visit_tile(Engine& e, const Item& it, State& st, int64_t tile, in
   if (!plain && e.needs_care(active_rows)) {
     float factor[kTileRows];
     for (int r = 0; r < vecs; ++r) store(factor + r * W, alpha[r]);
-    e.accumulate_carefully(seen, st.s, factor, st.o + tile * a.value_dim * kTileRows, active_rows);
+    e.accumulate_carefully(seen, st.s, factor, st.o + tile * channels(a) * kTileRows, active_rows);
     return done;
   }
   for (int r = 0; r < vecs;) {
@@ -93,34 +97,42 @@ static int64_t visit_tile(Engine& e, const Item& it, State& st, int64_t tile, in
   return done;
 }
 
-// The 64 keys from j0 against all row tiles, of which `sights` says how much each sees. Adds the rows whose PV
-// product is done, times `weight`.
+// One part against all row tiles. Returns the rows whose PV product is done.
 template <class Engine>
-static void visit_part(Engine& e, const Item& it, State& st, const Sight* sights, int64_t j0, int64_t keys,
-                       double weight) {
+static int64_t visit_part(Engine& e, const Item& it, State& st, const Part& part) {
   const float threshold = e.a.pv_threshold ? e.a.pv_threshold[it.h] : 0.f;
   float real[kTileRows];
   int64_t done = 0;
-  e.set_block(it, j0, keys);
+  e.set_block(it, part.j0, part.keys);
   for (int64_t tile = 0; tile * kTileRows < it.rows; ++tile) {
     const int64_t rows = least(kTileRows, it.rows - tile * kTileRows);
-    if (sights[tile] == Sight::none) {
+    if (part.sights[tile] == Sight::none) {
       done += rows;
       continue;
     }
     for (int64_t i = 0; i < kTileRows; ++i) real[i] = i < rows ? 0.f : -INFINITY;
-    done += visit_tile(e, it, st, tile, rows, sights[tile], j0, threshold, real);
+    done += visit_tile(e, it, st, tile, rows, part.sights[tile], part.j0, threshold, real);
   }
-  st.pv += (double)done * weight;
+  return done;
+}
+// Returns the rows whose PV product is done, times the parts' weights.
+template <class Engine>
+static double visit_parts(Engine& e, const Item& it, State& st, const Part* parts, int64_t count) {
+  double done = 0;
+  for (int64_t n = 0; n < count; ++n) done += (double)visit_part(e, it, st, parts[n]) * parts[n].weight;
+  return done;
 }
 template <class Engine>
 static void finish_parts(Engine&, const Item&, State&) {}
 #ifdef TAMIS_AMX
-static void visit_part(AmxEngine& e, const Item& it, State& st, const Sight* sights, int64_t j0, int64_t keys,
-                       double weight) {
-  st.pv += (double)e.visit_part(it, st, *sights, j0, keys) * weight;
+template <bool kInt8>
+static double visit_parts(TileEngine<kInt8>& e, const Item& it, State& st, const Part* parts, int64_t count) {
+  return e.visit_parts(it, st, parts, count);
 }
-static void finish_parts(AmxEngine& e, const Item&, State& st) { e.finish(st); }
+template <bool kInt8>
+static void finish_parts(TileEngine<kInt8>& e, const Item& it, State& st) {
+  e.finish(it, st);
+}
 #endif
 
 // Divides by the denominator, adds the sink to it, writes output and log-sum-exp.
@@ -130,7 +142,7 @@ static void finish_item(Engine& e, const Item& it, State& st) {
   const int64_t dim = a.value_dim, head = it.b * a.heads + it.h;
   for (int64_t tile = 0; tile * kTileRows < it.rows; ++tile) {
     const int64_t rows = least(kTileRows, it.rows - tile * kTileRows);
-    float* o = st.o + tile * dim * kTileRows;
+    float* o = st.o + tile * channels(a) * kTileRows;
     float inverse[kTileRows];
     for (int64_t i = 0; i < kTileRows; ++i) {
       const int64_t at = tile * kTileRows + i;
@@ -166,14 +178,15 @@ struct Blocks {
   int64_t count;
 };
 
-// Some rows of a query block against all its key blocks. Returns how many PV products were done, counting one row
+// A block of query rows against all its key blocks. Returns how many PV products were done, counting one row
 // against one key block as 1.
 template <class Engine>
 static double attend_rows(Engine& e, const Item& it, State& st, const Blocks& blocks) {
   const tamis_attend_args& a = e.a;
   const tamis_geometry& g = a.geometry;
   const int64_t tiles = blocks_of(it.rows, kTileRows), ld = round_up(a.head_dim, 16);
-  Sight sights[Engine::kRowsAtOnce / kTileRows];
+  Part parts[Engine::kPartsAtOnce];
+  int64_t waiting = 0;
   for (int64_t tile = 0; tile < tiles; ++tile) {
     const int64_t rows = least(kTileRows, it.rows - tile * kTileRows);
     memset(st.rows, 0, kTileRows * ld * 4);
@@ -182,7 +195,7 @@ static double attend_rows(Engine& e, const Item& it, State& st, const Blocks& bl
     e.set_queries(it, tile, st.rows, ld, rows);
   }
   for (int64_t i = 0; i < tiles * kTileRows; ++i) st.m[i] = -INFINITY, st.l[i] = 0.f;
-  memset(st.o, 0, tiles * kTileRows * a.value_dim * 4);
+  memset(st.o, 0, tiles * kTileRows * channels(a) * 4);
 
   st.pv = 0;
   for (int64_t n = 0; n < blocks.count; ++n) {
@@ -191,14 +204,18 @@ static double attend_rows(Engine& e, const Item& it, State& st, const Blocks& bl
     const int64_t j_end = least((kb + 1) * g.block_kv, g.kv_len);
     const double weight = 1. / (double)blocks_of(j_end - kb * g.block_kv, kKeys);
     for (int64_t j0 = kb * g.block_kv; j0 < j_end; j0 += kKeys) {
-      const int64_t keys = least(kKeys, j_end - j0);
+      Part& part = parts[waiting++];
+      part.j0 = j0, part.keys = least(kKeys, j_end - j0), part.weight = weight;
       for (int64_t tile = 0; tile < tiles; ++tile) {
         const int64_t i0 = it.i0 + tile * kTileRows, i1 = least(i0 + kTileRows, it.i0 + it.rows);
-        sights[tile] = sight(g, it.b, it.qb, kb, i0, i1, j0, j0 + keys);
+        part.sights[tile] = sight(g, it.b, it.qb, kb, i0, i1, j0, j0 + part.keys);
       }
-      visit_part(e, it, st, sights, j0, keys, weight);
+      if (waiting < Engine::kPartsAtOnce) continue;
+      st.pv += visit_parts(e, it, st, parts, waiting);
+      waiting = 0;
     }
   }
+  st.pv += visit_parts(e, it, st, parts, waiting);
   finish_parts(e, it, st);
   finish_item(e, it, st);
   return st.pv;
@@ -218,26 +235,22 @@ static bool attend_item(Engine& e, const Item& it, State& st) {
     for (int64_t n = 0; n < blocks.count; ++n)
       if (blocks.list[n] < 0 || blocks.list[n] >= kv_blocks || (n && blocks.list[n] <= blocks.list[n - 1])) return false;
   }
-  double visible = 0, qk = 0, pv = 0;
+  double visible = 0, qk = 0;
   for (int64_t kb = 0; kb < kv_blocks; ++kb) visible += block_visible(g, it.b, it.h, it.qb, kb);
   for (int64_t n = 0; n < blocks.count; ++n)
     qk += block_visible(g, it.b, it.h, it.qb, blocks.list ? blocks.list[n] : n);
-  for (int64_t i = 0; i < it.rows; i += Engine::kRowsAtOnce) {
-    Item rows = it;
-    rows.i0 += i, rows.rows = least(Engine::kRowsAtOnce, it.rows - i);
-    pv += attend_rows(e, rows, st, blocks);
-  }
+  const double pv = attend_rows(e, it, st, blocks);
   double* counts = a.counts + ((it.b * a.heads + it.h) * blocks_of(g.q_len, g.block_q) + it.qb) * 3;
   counts[0] = visible, counts[1] = qk, counts[2] = pv / (double)it.rows;
   return true;
 }
 
 template <class Engine>
-static int attend_all(const tamis_attend_args& a) {
+static int attend_all(const tamis_attend_args& a, const Prepared& prepared) {
   const tamis_geometry& g = a.geometry;
   const int64_t q_blocks = blocks_of(g.q_len, g.block_q), items = a.batch * a.heads * q_blocks;
   const int64_t rows = g.block_q, vdim = a.value_dim, wide = round_up(greatest(a.head_dim, vdim), 16);
-  const int64_t floats = 2 * rows + rows * vdim + kKeys * kTileRows + kTileRows * wide;
+  const int64_t floats = 2 * rows + rows * channels(a) + kKeys * kTileRows + kTileRows * wide;
   const int64_t own = round_up(floats * 4, 64);
   int error = TAMIS_OK;
   if (items == 0) return TAMIS_OK;
@@ -250,11 +263,11 @@ static int attend_all(const tamis_attend_args& a) {
     }
     State st;
     st.o = (float*)scratch;
-    st.s = st.o + rows * vdim;
+    st.s = st.o + rows * channels(a);
     st.rows = st.s + kKeys * kTileRows;
     st.m = st.rows + kTileRows * wide;
     st.l = st.m + rows;
-    Engine e(a, scratch ? scratch + own : nullptr);
+    Engine e(a, prepared, scratch ? scratch + own : nullptr);
     // Heads in order, so that threads share a head's key and value in cache; the long rows of a causal
     // head first, so that the short ones fill the end.
 #pragma omp for schedule(dynamic, 1)
@@ -275,10 +288,13 @@ static int attend_all(const tamis_attend_args& a) {
   return error;
 }
 
+static int attend(const tamis_attend_args* args) {
+  tamis_attend_args a = *args;
+  Prepared prepared;
+  if (int error = prepare(a, prepared)) return error;
 #ifdef TAMIS_AMX
-typedef AmxEngine QuantisedEngine;
-#else
-typedef Int8Engine QuantisedEngine;
+  if (takes_tiles(a))
+    return a.int8 ? attend_all<TileEngine<true>>(a, prepared) : attend_all<TileEngine<false>>(a, prepared);
 #endif
-
-static int attend(const tamis_attend_args* a) { return a->int8 ? attend_all<QuantisedEngine>(*a) : attend_all<FullEngine>(*a); }
+  return a.int8 ? attend_all<Int8Engine>(a, prepared) : attend_all<FullEngine>(a, prepared);
+}

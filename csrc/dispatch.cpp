@@ -40,17 +40,20 @@ bool has_vnni() { return has_avx512() && __builtin_cpu_supports("avx512vnni"); }
 #endif
 
 #ifdef TAMIS_HAS_AMX
+bool has_bf16_and_byte_tables() {
+  return has_vnni() && __builtin_cpu_supports("avx512bf16") && __builtin_cpu_supports("avx512vbmi");
+}
 // Tiles are too much state to be on for everybody: Linux wants to be asked once per process, and may say no.
 bool ask_for_tiles() {
   unsigned a, b, c, d;
   if (!__get_cpuid_count(7, 0, &a, &b, &c, &d)) return false;
-  const unsigned tile = 1u << 24, int8 = 1u << 25;
-  if ((d & (tile | int8)) != (tile | int8)) return false;
+  const unsigned bf16 = 1u << 22, tile = 1u << 24, int8 = 1u << 25, all = bf16 | tile | int8;
+  if ((d & all) != all) return false;
   const long request_permission = 0x1023, tile_data = 18;
   return syscall(SYS_arch_prctl, request_permission, tile_data) == 0;
 }
 bool has_amx() {
-  static const bool granted = has_vnni() && ask_for_tiles();
+  static const bool granted = has_bf16_and_byte_tables() && ask_for_tiles();
   return granted;
 }
 #endif

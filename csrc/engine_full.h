@@ -6,6 +6,7 @@
 // so key and value need neither packing nor transposing, any head_dim works without padding, and the row
 // maximum, the sum and the rescale are vertical operations.
 #pragma once
+#include "prepare.h"
 #include "softmax.h"
 
 template <int R, int N>
@@ -61,7 +62,7 @@ static inline void pv_full(const float* p, const float* v, int64_t ld, int64_t k
 }
 
 struct FullEngine {
-  static constexpr int64_t kRowsAtOnce = kMostRows;
+  static constexpr int64_t kPartsAtOnce = 1;
   const tamis_attend_args& a;
   float *q, *kbuf, *vbuf;    // Q^T of the item's tiles; fp32 copies of a key and a value block
   const float *k, *v;        // the current block
@@ -72,7 +73,7 @@ struct FullEngine {
     int64_t qdim = round_up(a.head_dim, 16), vdim = round_up(a.value_dim, 16);
     return 4 * (a.geometry.block_q * qdim + kKeys * (qdim + vdim)) + 256;
   }
-  FullEngine(const tamis_attend_args& args, char* scratch) : a(args) {
+  FullEngine(const tamis_attend_args& args, const Prepared&, char* scratch) : a(args) {
     int64_t qdim = round_up(a.head_dim, 16), vdim = round_up(a.value_dim, 16);
     q = (float*)scratch;
     kbuf = q + a.geometry.block_q * qdim;

@@ -6,6 +6,7 @@
 //
 // Lanes are query rows, as in engine_full.h. A query row has a scale of its own: it costs nothing here.
 #pragma once
+#include "prepare.h"
 #include "softmax.h"
 
 constexpr float kProbLevels = 254.f;  // even, so that an offset of 127 centres it for signed products
@@ -106,7 +107,7 @@ static void quantise_tile(const tamis_attend_args& a, const Item& it, const floa
 }
 
 struct Int8Engine {
-  static constexpr int64_t kRowsAtOnce = kMostRows;
+  static constexpr int64_t kPartsAtOnce = 1;
   const tamis_attend_args& a;
   uint8_t* q;        // [tiles][dim4 / 4][32][4], with kQueryOffset added
   uint8_t* p;        // [16][32][4], with kProbOffset added
@@ -119,7 +120,7 @@ struct Int8Engine {
     int64_t dim = round_up(a.head_dim, 16);
     return a.geometry.block_q * (dim + 8) + kKeys * kTileRows + kTileRows * dim + 256;
   }
-  Int8Engine(const tamis_attend_args& args, char* scratch) : a(args) {
+  Int8Engine(const tamis_attend_args& args, const Prepared&, char* scratch) : a(args) {
     int64_t dim = round_up(a.head_dim, 16), rows = a.geometry.block_q;
     q = (uint8_t*)scratch;
     p = q + rows * dim;

@@ -116,7 +116,7 @@ static int pack_kv(const tamis_pack_args* args) {
     for (int64_t n = 0; n < a.batch * a.kv_heads * blocks; ++n) {
       if (!scratch || (a.used && !a.used[n])) continue;
       pack_key_block(a, n / blocks / a.kv_heads, n / blocks % a.kv_heads, n % blocks, s);
-      pack_value_block(a, n / blocks / a.kv_heads, n / blocks % a.kv_heads, n % blocks, s);
+      if (a.value.data) pack_value_block(a, n / blocks / a.kv_heads, n / blocks % a.kv_heads, n % blocks, s);
     }
     free(scratch);
   }

@@ -9,9 +9,9 @@
 #define TILE_STORE(tile, to, stride) \
   __asm__ volatile("tilestored %%tmm" #tile ", (%0,%1,1)" ::"r"((void*)(to)), "r"((int64_t)(stride)) : "memory")
 #define TILE_ZERO(tile) __asm__ volatile("tilezero %%tmm" #tile ::)
-// sum += a . b over four bytes a lane, a signed; b signed (SSD) or unsigned (SUD).
-#define TILE_DOT_SSD(sum, a, b) __asm__ volatile("tdpbssd %%tmm" #b ", %%tmm" #a ", %%tmm" #sum ::)
-#define TILE_DOT_SUD(sum, a, b) __asm__ volatile("tdpbsud %%tmm" #b ", %%tmm" #a ", %%tmm" #sum ::)
+// sum += a . b: over four signed bytes a lane into int32, or over two bf16 a lane into fp32.
+#define TILE_DOT_INT8(sum, a, b) __asm__ volatile("tdpbssd %%tmm" #b ", %%tmm" #a ", %%tmm" #sum ::)
+#define TILE_DOT_BF16(sum, a, b) __asm__ volatile("tdpbf16ps %%tmm" #b ", %%tmm" #a ", %%tmm" #sum ::)
 
 // All eight tiles in full size for as long as this lives, on this thread.
 struct TileScope {

@@ -128,7 +128,7 @@ def attend(
 def _run(call: Call, backend: str | None) -> tuple[Tensor, Tensor, AttentionStats]:
     name = base.choose(call, backend)
     output, lse, counts = base.attend(call, name)
-    target, qk_dtype, pv_dtype = base.description(name, call.precision)
+    target, qk_dtype, pv_dtype = base.description(name, call)
     stats = AttentionStats(
         counts,
         backend=name,

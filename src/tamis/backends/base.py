@@ -32,8 +32,11 @@ class Backend(Protocol):
     def target(self) -> str | None:
         """The instruction set or device in use, if there is a choice."""
 
-    def dtypes(self, precision: str) -> tuple[str, str]:
-        """Number formats of the query-key and the probability-value product."""
+    def dtypes(self, precision: str, bf16: bool, tiles: bool) -> tuple[str, str]:
+        """Number formats of the query-key and the probability-value product.
+
+        Args: whether all inputs are bf16, and whether there are `geometry.TILE_ROWS` query rows or more.
+        """
 
     def key_mean(self, key: Tensor, segments: Tensor | None, used: Tensor | None) -> Tensor: ...
 
@@ -143,10 +146,16 @@ def choose(call: Call, backend: str | None) -> str:
     raise unsupported("no backend can serve this call" if backend is None else f"backend {backend!r} can't", reasons)
 
 
-@torch.compiler.assume_constant_result  # type: ignore[untyped-decorator]
-def description(name: str, precision: str) -> tuple[str | None, str, str]:
+def description(name: str, call: Call) -> tuple[str | None, str, str]:
     """The backend's target and the number formats of its two products; fixed in a compiled graph."""
-    return (load(name).target(), *load(name).dtypes(precision))
+    tensors = [t for t in (call.query, call.key, call.value) if t is not None]
+    bf16 = all(t.dtype == torch.bfloat16 for t in tensors)
+    return _description(name, call.precision, bf16, bool(call.query.shape[2] >= geometry.TILE_ROWS))
+
+
+@torch.compiler.assume_constant_result  # type: ignore[untyped-decorator]
+def _description(name: str, precision: str, bf16: bool, tiles: bool) -> tuple[str | None, str, str]:
+    return (load(name).target(), *load(name).dtypes(precision, bf16, tiles))
 
 
 def key_mean(key: Tensor, segments: Tensor | None, used: Tensor | None, backend: str) -> Tensor:

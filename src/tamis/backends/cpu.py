@@ -91,8 +91,10 @@ def target() -> str | None:
     return wanted or available[0]
 
 
-def dtypes(precision: str) -> tuple[str, str]:
+def dtypes(precision: str, bf16: bool, tiles: bool) -> tuple[str, str]:
     """Number formats of the query-key and the probability-value product."""
+    if target() == "amx" and tiles and (bf16 or precision == "int8"):
+        return "int8" if precision == "int8" else "bfloat16", "bfloat16"
     return ("int8", "uint8 x int8") if precision == "int8" else ("float32", "float32")
 
 
@@ -124,11 +126,12 @@ def _run(name: str, args: ctypes.Structure) -> None:
     native.check(getattr(lib, f"tamis_{name}")(chosen.encode(), ctypes.byref(args)))
 
 
-def _segments(args: native.Summarize | native.Pack, segments: Tensor | None) -> Tensor | None:
+def _segments(args: native.Summarize | native.Pack | native.Attend, segments: Tensor | None) -> Tensor | None:
     """Attach segments; the caller keeps the returned tensor alive."""
     dense = None if segments is None else segments.to(torch.int64).contiguous()
-    args.segments = native.pointer(dense)
-    args.segment_stride = native.batch_stride(dense)
+    prefix = "pack_segment" if isinstance(args, native.Attend) else "segment"
+    setattr(args, f"{prefix}s", native.pointer(dense))
+    setattr(args, f"{prefix}_stride", native.batch_stride(dense))
     return dense
 
 
@@ -307,8 +310,7 @@ def attend(
         return output.reshape(batch, heads, 1, output.shape[-1]), lse.reshape(batch, heads, 1), counts
     args = native.Attend()
     args.batch, args.heads, args.head_dim, args.query = batch, heads, head_dim, native.tensor(query)
-    if precision == "int8":
-        args.int8 = True
+    args.int8, args.bf16_products = precision == "int8", q_len >= geometry.TILE_ROWS
     if packed:
         packed = [t.contiguous() for t in packed]
         args.packed = _packed_struct(packed)
@@ -338,25 +340,9 @@ def attend(
     counts = torch.empty((batch, heads, -(-q_len // block_q), 3), dtype=torch.float64)
     args.output, args.lse, args.counts = output.data_ptr(), lse.data_ptr(), counts.data_ptr()
     args.threads = _threads(batch * heads * q_len * kv_len * (head_dim + args.value_dim) // 8)
+    pack_segments = None
     if precision == "int8" and not packed:
-        assert key is not None and value is not None
-        packed = _pack_for_call(args, key, value, geometry.without_hidden(attn_mask, kv_segments), softcap)
-        args.packed = _packed_struct(packed)
+        pack_segments = _segments(args, geometry.without_hidden(attn_mask, kv_segments))
     _run("attend", args)
-    del kept
+    del kept, pack_segments
     return output, lse, counts
-
-
-def _pack_for_call(
-    args: native.Attend, key: Tensor, value: Tensor, segments: Tensor | None, softcap: float | None
-) -> list[Tensor]:
-    """Quantise what the call visits; blocks that no row keeps are neither packed nor part of the key mean."""
-    used = torch.empty((*key.shape[:2], -(-key.shape[2] // PACK_BLOCK)), dtype=torch.bool)
-    lib = library()
-    assert not isinstance(lib, str)
-    native.check(lib.tamis_used_blocks(ctypes.byref(args), used.data_ptr()))
-    # A softcap is not indifferent to a shift of the scores: the key is not smoothed then.
-    mean = key.new_zeros((*key.shape[:2], key.shape[3]), dtype=torch.float32)
-    if not softcap:
-        mean = key_mean(key, segments, used)
-    return [*pack_kv(key, value, mean, segments, used), mean]

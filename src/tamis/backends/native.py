@@ -9,7 +9,7 @@ from pathlib import Path
 import torch
 from torch import Tensor
 
-ABI_VERSION = 2
+ABI_VERSION = 3
 DTYPES = {torch.float32: 0, torch.bfloat16: 1, torch.float16: 2}
 _MASK_DTYPES = {**DTYPES, torch.bool: 3}
 _NO_MEMORY, _CORRUPT_MASK = 1, 2
@@ -49,6 +49,8 @@ class Attend(ctypes.Structure):
         *((name, c_int64) for name in ("batch", "heads", "kv_heads", "head_dim", "value_dim")),
         *((name, TensorArg) for name in ("query", "key", "value")),
         ("packed", Packed),
+        ("pack_segments", c_void_p),
+        ("pack_segment_stride", c_int64),
         ("geometry", Geometry),
         ("kv_num_blocks", c_void_p),
         ("kv_indices", c_void_p),
@@ -61,6 +63,7 @@ class Attend(ctypes.Structure):
         ("sink_logits", c_void_p),
         ("pv_threshold", c_void_p),
         ("int8", c_int32),
+        ("bf16_products", c_int32),
         ("output", c_void_p),
         ("lse", c_void_p),
         ("counts", c_void_p),
@@ -130,7 +133,6 @@ def load(path: Path) -> ctypes.CDLL | str:
         function.argtypes, function.restype = [ctypes.c_char_p, ctypes.POINTER(structure)], c_int32
     for name in ("tamis_targets", "tamis_built_targets"):
         getattr(lib, name).restype = ctypes.c_char_p
-    lib.tamis_used_blocks.argtypes = [ctypes.POINTER(Attend), c_void_p]
     lib.tamis_expand.argtypes = [c_void_p, c_int64, c_int64, c_int64, c_void_p, c_int32]
     return lib
 

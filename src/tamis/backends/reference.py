@@ -41,7 +41,7 @@ def target() -> str | None:
     return None
 
 
-def dtypes(precision: str) -> tuple[str, str]:
+def dtypes(precision: str, bf16: bool, tiles: bool) -> tuple[str, str]:
     """Number formats of the two products."""
     return ("int8", "int8") if precision == "int8" else ("float32", "float32")
 

@@ -1,0 +1,431 @@
+// Attention with AMX tiles: precision="int8" with 8-bit query and key, "full" of bf16 inputs; values are bf16 in both.
+//
+// A tile product is C[16][16] += A[16][64 bytes] . B[16][16][4 bytes]. Keys (or value channels) are the rows of A and
+// query rows the columns of B, so scores and output come out transposed as everywhere else:
+//   S[key][row] = K . Q, in int32 or fp32;   P[key / 2][row][2] = 2^(S factor - reference), bf16
+//   O[channel][row] += V^T . P, summed by the tiles in fp32, where it stays
+//
+// bf16 has the exponents of fp32, so P keeps its 8 bits at any size. `reference` therefore need not be the running
+// maximum: it is set by a row's first block, to a whole power, and moves only when a score is kHeadroom powers above
+// it. O is hardly ever rescaled, and no maximum has to be known before the exponentials.
+//
+// The exponential is integer arithmetic on 32 lanes of 16 bits. With y = 128 x + 127 * 128 rounded, the word y read
+// as a bf16 is 2^floor(x) (1 + frac(x)), since its low 7 bits are the fraction; a table of 128 bytes turns that into
+// 2^floor(x) 2^frac(x). Rounding y costs 2^(1/256), 0.27%, at most, the mantissa half a unit of 2^-8: as much as bf16.
+#pragma once
+#include "engine_int8.h"
+#include "prepare.h"
+#include "state.h"
+#include "tiles.h"
+
+constexpr float kHeadroom = 40.f;        // powers that P may exceed 1 by: far from fp32's 127, sums included
+constexpr float kMostReference = 3e4f;   // beyond, 128 times it leaves the integers that fp32 has beside kMagic
+constexpr float kMagic = 12582912.f;     // 1.5 * 2^23: a float of it plus n has n in its low bits
+constexpr float kBf16One = 127.f * 128;  // the bits of 1.0
+
+// 128 (2^(i / 128) - 1) for i < 128, rounded. Made by the compiler: code that runs when the library is loaded
+// would run on any processor.
+struct MantissaTable {
+  alignas(64) uint8_t entry[128];
+  constexpr MantissaTable() : entry() {
+    double power = 1;
+    for (int i = 0; i < 128; ++i, power *= 1.0054299011128028) entry[i] = (uint8_t)(128 * (power - 1) + .5);
+  }
+};
+static constexpr MantissaTable kMantissa;
+
+template <bool kInt8>
+struct TileEngine {
+  // Key blocks that all row tiles visit before the next: key and value then come from the second-level cache, and
+  // a tile's O stays in the first.
+  static constexpr int64_t kPartsAtOnce = 16;
+  static constexpr int kVecs = kTileRows / W;
+  static_assert(kVecs == 2, "the tile code names both");
+
+  struct Rows {  // what a row tile remembers
+    alignas(64) float reference[kTileRows];
+    alignas(64) float factor[kTileRows];  // of a score, softmax scale and log2(e) included
+    alignas(64) float shift[kTileRows];   // scale * q . key_mean, natural log
+    uint32_t fresh;                       // bit r: no score of the row was seen yet
+    bool tame;                            // the plain path can take its scores
+  };
+
+  const tamis_attend_args& a;
+  const Prepared& prepared;
+  const int64_t key_bytes;  // of a key row, in whole tiles
+  char* s;                  // [64][32] scores: int32, or floats
+  uint16_t* p;              // [32][32][2]
+  char* q;                  // [tiles][key_bytes / 4][32][4]
+  char* key_copy;           // a block in whole tiles where it is not
+  uint16_t* value_copy;     // a block without what is not finite
+  char* row_bytes;
+  Rows* state;
+  uint32_t seen[kKeys];     // bit i: row i sees the key; where sight is not `all`
+  TileScope scope;
+
+  static int64_t bytes_of_key(const tamis_attend_args& a) { return round_up(a.head_dim * (kInt8 ? 1 : 2), 64); }
+  static int64_t scratch_bytes(const tamis_attend_args& a) {
+    const int64_t bytes = bytes_of_key(a), wide = round_up(a.value_dim, 16);
+    return kKeys * kTileRows * 6 + kMostRows * bytes + kKeys * (bytes + 2 * wide) + kTileRows * bytes +
+           kMostRows / kTileRows * (int64_t)sizeof(Rows) + 64;
+  }
+  TileEngine(const tamis_attend_args& args, const Prepared& made, char* scratch)
+      : a(args), prepared(made), key_bytes(bytes_of_key(args)) {
+    s = scratch;
+    p = (uint16_t*)(s + kKeys * kTileRows * 4);
+    state = (Rows*)(p + kKeys * kTileRows);
+    q = (char*)(state + kMostRows / kTileRows);
+    key_copy = q + kMostRows * key_bytes;
+    value_copy = (uint16_t*)(key_copy + kKeys * key_bytes);
+    row_bytes = (char*)(value_copy + kKeys * round_up(a.value_dim, 16));
+    if (scratch) memset(key_copy, 0, kKeys * key_bytes);
+  }
+
+  void set_queries(const Item& it, int64_t tile, float* rows, int64_t ld, int64_t) {
+    Rows& t = state[tile];
+    char* to = q + tile * kTileRows * key_bytes;
+    t.fresh = ~0u, t.tame = true;
+    for (float& x : t.reference) x = 0.f;
+    if (kInt8) {
+      quantise_tile(a, it, rows, ld, key_bytes, (int8_t*)row_bytes, (uint8_t*)to, t.factor, t.shift);
+      for (float& x : t.factor) x *= kLog2e;
+      return;
+    }
+    memset(row_bytes, 0, kTileRows * key_bytes);
+    uint32_t wild = 0;
+    for (int64_t i = 0; i < kTileRows; ++i) {
+      t.factor[i] = a.scale * kLog2e, t.shift[i] = 0.f;
+      for (int64_t c = 0; c < ld; c += W) {
+        const vf x = load(rows + i * ld + c);
+        wild |= above_bits(vabs(x), set1(kTame)) | (uint32_t)any_differs(x, x);
+        _mm256_storeu_si256((__m256i*)(row_bytes + i * key_bytes + 2 * c), to_bf16(x));
+      }
+    }
+    t.tame = !wild;
+    transpose((const float*)row_bytes, key_bytes / 4, kTileRows, (int)(key_bytes / 4), (float*)to, kTileRows);
+  }
+
+  // S for 64 keys. Work alternates between two sets of tiles, so that one set's sums are stored while the other's
+  // are made.
+  void tile_scores(const char* key, int64_t ld, const char* rows) const {
+    const int64_t row = kTileRows * 4;
+    char* to = s;
+    for (int64_t j = 0; j < kKeys; j += 32, key += 32 * ld, to += 32 * row) {
+      TILE_ZERO(0);
+      TILE_ZERO(1);
+      for (int64_t c = 0; c < key_bytes; c += 64) {
+        if (key_bytes > 64 || j == 0) {  // else they are still there
+          TILE_LOAD(6, rows + c * kTileRows, row);
+          TILE_LOAD(7, rows + c * kTileRows + 64, row);
+        }
+        TILE_LOAD(4, key + c, ld);
+        if (kInt8) {
+          TILE_DOT_INT8(0, 4, 6);
+          TILE_DOT_INT8(1, 4, 7);
+        } else {
+          TILE_DOT_BF16(0, 4, 6);
+          TILE_DOT_BF16(1, 4, 7);
+        }
+      }
+      TILE_STORE(0, to, row);
+      TILE_STORE(1, to + 64, row);
+      TILE_ZERO(2);
+      TILE_ZERO(3);
+      for (int64_t c = 0; c < key_bytes; c += 64) {
+        if (key_bytes > 64) {
+          TILE_LOAD(6, rows + c * kTileRows, row);
+          TILE_LOAD(7, rows + c * kTileRows + 64, row);
+        }
+        TILE_LOAD(5, key + 16 * ld + c, ld);
+        if (kInt8) {
+          TILE_DOT_INT8(2, 5, 6);
+          TILE_DOT_INT8(3, 5, 7);
+        } else {
+          TILE_DOT_BF16(2, 5, 6);
+          TILE_DOT_BF16(3, 5, 7);
+        }
+      }
+      TILE_STORE(2, to + 16 * row, row);
+      TILE_STORE(3, to + 16 * row + 64, row);
+    }
+  }
+
+  // O += V^T . P for the vectors of rows that move.
+  void tile_values(const uint16_t* value, float* o, uint32_t moving) const {
+    const int64_t row = kTileRows * 4, key_row = kKeys * 2;
+    const bool first = moving & 1, second = moving & 2;
+    TILE_LOAD(4, p, row);
+    TILE_LOAD(5, p + 32, row);
+    TILE_LOAD(6, p + kTileRows * 32, row);
+    TILE_LOAD(7, p + kTileRows * 32 + 32, row);
+    for (int64_t c = 0; c < prepared.wide; c += 16, value += 16 * kKeys, o += 16 * kTileRows) {
+      if (first && second) {
+        TILE_LOAD(0, o, row);
+        TILE_LOAD(2, value, key_row);
+        TILE_LOAD(1, o + W, row);
+        TILE_LOAD(3, value + 32, key_row);
+        TILE_DOT_BF16(0, 2, 4);
+        TILE_DOT_BF16(1, 2, 5);
+        TILE_DOT_BF16(0, 3, 6);
+        TILE_DOT_BF16(1, 3, 7);
+        TILE_STORE(0, o, row);
+        TILE_STORE(1, o + W, row);
+        continue;
+      }
+      TILE_LOAD(2, value, key_row);
+      TILE_LOAD(3, value + 32, key_row);
+      if (first) {
+        TILE_LOAD(0, o, row);
+        TILE_DOT_BF16(0, 2, 4);
+        TILE_DOT_BF16(0, 3, 6);
+        TILE_STORE(0, o, row);
+      } else {
+        TILE_LOAD(1, o + W, row);
+        TILE_DOT_BF16(1, 2, 5);
+        TILE_DOT_BF16(1, 3, 7);
+        TILE_STORE(1, o + W, row);
+      }
+    }
+  }
+
+  // All row tiles against some parts. Returns the rows whose PV product is done, each part by its weight.
+  double visit_parts(const Item& it, State& st, const Part* parts, int64_t count) {
+    double done = 0;
+    for (int64_t tile = 0; tile * kTileRows < it.rows; ++tile) {
+      Item mine = it;
+      mine.i0 += tile * kTileRows, mine.rows = least(kTileRows, it.rows - tile * kTileRows);
+      for (int64_t n = 0; n < count; ++n)
+        done += (double)(parts[n].sights[tile] == Sight::none ? mine.rows : visit(mine, st, tile, parts[n], parts[n].sights[tile])) *
+                parts[n].weight;
+    }
+    return done;
+  }
+
+  const char* key_rows(const Item& it, const Part& part, int64_t* ld) const {
+    const char* from;
+    int64_t bytes;
+    if (kInt8) {
+      bytes = *ld = a.packed.dim4;
+      from = (const char*)a.packed.key + packed_block(it, part) * kKeys * bytes;
+    } else {
+      bytes = a.head_dim * 2, *ld = a.key.stride[2] * 2;
+      from = row_of(a.key, it.b, it.kv_head, part.j0);
+      if (a.key.stride[3] != 1) {
+        for (int64_t j = 0; j < part.keys; ++j)
+          for (int64_t c = 0; c < a.head_dim; ++c)
+            memcpy(key_copy + j * key_bytes + 2 * c, from + j * *ld + c * a.key.stride[3] * 2, 2);
+        bytes = -1;
+      }
+    }
+    if (bytes == key_bytes && (kInt8 || part.keys == kKeys)) return from;
+    for (int64_t j = 0; j < part.keys && bytes > 0; ++j) memcpy(key_copy + j * key_bytes, from + j * *ld, bytes);
+    memset(key_copy + part.keys * key_bytes, 0, (kKeys - part.keys) * key_bytes);
+    *ld = key_bytes;
+    return key_copy;
+  }
+  int64_t packed_block(const Item& it, const Part& part) const {
+    return (it.b * a.kv_heads + it.kv_head) * a.packed.capacity + part.j0 / kKeys;
+  }
+
+  // Returns the rows whose PV product is done.
+  int64_t visit(const Item& it, State& st, int64_t tile, const Part& part, Sight sight) {
+    Rows& t = state[tile];
+    const int64_t at = (it.b * a.kv_heads + it.kv_head) * prepared.parts + part.j0 / kKeys;
+    int64_t ld;
+    const char* key = key_rows(it, part, &ld);
+    tile_scores(key, ld, q + tile * kTileRows * key_bytes);
+
+    const bool all_seen = sight == Sight::all && !a.attn_mask.data && part.keys == kKeys;
+    const bool plain = all_seen && !(a.softcap > 0) && t.tame && (kInt8 || prepared.tame[at]);
+    const float key_scale = kInt8 ? a.packed.key_scale[packed_block(it, part)] : 1.f;
+    vf factor[kVecs], top[kVecs];
+    for (int r = 0; r < kVecs; ++r) factor[r] = load(t.factor + r * W) * set1(key_scale);
+    float* o = st.o + tile * prepared.wide * kTileRows;
+    bool careful = !plain;
+    if (careful) careful_scores(it, t, sight, part, factor, top);
+    const float threshold = a.pv_threshold ? a.pv_threshold[it.h] * kLog2e : 0.f;
+    int64_t done = 0;
+    uint32_t moving = 0;
+    for (int r = 0; r * W < it.rows && r < kVecs; ++r) {
+      const int64_t rows = least(W, it.rows - r * W);
+      const uint32_t real = (1u << rows) - 1;
+      vi most;
+      vf sum;
+      if (!careful && (t.fresh >> (r * W) & 0xffff)) rebase(t, r, highest(r, factor[r]), st, tile, o);
+      for (bool again = false;; again = true) {
+        if (!careful && !t.tame) {  // as references have shown only now
+          careful_scores(it, t, sight, part, factor, top);
+          careful = true;
+        }
+        if (careful) {
+          rebase(t, r, top[r], st, tile, o);
+          sum = weights<true>(t, r, factor[r], &most);
+          break;
+        }
+        sum = weights<false>(t, r, factor[r], &most);
+        const short limit = (short)(kBf16One + 128 * kHeadroom);
+        if (again || !_mm512_cmpgt_epu16_mask(most, _mm512_set1_epi16(limit))) break;
+        rebase(t, r, highest(r, factor[r]), st, tile, o);
+      }
+      if (!careful && threshold > 0) {
+        const vi high = _mm512_max_epi32(_mm512_srli_epi32(most, 16), _mm512_and_si512(most, set1i(0xffff)));
+        top[r] = fma(to_float(high) - set1(kBf16One), set1(1.f / 128), load(t.reference + r * W));
+      }
+      float* l = st.l + tile * kTileRows + r * W;
+      store(l, load(l) + sum);
+      bool moves = true, sees = true;
+      if (careful) sees = above_bits(top[r], set1(-INFINITY)) & real;
+      if (threshold > 0) {
+        float* m = st.m + tile * kTileRows + r * W;
+        const vf highest_yet = vmax(top[r], load(m));
+        store(m, highest_yet);
+        moves = above_bits(top[r] - where_minus_inf_zero(highest_yet), set1(-threshold)) & real;
+      }
+      if (moves && sees) moving |= 1u << r;
+      if (moves || !sees) done += rows;  // blind rows skip nothing
+    }
+    if (!moving) return done;
+    const uint16_t* value = prepared.value + at * prepared.wide * kKeys;
+    if (prepared.finite[at] || all_seen) {
+      tile_values(value, o, moving);
+    } else {
+      tile_values(finite_values(value), o, moving);
+      add_broken_values(value, o, moving, part.keys);
+    }
+    return done;
+  }
+
+  // The highest score of each row of a vector, as the plain path sees them.
+  vf highest(int r, vf factor) const {
+    vf top = set1(-INFINITY);
+    for (int64_t j = 0; j < kKeys; ++j) {
+      const char* at = s + (j * kTileRows + r * W) * 4;
+      top = vmax((kInt8 ? to_float(loadi(at)) : load((const float*)at)) * factor, top);
+    }
+    return top;
+  }
+
+  // References of rows that have none yet or are left behind; O and the denominator follow.
+  void rebase(Rows& t, int r, vf top, State& st, int64_t tile, float* o) {
+    const vf old = load(t.reference + r * W);
+    const uint32_t first = t.fresh >> (r * W) & above_bits(top, set1(-INFINITY)) & 0xffff;
+    const uint32_t left = above_bits(top, old + set1(kHeadroom)) & ~(t.fresh >> (r * W)) & 0xffff;
+    if (!(first | left)) return;
+    const vf now = choose_bits(_mm512_roundscale_ps(top, _MM_FROUND_TO_POS_INF | _MM_FROUND_NO_EXC), old, first | left);
+    store(t.reference + r * W, now);
+    t.fresh &= ~(first << (r * W));
+    // Not a number either: NaN and what is too large for the plain path.
+    if (above_bits(set1(kMostReference), vabs(now)) != 0xffff) t.tame = false;
+    if (!left) return;
+    const vf by = choose_bits(exp2_full(old - now), set1(1.f), left);
+    float* l = st.l + tile * kTileRows + r * W;
+    store(l, load(l) * by);
+    o += r * W;
+    for (int64_t c = 0; c < prepared.wide; ++c, o += kTileRows) store(o, load(o) * by);
+  }
+
+  // P of 16 rows and 64 keys; returns its sums. `most` gets the largest words of each pair of keys.
+  template <bool kCareful>
+  vf weights(const Rows& t, int r, vf factor, vi* most) const {
+    const vf reference = load(t.reference + r * W), unit = set1(128.f);
+    const vf by = factor * unit, start = set1(kMagic + kBf16One) - reference * unit;
+    const vi magic = bits_of(set1(kMagic)), low7 = _mm512_set1_epi16(0x7f);
+    const vi table0 = loadi(kMantissa.entry), table1 = loadi(kMantissa.entry + 64);
+    // Packing takes four rows of one key and then of the other from each 128 bits: back to pairs of keys.
+    const vi pairs = _mm512_broadcast_i32x4(_mm_setr_epi8(0, 1, 8, 9, 2, 3, 10, 11, 4, 5, 12, 13, 6, 7, 14, 15));
+    const __m512bh ones = (__m512bh)_mm512_set1_epi16(0x3f80);
+    vf sum = set1(0.f);
+    vi largest = set1i(0);
+    const char* from = s + r * W * 4;
+    uint16_t* to = p + r * W * 2;
+    for (int64_t j = 0; j < kKeys; j += 2, from += 2 * kTileRows * 4, to += kTileRows * 2) {
+      vi y[2];
+#pragma GCC unroll 2
+      for (int i = 0; i < 2; ++i) {
+        const char* at = from + i * kTileRows * 4;
+        if (kCareful) {
+          const vf x = fma(load((const float*)at) - reference, unit, set1(kMagic + kBf16One));
+          // A NaN may be negative, which would saturate to nothing.
+          y[i] = _mm512_mask_mov_epi32(bits_of(x), _mm512_cmp_ps_mask(x, x, _CMP_UNORD_Q), set1i(0x7fffffff));
+        } else {
+          y[i] = bits_of(fma(kInt8 ? to_float(loadi(at)) : load((const float*)at), by, start));
+        }
+        y[i] = _mm512_sub_epi32(y[i], magic);
+      }
+      const vi word = _mm512_shuffle_epi8(_mm512_packus_epi32(y[0], y[1]), pairs);
+      largest = _mm512_max_epu16(largest, word);
+      constexpr int kChoose = 0xca;  // bits of the second where the first is 1, else of the third
+      const vi weight =
+          _mm512_ternarylogic_epi32(low7, _mm512_permutex2var_epi8(table0, word, table1), word, kChoose);
+      sum = _mm512_dpbf16_ps(sum, (__m512bh)weight, ones);
+      storei(to, weight);
+    }
+    *most = largest;
+    return sum;
+  }
+
+  // The scores as floats with every option and mask applied, base 2; -inf beyond the last key.
+  void careful_scores(const Item& it, const Rows& t, Sight sight, const Part& part, const vf* factor, vf* top) {
+    float* x = (float*)s;
+    const bool options = a.attn_mask.data || a.softcap > 0;
+    const vf unit = set1(options ? 1.f / kLog2e : 1.f);
+    for (int64_t j = 0; j < part.keys; ++j)
+      for (int r = 0; r < kVecs; ++r) {
+        float* at = x + j * kTileRows + r * W;
+        vf y = (kInt8 ? to_float(loadi(at)) : load(at)) * (factor[r] * unit);
+        if (kInt8 && a.softcap > 0) y = y + load(t.shift + r * W);  // it must see the scores of the unsmoothed key
+        store(at, y);
+      }
+    for (int64_t i = part.keys * kTileRows; i < kKeys * kTileRows; i += W) store(x + i, set1(-INFINITY));
+    for (int64_t j = part.keys; j < kKeys; ++j) seen[j] = 0;
+    if (options) {
+      finish_scores(a, it, sight, it.i0, it.rows, part.j0, part.keys, x, seen);
+      for (int64_t i = 0; i < part.keys * kTileRows; i += W) {
+        // The lowest finite score is "almost never", which -inf is not.
+        const vf natural = load(x + i), binary = vmax(set1(-3.4028235e38f), natural * set1(kLog2e));
+        store(x + i, choose_bits(binary, natural, ~above_bits(set1(-3.4028235e38f), natural)));
+      }
+    } else {
+      for (int64_t j = 0; j < part.keys; ++j)
+        seen[j] = sight == Sight::all ? ~0u : rows_seeing(a.geometry, it.b, it.i0, it.rows, part.j0 + j);
+      apply_visibility(x, part.keys, seen);
+    }
+    for (int r = 0; r < kVecs; ++r) top[r] = column_max(x, part.keys, r);
+  }
+
+  // A hidden value that is NaN or infinite would leak through 0 * NaN. The tiles get a zero for it, and the rows that
+  // do see it get it afterwards: a row's output is the same whatever it does not see.
+  const uint16_t* finite_values(const uint16_t* value) const {
+    for (int64_t i = 0; i < prepared.wide * kKeys; i += 32) {
+      const vi x = loadi(value + i), exponent = _mm512_set1_epi16(0x7f80);
+      const __mmask32 broken = _mm512_cmpeq_epi16_mask(_mm512_and_si512(x, exponent), exponent);
+      storei(value_copy + i, _mm512_mask_mov_epi16(x, broken, _mm512_setzero_si512()));
+    }
+    return value_copy;
+  }
+  void add_broken_values(const uint16_t* value, float* o, uint32_t moving, int64_t keys) const {
+    for (int64_t c = 0; c < a.value_dim; ++c)
+      for (int64_t j = 0; j < keys; ++j) {
+        const uint16_t v = value[c * kKeys + j];
+        if ((v & 0x7f80) != 0x7f80) continue;
+        for (int i = 0; i < kTileRows; ++i)
+          if (seen[j] >> i & 1 && moving >> (i / W) & 1)
+            o[c * kTileRows + i] += bf16_to_float(p[(j / 2 * kTileRows + i) * 2 + j % 2]) * bf16_to_float(v);
+      }
+  }
+
+  // Maxima as everywhere else: natural logarithms, in which the lowest score was the lowest float too.
+  void finish(const Item& it, State& st) {
+    const vf lowest = set1(-3.4028235e38f);
+    for (int64_t tile = 0; tile * kTileRows < it.rows; ++tile)
+      for (int r = 0; r < kVecs; ++r) {
+        const vf top = load(state[tile].reference + r * W);
+        const uint32_t at_lowest = above_bits(top, set1(-INFINITY)) & ~above_bits(top, lowest);
+        const vf natural = choose_bits(lowest, top * set1(1.f / kLog2e), at_lowest);
+        store(st.m + tile * kTileRows + r * W, choose_bits(set1(-INFINITY), natural, state[tile].fresh >> (r * W)));
+      }
+  }
+  float lse_shift(const Item&, int64_t row) const {
+    return a.softcap > 0 ? 0.f : state[row / kTileRows].shift[row % kTileRows];
+  }
+};

@@ -1,0 +1,106 @@
+// What a call makes for itself before any query is looked at: key and value in 8 bits where the caller brought
+// none, value in bf16 and transposed for tiles. Only of the blocks that some query visits.
+#pragma once
+#include "geometry.h"
+#include "pack.h"
+
+struct Prepared {
+  char* memory = nullptr;
+  uint8_t* used = nullptr;    // [batch, kv_heads, parts]: a part is 64 keys
+  uint16_t* value = nullptr;  // tiles: bf16 [batch, kv_heads, parts, wide channels, 64]
+  uint8_t* finite = nullptr;  // tiles: whether a part's values all are
+  uint8_t* tame = nullptr;    // tiles, bf16 key: whether a part's keys are finite and none is above kTame
+  int64_t parts = 0, wide = 0;
+
+  Prepared() = default;
+  Prepared(const Prepared&) = delete;
+  Prepared& operator=(const Prepared&) = delete;
+  ~Prepared() { free(memory); }
+};
+
+// Whether the call runs on tiles: only where the caller allows for bf16.
+static inline bool takes_tiles(const tamis_attend_args& a) {
+#ifdef TAMIS_AMX
+  const bool all_bf16 = a.query.dtype == TAMIS_BF16 && a.key.dtype == TAMIS_BF16 && a.value.dtype == TAMIS_BF16;
+  return a.bf16_products && (a.int8 || all_bf16);
+#else
+  (void)a;
+  return false;
+#endif
+}
+
+// Hands out pieces of one allocation; the first round, without memory, finds its size.
+struct Pieces {
+  char* base;
+  int64_t at = 0;
+  template <class T>
+  void take(T*& piece, int64_t count) {
+    if (base) piece = (T*)(base + at);
+    at += round_up(count * (int64_t)sizeof(T), 64);
+  }
+};
+
+static void lay_out(Pieces& pieces, const tamis_attend_args& a, bool pack, bool tiles, Prepared& p, tamis_packed& k) {
+  const int64_t heads = a.batch * a.kv_heads, n = heads * p.parts;
+  pieces.take(p.used, n);
+  if (pack) {
+    pieces.take(k.key, n * 64 * k.dim4);
+    pieces.take(k.key_scale, n);
+    pieces.take(k.key_sum, n * 64);
+    pieces.take(k.key_mean, heads * a.head_dim);
+  }
+  if (pack && !tiles) {
+    pieces.take(k.value, n * a.value_dim * 64);
+    pieces.take(k.value_scale, n * a.value_dim);
+    pieces.take(k.value_sum, n * a.value_dim);
+  }
+  if (tiles) {
+    pieces.take(p.value, n * p.wide * 64);
+    pieces.take(p.finite, n);
+    if (!a.int8) pieces.take(p.tame, n);
+  }
+}
+
+static int pack_for_call(tamis_attend_args& a, const Prepared& p, bool tiles) {
+  int error = TAMIS_OK;
+  memset(a.packed.key_mean, 0, a.batch * a.kv_heads * a.head_dim * 4);
+  if (!(a.softcap > 0)) {  // which is not indifferent to a shift of the scores: the key is not smoothed then
+    tamis_summarize_args mean{};
+    mean.batch = a.batch, mean.heads = a.kv_heads, mean.seq = a.geometry.kv_len, mean.dim = a.head_dim;
+    mean.x = a.key, mean.segments = a.pack_segments, mean.segment_stride = a.pack_segment_stride;
+    mean.used = p.used, mean.means = a.packed.key_mean, mean.threads = a.threads;
+    error = key_mean(&mean);
+  }
+  tamis_pack_args pack{};
+  pack.batch = a.batch, pack.kv_heads = a.kv_heads, pack.seq = a.geometry.kv_len;
+  pack.head_dim = a.head_dim, pack.value_dim = a.value_dim;
+  pack.key = a.key, pack.segments = a.pack_segments, pack.segment_stride = a.pack_segment_stride;
+  if (!tiles) pack.value = a.value;
+  pack.used = p.used, pack.packed = a.packed, pack.threads = a.threads;
+  return error ? error : pack_kv(&pack);
+}
+
+#ifdef TAMIS_AMX
+#include "tile_values.h"
+#endif
+
+// Fills `p`, and a.packed where the call quantises for itself.
+static int prepare(tamis_attend_args& a, Prepared& p) {
+  const bool pack = a.int8 && !a.packed.key;
+  const bool tiles = takes_tiles(a);
+  if (!pack && !tiles) return TAMIS_OK;
+  p.parts = blocks_of(a.geometry.kv_len, 64), p.wide = round_up(a.value_dim, 16);
+  if (pack) a.packed.capacity = p.parts, a.packed.dim4 = round_up(a.head_dim, 4);
+  Pieces measure{nullptr};
+  lay_out(measure, a, pack, tiles, p, a.packed);
+  p.memory = (char*)aligned_alloc(64, measure.at + 64);
+  if (!p.memory) return TAMIS_NO_MEMORY;
+  Pieces pieces{p.memory};
+  lay_out(pieces, a, pack, tiles, p, a.packed);
+  int error = tamis_used_blocks(&a, p.used);
+  if (!error && pack) error = pack_for_call(a, p, tiles);
+#ifdef TAMIS_AMX
+  if (!error && tiles) error = prepare_tiles(a, p);
+#endif
+  return error;
+}
