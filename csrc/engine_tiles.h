@@ -2,15 +2,15 @@
 //
 // A tile product is C[16][16] += A[16][64 bytes] . B[16][16][4 bytes]. Keys (or value channels) are the rows of A and
 // query rows the columns of B, so scores and output come out transposed as everywhere else:
-//   S[key][row] = K . Q, in int32 or fp32;   P[key / 2][row][2] = 2^(S factor - reference), bf16
+//   S[key][row] = K . Q, in int32 or fp32;   P[key / 2][row][2] = e^(S factor - reference), bf16
 //   O[channel][row] += V^T . P, summed by the tiles in fp32, where it stays
 //
 // bf16 has the exponents of fp32, so P keeps its 8 bits at any size. `reference` therefore need not be the running
-// maximum: it is set by a row's first block, to a whole power, and moves only when a score is kHeadroom powers above
-// it. O is hardly ever rescaled, and no maximum has to be known before the exponentials.
+// maximum: it is set by a row's first block, to a whole power of two, and moves only when a score is kHeadroom powers
+// above it. O is hardly ever rescaled, and no maximum has to be known before the exponentials.
 //
-// The exponential is integer arithmetic on 32 lanes of 16 bits. With y = 128 x + 127 * 128 rounded, the word y read
-// as a bf16 is 2^floor(x) (1 + frac(x)), since its low 7 bits are the fraction; a table of 128 bytes turns that into
+// The exponential is integer arithmetic on 32 lanes of 16 bits. With y = 128 x + 127 * 128 rounded, x to the base of 2,
+// the word y read as a bf16 is 2^floor(x) (1 + frac(x)), since its low 7 bits are the fraction; a table of 128 bytes turns that into
 // 2^floor(x) 2^frac(x). Rounding y costs 2^(1/256), 0.27%, at most, the mantissa half a unit of 2^-8: as much as bf16.
 #pragma once
 #include "engine_int8.h"
@@ -18,10 +18,10 @@
 #include "state.h"
 #include "tiles.h"
 
-constexpr float kHeadroom = 40.f;        // powers that P may exceed 1 by: far from fp32's 127, sums included
-constexpr float kMostReference = 3e4f;   // beyond, 128 times it leaves the integers that fp32 has beside kMagic
-constexpr float kMagic = 12582912.f;     // 1.5 * 2^23: a float of it plus n has n in its low bits
-constexpr float kBf16One = 127.f * 128;  // the bits of 1.0
+constexpr float kHeadroom = 40.f;   // powers of two that P may exceed 1 by: far from fp32's 127, sums included
+constexpr float kMostPower = 3e4f;  // beyond, 128 times it leaves the integers that fp32 has beside kMagic
+constexpr float kMagic = 12582912.f;  // 1.5 * 2^23: a float of it plus n has n in its low bits
+constexpr float kBf16One = 127 * 128;  // the bits of 1.0
 
 // 128 (2^(i / 128) - 1) for i < 128, rounded. Made by the compiler: code that runs when the library is loaded
 // would run on any processor.
@@ -43,11 +43,12 @@ struct TileEngine {
   static_assert(kVecs == 2, "the tile code names both");
 
   struct Rows {  // what a row tile remembers
-    alignas(64) float reference[kTileRows];
-    alignas(64) float factor[kTileRows];  // of a score, softmax scale and log2(e) included
-    alignas(64) float shift[kTileRows];   // scale * q . key_mean, natural log
-    uint32_t fresh;                       // bit r: no score of the row was seen yet
-    bool tame;                            // the plain path can take its scores
+    alignas(64) float reference[kTileRows];  // natural logarithm, as all scores are
+    alignas(64) float power[kTileRows];      // of two, a whole number: the same, where the plain path can take it
+    alignas(64) float factor[kTileRows];     // of a score, softmax scale included
+    alignas(64) float shift[kTileRows];      // scale * q . key_mean
+    uint32_t fresh;                          // bit r: no score of the row was seen yet
+    bool tame;                               // the plain path can take its scores
   };
 
   const tamis_attend_args& a;
@@ -85,16 +86,15 @@ struct TileEngine {
     Rows& t = state[tile];
     char* to = q + tile * kTileRows * key_bytes;
     t.fresh = ~0u, t.tame = true;
-    for (float& x : t.reference) x = 0.f;
+    for (int i = 0; i < kTileRows; ++i) t.reference[i] = t.power[i] = 0.f;
     if (kInt8) {
       quantise_tile(a, it, rows, ld, key_bytes, (int8_t*)row_bytes, (uint8_t*)to, t.factor, t.shift);
-      for (float& x : t.factor) x *= kLog2e;
       return;
     }
     memset(row_bytes, 0, kTileRows * key_bytes);
     uint32_t wild = 0;
     for (int64_t i = 0; i < kTileRows; ++i) {
-      t.factor[i] = a.scale * kLog2e, t.shift[i] = 0.f;
+      t.factor[i] = a.scale, t.shift[i] = 0.f;
       for (int64_t c = 0; c < ld; c += W) {
         const vf x = load(rows + i * ld + c);
         wild |= above_bits(vabs(x), set1(kTame)) | (uint32_t)any_differs(x, x);
@@ -242,44 +242,43 @@ struct TileEngine {
     for (int r = 0; r < kVecs; ++r) factor[r] = load(t.factor + r * W) * set1(key_scale);
     float* o = st.o + tile * prepared.wide * kTileRows;
     bool careful = !plain;
-    if (careful) careful_scores(it, t, sight, part, factor, top);
-    const float threshold = a.pv_threshold ? a.pv_threshold[it.h] * kLog2e : 0.f;
+    const int vecs = it.rows > W ? 2 : 1;
+    vi most[kVecs];
+    vf sum[kVecs];
+    if (!careful && t.fresh) rebase(t, vecs, factor, st, tile, o);
+    for (bool again = false;; again = true) {
+      if (careful || !t.tame) {  // which is seen from the references, and stays
+        careful = true;
+        careful_scores(it, t, sight, part, factor, top);
+        for (int r = 0; r < vecs; ++r) rebase(t, r, top[r], st, tile, o);
+        vecs == 2 ? weights<true, 2>(t, factor, most, sum) : weights<true, 1>(t, factor, most, sum);
+        break;
+      }
+      vecs == 2 ? weights<false, 2>(t, factor, most, sum) : weights<false, 1>(t, factor, most, sum);
+      const vi limit = _mm512_set1_epi16((short)(kBf16One + 128 * kHeadroom));
+      const vi highest = vecs == 2 ? _mm512_max_epu16(most[0], most[1]) : most[0];
+      if (again || !_mm512_cmpgt_epu16_mask(highest, limit)) break;
+      rebase(t, vecs, factor, st, tile, o);
+    }
+    const float threshold = a.pv_threshold ? a.pv_threshold[it.h] : 0.f;
     int64_t done = 0;
     uint32_t moving = 0;
-    for (int r = 0; r * W < it.rows && r < kVecs; ++r) {
+    for (int r = 0; r < vecs; ++r) {
       const int64_t rows = least(W, it.rows - r * W);
       const uint32_t real = (1u << rows) - 1;
-      vi most;
-      vf sum;
-      if (!careful && (t.fresh >> (r * W) & 0xffff)) rebase(t, r, highest(r, factor[r]), st, tile, o);
-      for (bool again = false;; again = true) {
-        if (!careful && !t.tame) {  // as references have shown only now
-          careful_scores(it, t, sight, part, factor, top);
-          careful = true;
-        }
-        if (careful) {
-          rebase(t, r, top[r], st, tile, o);
-          sum = weights<true>(t, r, factor[r], &most);
-          break;
-        }
-        sum = weights<false>(t, r, factor[r], &most);
-        const short limit = (short)(kBf16One + 128 * kHeadroom);
-        if (again || !_mm512_cmpgt_epu16_mask(most, _mm512_set1_epi16(limit))) break;
-        rebase(t, r, highest(r, factor[r]), st, tile, o);
-      }
-      if (!careful && threshold > 0) {
-        const vi high = _mm512_max_epi32(_mm512_srli_epi32(most, 16), _mm512_and_si512(most, set1i(0xffff)));
-        top[r] = fma(to_float(high) - set1(kBf16One), set1(1.f / 128), load(t.reference + r * W));
-      }
       float* l = st.l + tile * kTileRows + r * W;
-      store(l, load(l) + sum);
-      bool moves = true, sees = true;
-      if (careful) sees = above_bits(top[r], set1(-INFINITY)) & real;
+      store(l, load(l) + sum[r]);
+      const bool sees = !careful || (above_bits(top[r], set1(-INFINITY)) & real);
+      bool moves = true;
       if (threshold > 0) {
+        if (!careful) {
+          const vi high = _mm512_max_epi32(_mm512_srli_epi32(most[r], 16), _mm512_and_si512(most[r], set1i(0xffff)));
+          top[r] = fma(to_float(high) - set1(kBf16One), set1(kLn2 / 128), load(t.reference + r * W));
+        }
         float* m = st.m + tile * kTileRows + r * W;
-        const vf highest_yet = vmax(top[r], load(m));
-        store(m, highest_yet);
-        moves = above_bits(top[r] - where_minus_inf_zero(highest_yet), set1(-threshold)) & real;
+        const vf highest = vmax(top[r], load(m));
+        store(m, highest);
+        moves = above_bits(top[r] - where_minus_inf_zero(highest), set1(-threshold)) & real;
       }
       if (moves && sees) moving |= 1u << r;
       if (moves || !sees) done += rows;  // blind rows skip nothing
@@ -305,91 +304,87 @@ struct TileEngine {
     return top;
   }
 
+  void rebase(Rows& t, int vecs, const vf* factor, State& st, int64_t tile, float* o) {
+    for (int r = 0; r < vecs; ++r) rebase(t, r, highest(r, factor[r]), st, tile, o);
+  }
   // References of rows that have none yet or are left behind; O and the denominator follow.
   void rebase(Rows& t, int r, vf top, State& st, int64_t tile, float* o) {
     const vf old = load(t.reference + r * W);
     const uint32_t first = t.fresh >> (r * W) & above_bits(top, set1(-INFINITY)) & 0xffff;
-    const uint32_t left = above_bits(top, old + set1(kHeadroom)) & ~(t.fresh >> (r * W)) & 0xffff;
+    const uint32_t left = above_bits(top, old + set1(kHeadroom * kLn2)) & ~(t.fresh >> (r * W)) & 0xffff;
     if (!(first | left)) return;
-    const vf now = choose_bits(_mm512_roundscale_ps(top, _MM_FROUND_TO_POS_INF | _MM_FROUND_NO_EXC), old, first | left);
+    const vf power = _mm512_roundscale_ps(top * set1(kLog2e), _MM_FROUND_TO_POS_INF | _MM_FROUND_NO_EXC);
+    const uint32_t small = above_bits(set1(kMostPower), vabs(power));  // NaN is not
+    if (~small & (first | left)) t.tame = false;
+    const vf now = choose_bits(choose_bits(power * set1(kLn2), top, small), old, first | left);
+    store(t.power + r * W, choose_bits(power, load(t.power + r * W), first | left));
     store(t.reference + r * W, now);
     t.fresh &= ~(first << (r * W));
-    // Not a number either: NaN and what is too large for the plain path.
-    if (above_bits(set1(kMostReference), vabs(now)) != 0xffff) t.tame = false;
     if (!left) return;
-    const vf by = choose_bits(exp2_full(old - now), set1(1.f), left);
+    const vf by = choose_bits(exp_of(old - now), set1(1.f), left);
     float* l = st.l + tile * kTileRows + r * W;
     store(l, load(l) * by);
     o += r * W;
     for (int64_t c = 0; c < prepared.wide; ++c, o += kTileRows) store(o, load(o) * by);
   }
 
-  // P of 16 rows and 64 keys; returns its sums. `most` gets the largest words of each pair of keys.
-  template <bool kCareful>
-  vf weights(const Rows& t, int r, vf factor, vi* most) const {
-    const vf reference = load(t.reference + r * W), unit = set1(128.f);
-    const vf by = factor * unit, start = set1(kMagic + kBf16One) - reference * unit;
+  // P of 64 keys for one or both vectors of rows, and its sums. `most` gets the largest words of each pair of keys.
+  template <bool kCareful, int R>
+  void weights(const Rows& t, const vf* factor, vi* most, vf* sum) const {
     const vi magic = bits_of(set1(kMagic)), low7 = _mm512_set1_epi16(0x7f);
     const vi table0 = loadi(kMantissa.entry), table1 = loadi(kMantissa.entry + 64);
     // Packing takes four rows of one key and then of the other from each 128 bits: back to pairs of keys.
     const vi pairs = _mm512_broadcast_i32x4(_mm_setr_epi8(0, 1, 8, 9, 2, 3, 10, 11, 4, 5, 12, 13, 6, 7, 14, 15));
     const __m512bh ones = (__m512bh)_mm512_set1_epi16(0x3f80);
-    vf sum = set1(0.f);
-    vi largest = set1i(0);
-    const char* from = s + r * W * 4;
-    uint16_t* to = p + r * W * 2;
-    for (int64_t j = 0; j < kKeys; j += 2, from += 2 * kTileRows * 4, to += kTileRows * 2) {
-      vi y[2];
-#pragma GCC unroll 2
-      for (int i = 0; i < 2; ++i) {
-        const char* at = from + i * kTileRows * 4;
-        if (kCareful) {
-          const vf x = fma(load((const float*)at) - reference, unit, set1(kMagic + kBf16One));
-          // A NaN may be negative, which would saturate to nothing.
-          y[i] = _mm512_mask_mov_epi32(bits_of(x), _mm512_cmp_ps_mask(x, x, _CMP_UNORD_Q), set1i(0x7fffffff));
-        } else {
-          y[i] = bits_of(fma(kInt8 ? to_float(loadi(at)) : load((const float*)at), by, start));
-        }
-        y[i] = _mm512_sub_epi32(y[i], magic);
-      }
-      const vi word = _mm512_shuffle_epi8(_mm512_packus_epi32(y[0], y[1]), pairs);
-      largest = _mm512_max_epu16(largest, word);
-      constexpr int kChoose = 0xca;  // bits of the second where the first is 1, else of the third
-      const vi weight =
-          _mm512_ternarylogic_epi32(low7, _mm512_permutex2var_epi8(table0, word, table1), word, kChoose);
-      sum = _mm512_dpbf16_ps(sum, (__m512bh)weight, ones);
-      storei(to, weight);
+    const vf unit = set1(128 * kLog2e);
+    vf reference[R], by[R], start[R], total[R];
+    vi largest[R];
+    for (int r = 0; r < R; ++r) {
+      reference[r] = load(t.reference + r * W);
+      by[r] = factor[r] * unit, start[r] = set1(kMagic + kBf16One) - load(t.power + r * W) * set1(128.f);
+      total[r] = set1(0.f), largest[r] = set1i(0);
     }
-    *most = largest;
-    return sum;
+    const char* from = s;
+    uint16_t* to = p;
+    for (int64_t j = 0; j < kKeys; j += 2, from += 2 * kTileRows * 4, to += kTileRows * 2)
+#pragma GCC unroll 2
+      for (int r = 0; r < R; ++r) {
+        vi y[2];
+#pragma GCC unroll 2
+        for (int i = 0; i < 2; ++i) {
+          const char* at = from + (i * kTileRows + r * W) * 4;
+          if (kCareful) {
+            const vf x = fma(load((const float*)at) - reference[r], unit, set1(kMagic + kBf16One));
+            // A NaN may be negative, which would saturate to nothing.
+            y[i] = _mm512_mask_mov_epi32(bits_of(x), _mm512_cmp_ps_mask(x, x, _CMP_UNORD_Q), set1i(0x7fffffff));
+          } else {
+            y[i] = bits_of(fma(kInt8 ? to_float(loadi(at)) : load((const float*)at), by[r], start[r]));
+          }
+          y[i] = _mm512_sub_epi32(y[i], magic);
+        }
+        const vi word = _mm512_shuffle_epi8(_mm512_packus_epi32(y[0], y[1]), pairs);
+        largest[r] = _mm512_max_epu16(largest[r], word);
+        constexpr int kChoose = 0xca;  // bits of the second where the first is 1, else of the third
+        const vi mantissa = _mm512_permutex2var_epi8(table0, word, table1);
+        const vi weight = _mm512_ternarylogic_epi32(low7, mantissa, word, kChoose);
+        total[r] = _mm512_dpbf16_ps(total[r], (__m512bh)weight, ones);
+        storei(to + r * W * 2, weight);
+      }
+    for (int r = 0; r < R; ++r) most[r] = largest[r], sum[r] = total[r];
   }
 
-  // The scores as floats with every option and mask applied, base 2; -inf beyond the last key.
+  // The scores as floats with every option and mask applied; -inf beyond the last key.
   void careful_scores(const Item& it, const Rows& t, Sight sight, const Part& part, const vf* factor, vf* top) {
     float* x = (float*)s;
-    const bool options = a.attn_mask.data || a.softcap > 0;
-    const vf unit = set1(options ? 1.f / kLog2e : 1.f);
     for (int64_t j = 0; j < part.keys; ++j)
       for (int r = 0; r < kVecs; ++r) {
         float* at = x + j * kTileRows + r * W;
-        vf y = (kInt8 ? to_float(loadi(at)) : load(at)) * (factor[r] * unit);
+        vf y = (kInt8 ? to_float(loadi(at)) : load(at)) * factor[r];
         if (kInt8 && a.softcap > 0) y = y + load(t.shift + r * W);  // it must see the scores of the unsmoothed key
         store(at, y);
       }
     for (int64_t i = part.keys * kTileRows; i < kKeys * kTileRows; i += W) store(x + i, set1(-INFINITY));
-    for (int64_t j = part.keys; j < kKeys; ++j) seen[j] = 0;
-    if (options) {
-      finish_scores(a, it, sight, it.i0, it.rows, part.j0, part.keys, x, seen);
-      for (int64_t i = 0; i < part.keys * kTileRows; i += W) {
-        // The lowest finite score is "almost never", which -inf is not.
-        const vf natural = load(x + i), binary = vmax(set1(-3.4028235e38f), natural * set1(kLog2e));
-        store(x + i, choose_bits(binary, natural, ~above_bits(set1(-3.4028235e38f), natural)));
-      }
-    } else {
-      for (int64_t j = 0; j < part.keys; ++j)
-        seen[j] = sight == Sight::all ? ~0u : rows_seeing(a.geometry, it.b, it.i0, it.rows, part.j0 + j);
-      apply_visibility(x, part.keys, seen);
-    }
+    finish_scores(a, it, sight, it.i0, it.rows, part.j0, part.keys, x, seen);
     for (int r = 0; r < kVecs; ++r) top[r] = column_max(x, part.keys, r);
   }
 
@@ -414,16 +409,11 @@ struct TileEngine {
       }
   }
 
-  // Maxima as everywhere else: natural logarithms, in which the lowest score was the lowest float too.
   void finish(const Item& it, State& st) {
-    const vf lowest = set1(-3.4028235e38f);
     for (int64_t tile = 0; tile * kTileRows < it.rows; ++tile)
-      for (int r = 0; r < kVecs; ++r) {
-        const vf top = load(state[tile].reference + r * W);
-        const uint32_t at_lowest = above_bits(top, set1(-INFINITY)) & ~above_bits(top, lowest);
-        const vf natural = choose_bits(lowest, top * set1(1.f / kLog2e), at_lowest);
-        store(st.m + tile * kTileRows + r * W, choose_bits(set1(-INFINITY), natural, state[tile].fresh >> (r * W)));
-      }
+      for (int r = 0; r < kVecs; ++r)
+        store(st.m + tile * kTileRows + r * W,
+              choose_bits(set1(-INFINITY), load(state[tile].reference + r * W), state[tile].fresh >> (r * W)));
   }
   float lse_shift(const Item&, int64_t row) const {
     return a.softcap > 0 ? 0.f : state[row / kTileRows].shift[row % kTileRows];

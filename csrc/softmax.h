@@ -1,5 +1,5 @@
 // One tile of scores, [keys][32 rows], made ready for the exponential: logit options, then visibility.
-// Scores are natural logarithms; base 2 appears only inside exp_of() (and in engine_amx.h, after this).
+// Scores are natural logarithms; base 2 appears only where exponentials are taken.
 #pragma once
 #include "geometry.h"
 #include "rows.h"
@@ -8,7 +8,7 @@ constexpr int kTileRows = 32;
 constexpr int kGroupRows = 16;  // stage 2 skips or keeps this many rows together, on every target
 constexpr int64_t kMostRows = 128;  // of a query block
 constexpr int kKeys = TAMIS_PACK_BLOCK;
-constexpr float kLog2e = 1.44269504088896f;
+constexpr float kLog2e = 1.44269504088896f, kLn2 = .69314718055995f;
 
 // Everything about one query block that the inner loops need.
 struct Item {

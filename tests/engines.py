@@ -88,9 +88,12 @@ class Engine:
         assert result.lse.dtype == torch.float32
         plain = oracle.attention(query, key, value, **masks, dtype=yardstick or query.dtype)
         oracle.assert_within(result.output, expected.output, plain.output)
-        # The lse is fp32 whatever the inputs are, and so are its scores: the yardstick is plain torch in fp32.
-        plain = oracle.attention(query, key, value, **masks, dtype=torch.float32)
-        oracle.assert_within(result.lse, expected.lse, plain.lse, what="lse")
+        # The lse is fp32 whatever the inputs are, and so are its scores: the yardstick is plain torch in fp32, and
+        # where weights are bf16 their formulas.
+        plains = [oracle.attention(query, key, value, **masks, dtype=torch.float32)]
+        if result.stats.pv_dtype == "bfloat16":
+            plains.append(oracle.attention_bf16(query, key, value, **masks, rounds=False))
+        oracle.assert_within(result.lse, expected.lse, *(p.lse for p in plains), what="lse")
         return result
 
     def check_int8(
@@ -114,11 +117,22 @@ class Engine:
             options |= {"blocks": oracle.blocks_of(block_mask), "block_size": block_mask.block_size}
         expected = oracle.attention(query, key, value, **options)
         plain = oracle.attention(query, key, value, **options, dtype=torch.float32)
-        quantised = oracle.attention_int8(query, key, value, **(options | (formulas or {})))
+        quantised = int8_formulas(
+            result.stats, query, key, value, packed=packed is not None, **(options | (formulas or {}))
+        )
         assert result.output.dtype == query.dtype
         oracle.assert_within(result.output, expected.output, quantised.output, plain.output)
         oracle.assert_within(result.lse, expected.lse, quantised.lse, plain.lse, what="lse")
         return result, quantised
+
+
+def int8_formulas(
+    stats: Any, query: Tensor, key: Tensor, value: Tensor, *, packed: bool = False, **options: Any
+) -> oracle.Result:
+    """The formulas of what ran, in fp64."""
+    if stats.pv_dtype == "bfloat16":
+        return oracle.attention_bf16(query, key, value, packed=packed, **options)
+    return oracle.attention_int8(query, key, value, **options)
 
 
 def cpu_targets() -> list[str]:

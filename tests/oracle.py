@@ -13,6 +13,7 @@ Keys that a row does not see are excluded, never multiplied by zero: a NaN there
 
 from __future__ import annotations
 
+import math
 from typing import Any, NamedTuple
 
 import torch
@@ -214,7 +215,15 @@ def used_key_blocks(blocks: Tensor, block_size: tuple[int, int], kv_heads: int, 
     return used.repeat_interleave(block_size[1] // KEY_BLOCK, -1)[..., : -(-kv_len // KEY_BLOCK)]
 
 
-def attention_int8(
+class _Scores(NamedTuple):
+    """What both 8-bit schemes start from, all heads repeated, fp64."""
+
+    scores: Tensor  # [batch, heads, q_len, kv_len], of rounded query and key, hidden ones -inf
+    shift: Tensor  # [batch, heads, q_len]: what smoothing took from a row's scores
+    value: Tensor  # zero where padded
+
+
+def _int8_scores(
     query: Tensor,
     key: Tensor,
     value: Tensor,
@@ -224,16 +233,12 @@ def attention_int8(
     scale: float | None = None,
     softcap: float | None = None,
     attn_mask: Tensor | None = None,
-    sink_logits: Tensor | None = None,
     segments: Pair | None = None,
     mean: Tensor | None = None,
+    rounds: bool = True,
     **masks: Any,
-) -> Result:
-    """The int8 algorithm in fp64.
-
-    Steps: Q one per row, K less its mean one per 64 keys, V one per channel and 64 keys, P 1/254 of its row's largest
-    in the 64 keys.
-    """
+) -> _Scores:
+    """Q one step per row, K less its mean one per 64 keys; without `rounds` both as they are."""
     heads, q_len, kv_len, dim = query.shape[1], query.shape[2], key.shape[2], query.shape[3]
     scale = dim**-0.5 if scale is None else scale
     seen = visible(
@@ -242,33 +247,92 @@ def attention_int8(
     if mean is None:
         used = used_key_blocks(visible_blocks(seen, block_size), block_size, key.shape[1], kv_len)
         mean = key_mean(key, None if segments is None else segments[1], used)
-        mean = torch.zeros_like(mean) if softcap is not None else mean
+        mean = torch.zeros_like(mean) if softcap is not None or not rounds else mean
     query, key, value = query.double(), key.double() - mean[:, :, None], value.double()
     if segments is not None:
         padding = (segments[1] < 0).reshape(-1, 1, kv_len, 1)
         key, value = key.masked_fill(padding, 0), value.masked_fill(padding, 0)
-    tail = -kv_len % KEY_BLOCK
-    key, value = (torch.unflatten(F.pad(x, (0, 0, 0, tail)), 2, (-1, KEY_BLOCK)) for x in (key, value))
-    query_int, query_step = _quantise(query, (-1,))
-    key_int, key_step = (_repeat_heads(x, heads) for x in _quantise(key, (-2, -1)))
-    value_int, value_step = (_repeat_heads(x, heads) for x in _quantise(value, (-2,)))
+    query_rounded, key_rounded = query, _repeat_heads(key, heads)
+    if rounds:
+        query_int, query_step = _quantise(query, (-1,))
+        key_int, key_step = _quantise(_key_blocks(key), (-2, -1))
+        query_rounded, key_rounded = query_int * query_step, _repeat_heads((key_int * key_step).flatten(2, 3), heads)
+    scores = _scores(
+        query_rounded, key_rounded[:, :, :kv_len], scale=scale, softcap=softcap, attn_mask=attn_mask, seen=seen
+    )
+    shift = _repeat_heads(mean[:, :, None], heads) @ query.transpose(-1, -2) * scale  # [batch, heads, 1, q_len]
+    return _Scores(scores, shift.squeeze(2), _repeat_heads(value, heads))
 
-    key_rounded = (key_int * key_step).flatten(2, 3)[:, :, :kv_len]
-    scores = _scores(query_int * query_step, key_rounded, scale=scale, softcap=softcap, attn_mask=attn_mask, seen=seen)
-    per_block = torch.unflatten(F.pad(scores, (0, tail), value=-torch.inf), -1, (-1, KEY_BLOCK))
+
+def _key_blocks(x: Tensor) -> Tensor:
+    """`[.., kv_len, dim]` to `[.., blocks, 64, dim]`, padded with zeros."""
+    return torch.unflatten(F.pad(x, (0, 0, 0, -x.shape[2] % KEY_BLOCK)), 2, (-1, KEY_BLOCK))
+
+
+def _lse(scores: Tensor, shift: Tensor, sink_logits: Tensor | None) -> Tensor:
+    """Over the last axis of smoothed scores, without the shift put back."""
+    if sink_logits is None:
+        return torch.logsumexp(scores, -1)
+    sink = sink_logits.double().reshape(1, -1, 1) - shift
+    return torch.logsumexp(torch.cat([scores, sink[..., None]], -1), -1)
+
+
+def attention_int8(
+    query: Tensor, key: Tensor, value: Tensor, *, sink_logits: Tensor | None = None, **options: Any
+) -> Result:
+    """The int8 algorithm in fp64.
+
+    Steps: Q one per row, K less its mean one per 64 keys, V one per channel and 64 keys, P 1/254 of its row's largest
+    in the 64 keys.
+    """
+    scores, shift, values = _int8_scores(query, key, value, **options)
+    value_int, value_step = _quantise(_key_blocks(values), (-2,))
+    per_block = torch.unflatten(F.pad(scores, (0, -key.shape[2] % KEY_BLOCK), value=-torch.inf), -1, (-1, KEY_BLOCK))
     local = per_block.amax(-1)  # [batch, heads, q_len, key blocks]
     local = local.masked_fill(local == -torch.inf, 0)
     weights = torch.round(254 * torch.exp(per_block - local[..., None]))
     products = torch.einsum("bhqjk,bhjkc->bhqjc", weights, value_int) * value_step.transpose(-3, -2) / 254
-    shift = _repeat_heads(mean[:, :, None], heads) @ query.transpose(-1, -2) * scale  # [batch, heads, 1, q_len]
-    shift = shift.squeeze(2)
-    if sink_logits is not None:
-        sink = sink_logits.double().reshape(1, -1, 1) - shift
-        lse = torch.logsumexp(torch.cat([scores, sink[..., None]], -1), -1)
-    else:
-        lse = torch.logsumexp(scores, -1)
+    lse = _lse(scores, shift, sink_logits)
     shares = torch.exp(local - lse.masked_fill(lse == -torch.inf, 0)[..., None])
     return Result((shares[..., None] * products).sum(-2), lse + shift)
+
+
+def attention_bf16(
+    query: Tensor,
+    key: Tensor,
+    value: Tensor,
+    *,
+    sink_logits: Tensor | None = None,
+    rounds: bool = True,
+    packed: bool = False,
+    **options: Any,
+) -> Result:
+    """The algorithm with values in bf16, in fp64.
+
+    Steps: Q and K as in `attention_int8` if `rounds`, else as they are; V in bf16, after 8 bits if `packed`.
+
+    P is a bf16 whose logarithm, base 2, is a multiple of 1/128; the denominator is the sum of these very weights.
+    """
+    scores, shift, values = _int8_scores(query, key, value, rounds=rounds, **options)
+    if packed:
+        value_int, value_step = _quantise(_key_blocks(values), (-2,))
+        values = (value_int * value_step).flatten(2, 3)[:, :, : key.shape[2]]
+    values = values.to(torch.bfloat16).double()
+    top = scores.amax(-1, keepdim=True)
+    top = top.masked_fill(top.isinf(), 0)
+    log2e = math.log2(math.e)
+    # The grid is anchored at whole powers, or at the largest score where it is beyond 3e4 of them.
+    anchor = torch.where(top.abs() * log2e < 3e4, 0.0, top)
+    steps = torch.round((scores - anchor) * (128 * log2e))
+    largest = steps.amax(-1, keepdim=True)
+    power = torch.floor(steps / 128)
+    mantissa = torch.round(128 * (torch.exp2(steps / 128 - power) - 1))
+    base = torch.floor(largest / 128).masked_fill(largest == -torch.inf, 0)
+    weights = torch.where(steps == -torch.inf, 0.0, torch.exp2(power - base) * (1 + mantissa / 128))
+    total = torch.log(weights.sum(-1)) + (base / log2e + anchor).squeeze(-1)
+    lse = _lse(total[..., None], shift, sink_logits)
+    scaled = torch.exp((base / log2e + anchor).squeeze(-1) - lse.masked_fill(lse == -torch.inf, 0))
+    return Result((weights @ values) * scaled[..., None], lse + shift)
 
 
 def attention_stage2(

@@ -52,13 +52,18 @@ def test_dtypes(engine: Engine, dtype: torch.dtype, dim: int) -> None:
 
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16], ids=str)
 def test_half_is_rounded_once(engine: Engine, dtype: torch.dtype) -> None:
-    """On a CPU all is fp32 inside: the output is the truth rounded to nearest, give or take the fp32 error before."""
+    """Sums are fp32 inside: the output is the exact one rounded to nearest, give or take the fp32 error before."""
     q, k, v = qkv(q_len=130, kv_len=300, dtype=dtype)
     truth = oracle.attention(q, k, v, causal=True).output
     before = 4 * float((oracle.attention(q, k, v, causal=True, dtype=torch.float32).output - truth).abs().max())
-    output = engine.attend(q, k, v, causal=True).output.double()
+    result = engine.attend(q, k, v, causal=True)
+    output = result.output.double()
+    if result.stats.pv_dtype == "bfloat16":
+        truth = oracle.attention_bf16(q, k, v, causal=True, rounds=False).output
     tiny = torch.finfo(dtype).tiny * torch.finfo(dtype).eps
-    assert ((output - truth).abs() <= truth.abs() * torch.finfo(dtype).eps / 2 + before + tiny).all()
+    exact = (output - truth).abs() <= truth.abs() * torch.finfo(dtype).eps / 2 + before + tiny
+    # A weight in bf16 takes the next step, .54% away, where fp32 rounding moves its logarithm over the middle: rare.
+    assert exact.all() if result.stats.pv_dtype == "float32" else exact.double().mean() > 0.999
 
 
 def test_half_keeps_its_range(engine: Engine) -> None:
@@ -226,8 +231,14 @@ def test_stats_name_what_ran(engine: Engine) -> None:
     assert (dense.density, dense.qk_density, dense.pv_density) == (1.0, 1.0, 1.0)
     assert "int8" not in dense.qk_dtype
     int8 = engine.attend(q, k, v, precision="int8").stats
+    few = engine.attend(q[:, :, :3], k, v).stats
+    assert (few.qk_dtype, few.pv_dtype) == ("float32", "float32")
     assert int8.qk_dtype == "int8"
-    assert "8" in int8.pv_dtype
+    if engine.target == "amx":
+        assert (dense.qk_dtype, dense.pv_dtype, int8.pv_dtype) == ("bfloat16",) * 3
+    else:
+        assert "8" in int8.pv_dtype
+        assert dense.pv_dtype == "float32"
 
 
 def test_density_counts_visible_blocks(engine: Engine) -> None:

@@ -90,9 +90,11 @@ def test_channels_of_different_size(engine: Engine) -> None:
     """Value channels over 60 orders of magnitude, each with its own scale: each as good as the others."""
     q, k, v = qkv(q_len=130, dim=16)
     size = 10.0 ** torch.arange(-30, 30, 60 / 16)
-    plain = engine.attend(q, k, v, precision="int8").output
+    plain = engine.attend(q, k, v, precision="int8")
     scaled = engine.attend(q, k, v * size, precision="int8").output
-    torch.testing.assert_close(scaled / size, plain, rtol=0, atol=2e-3)  # a flip moves v by 1/127 of its maximum of 3
+    # A flip moves v by 1/127 of its maximum of 3. In bf16 every value is rounded anew, by 2^-9 of itself at most.
+    rounding = 2 * 2**-9 * float(v.abs().mean()) if plain.stats.pv_dtype == "bfloat16" else 0
+    torch.testing.assert_close(scaled / size, plain.output, rtol=0, atol=2e-3 + rounding)
 
 
 def test_constant_rows(engine: Engine) -> None:
@@ -100,6 +102,8 @@ def test_constant_rows(engine: Engine) -> None:
     q, k, v = qkv(q_len=70, kv_len=130)
     result = check(engine, q, k[:, :, :1].expand(-1, -1, 130, -1), v)
     constant = v[:, :, :1].expand(-1, -1, 130, -1)
+    if result.stats.pv_dtype == "bfloat16":
+        constant = constant.bfloat16().float()
     result = engine.attend(q, k[:, :, :1].expand(-1, -1, 130, -1), constant, precision="int8")
     torch.testing.assert_close(result.output, constant[:, :, :70], rtol=2e-6, atol=0)
     # Any weights average a constant; P is rounded to 1/254, so its sum is off by at most half a step per key.
@@ -170,14 +174,21 @@ def test_lse(engine: Engine) -> None:
 
 
 def test_engines_agree() -> None:
-    """One arithmetic: what separates any two engines is fp32 rounding, never a formula."""
+    """What separates two engines of the same formats is fp32 rounding, never a formula."""
     q, k, v = qkv(heads=4, kv_heads=2, q_len=260, kv_len=300, dim=40)
     mask = block_mask((260, 300), heads=4)
-    first, *others = (e.attend(q, k, v, mask, causal=True, precision="int8", pv_threshold=4.0) for e in engines())
-    for other in others:
-        assert oracle.relative_l1(other.output, first.output) <= FLIPS
-        torch.testing.assert_close(other.lse, first.lse, rtol=0, atol=1e-4)
-        torch.testing.assert_close(other.stats.counts, first.stats.counts, rtol=0, atol=0.02)
+    results = [e.attend(q, k, v, mask, causal=True, precision="int8", pv_threshold=4.0) for e in engines()]
+    for first in results:
+        for other in results:
+            torch.testing.assert_close(other.stats.counts, first.stats.counts, rtol=0, atol=0.02)
+            if _formats(other) == _formats(first):
+                assert oracle.relative_l1(other.output, first.output) <= FLIPS
+                torch.testing.assert_close(other.lse, first.lse, rtol=0, atol=1e-4)
+
+
+def _formats(result: Any) -> str:
+    """What the second product is in: all kinds of 8 bits are the same numbers."""
+    return "bfloat16" if result.stats.pv_dtype == "bfloat16" else "8 bits"
 
 
 def test_smoothing_earns_its_keep(engine: Engine) -> None:

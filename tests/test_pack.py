@@ -38,7 +38,9 @@ def test_attending_to_packed_is_attending(
     engine.check_int8(q, k, v, packed=packed, formulas={"mean": oracle.key_mean(k)}, causal=True)
     at_once = engine.attend(q, k, v, precision="int8")
     again = engine.attend(q, packed, None, precision="int8")
-    if dtype == torch.float32:
+    if (
+        dtype == torch.float32 and at_once.stats.pv_dtype != "bfloat16"
+    ):  # which a pack's values are only in the second place
         assert_reordered(again, at_once, length)
 
 

@@ -150,7 +150,8 @@ def description(name: str, call: Call) -> tuple[str | None, str, str]:
     """The backend's target and the number formats of its two products; fixed in a compiled graph."""
     tensors = [t for t in (call.query, call.key, call.value) if t is not None]
     bf16 = all(t.dtype == torch.bfloat16 for t in tensors)
-    return _description(name, call.precision, bf16, bool(call.query.shape[2] >= geometry.TILE_ROWS))
+    tiles = bool(call.query.shape[2] >= geometry.TILE_ROWS)
+    return cast(tuple[str | None, str, str], _description(name, call.precision, bf16, tiles))
 
 
 @torch.compiler.assume_constant_result  # type: ignore[untyped-decorator]
