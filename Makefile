@@ -5,7 +5,7 @@ VENV := .venv
 BIN := $(VENV)/bin
 export OMP_WAIT_POLICY ?= passive
 
-.PHONY: setup demo test lint bench bench-check sanitize wheel clean
+.PHONY: setup demo test test-native lint bench bench-check sanitize wheel clean
 
 # An editable install knows the modules that existed when it was made: a new one needs a new install.
 READY := $(VENV)/.ready-$(shell find src -name '*.py' | sort | cksum | cut -d' ' -f1)
@@ -26,6 +26,16 @@ demo: setup
 
 test: setup
 	$(BIN)/python -m pytest
+
+# The C ABI against an oracle in C++, with no Python.
+CMAKE := $(firstword $(wildcard $(BIN)/cmake) cmake)
+NATIVE := $(CMAKE) -S . -DTAMIS_TESTS=ON -DCMAKE_BUILD_TYPE=Release
+SECONDS_OF_RANDOM ?= 20
+
+test-native:
+	$(NATIVE) -B build/native
+	$(CMAKE) --build build/native --parallel
+	build/native/tamis_check --seconds $(SECONDS_OF_RANDOM)
 
 lint: setup
 	$(BIN)/ruff format --check .
