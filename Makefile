@@ -5,7 +5,7 @@ VENV := .venv
 BIN := $(VENV)/bin
 export OMP_WAIT_POLICY ?= passive
 
-.PHONY: setup demo test test-native lint bench bench-check sanitize wheel clean
+.PHONY: setup demo test test-native test-arm lint bench bench-check sanitize wheel clean
 
 # An editable install knows the modules that existed when it was made: a new one needs a new install.
 READY := $(VENV)/.ready-$(shell find src -name '*.py' | sort | cksum | cut -d' ' -f1)
@@ -27,7 +27,8 @@ demo: setup
 test: setup
 	$(BIN)/python -m pytest
 
-# The C ABI against an oracle in C++, with no Python.
+# The C ABI against an oracle in C++, with no Python: here, and as a 64-bit ARM program in an
+# emulator.
 CMAKE := $(firstword $(wildcard $(BIN)/cmake) cmake)
 NATIVE := $(CMAKE) -S . -DTAMIS_TESTS=ON -DCMAKE_BUILD_TYPE=Release
 SECONDS_OF_RANDOM ?= 20
@@ -36,6 +37,14 @@ test-native:
 	$(NATIVE) -B build/native
 	$(CMAKE) --build build/native --parallel
 	build/native/tamis_check --seconds $(SECONDS_OF_RANDOM)
+
+# Needs g++-aarch64-linux-gnu and qemu-user. The second processor has no dot product: there only baseline may run.
+QEMU := qemu-aarch64 -L /usr/aarch64-linux-gnu
+test-arm:
+	$(NATIVE) -B build/arm -DCMAKE_TOOLCHAIN_FILE=cmake/aarch64-linux-gnu.cmake
+	$(CMAKE) --build build/arm --parallel
+	$(QEMU) -cpu max build/arm/tamis_check --expect "neon_dot baseline"
+	$(QEMU) -cpu cortex-a53 build/arm/tamis_check --expect baseline
 
 lint: setup
 	$(BIN)/ruff format --check .

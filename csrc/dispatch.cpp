@@ -8,6 +8,10 @@
 #include <sys/syscall.h>
 #include <unistd.h>
 #endif
+#ifdef TAMIS_HAS_NEON_DOT
+#include <asm/hwcap.h>
+#include <sys/auxv.h>
+#endif
 
 #include "geometry.h"
 #include "target.h"
@@ -18,6 +22,9 @@ extern const tamis_kernels tamis_kernels_avx2, tamis_kernels_avx512, tamis_kerne
 #endif
 #ifdef TAMIS_HAS_AMX
 extern const tamis_kernels tamis_kernels_amx;
+#endif
+#ifdef TAMIS_HAS_NEON_DOT
+extern const tamis_kernels tamis_kernels_neon_dot;
 #endif
 
 namespace {
@@ -63,6 +70,14 @@ bool has_amx() {
 }
 #endif
 
+#ifdef TAMIS_HAS_NEON_DOT
+// The dot product, and what ARMv8.1 and 8.2 allow the compiler besides.
+bool has_neon_dot() {
+  const unsigned long needed = HWCAP_ASIMDDP | HWCAP_ATOMICS | HWCAP_ASIMDRDM | HWCAP_CRC32;
+  return (getauxval(AT_HWCAP) & needed) == needed;
+}
+#endif
+
 // Best first.
 const Target kTargets[] = {
 #ifdef TAMIS_HAS_AMX
@@ -72,6 +87,9 @@ const Target kTargets[] = {
     {"avx512_vnni", &tamis_kernels_avx512_vnni, has_vnni},
     {"avx512", &tamis_kernels_avx512, has_avx512},
     {"avx2", &tamis_kernels_avx2, has_avx2},
+#endif
+#ifdef TAMIS_HAS_NEON_DOT
+    {"neon_dot", &tamis_kernels_neon_dot, has_neon_dot},
 #endif
     {"baseline", &tamis_kernels_baseline, always},
 };

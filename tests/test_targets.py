@@ -16,9 +16,10 @@ from samples import qkv
 
 import tamis
 
-ALL = ["baseline", "avx2", "avx512", "avx512_vnni", "amx"]
+ALL = ["baseline", "neon_dot", "avx2", "avx512", "avx512_vnni", "amx"]
 NEEDS = {
     "baseline": set(),
+    "neon_dot": {"asimddp", "atomics", "asimdrdm", "crc32"},
     "avx2": {"avx2", "fma"},
     "avx512": {"avx512f", "avx512bw", "avx512vl", "avx512dq"},
     "avx512_vnni": {"avx512f", "avx512bw", "avx512vl", "avx512dq", "avx512_vnni"},
@@ -31,11 +32,11 @@ def flags() -> set[str]:
     path = Path("/proc/cpuinfo")
     if not path.exists():
         pytest.skip("needs /proc/cpuinfo to know what the processor can do")
-    line = next((x for x in path.read_text(encoding="utf-8").splitlines() if x.startswith("flags")), "")
+    line = next((x for x in path.read_text(encoding="utf-8").splitlines() if x.startswith(("flags", "Features"))), "")
     return set(line.split())
 
 
-@pytest.mark.skipif(platform.machine() != "x86_64", reason="the targets are those of x86-64")
+@pytest.mark.skipif(platform.machine() not in ("x86_64", "aarch64"), reason="only the baseline is built elsewhere")
 def test_every_target_the_processor_has_is_there() -> None:
     """So no suite is green because the native backend was not there to be tested."""
     assert set(cpu_targets()) == {name for name in ALL if NEEDS[name] <= flags()}
