@@ -5,7 +5,7 @@ VENV := .venv
 BIN := $(VENV)/bin
 export OMP_WAIT_POLICY ?= passive
 
-.PHONY: setup demo test test-native test-arm lint bench bench-check sanitize wheel clean
+.PHONY: setup demo test test-native test-arm tsan lint bench bench-check sanitize wheel clean
 
 # An editable install knows the modules that existed when it was made: a new one needs a new install.
 READY := $(VENV)/.ready-$(shell find src -name '*.py' | sort | cksum | cut -d' ' -f1)
@@ -27,8 +27,8 @@ demo: setup
 test: setup
 	$(BIN)/python -m pytest
 
-# The C ABI against an oracle in C++, with no Python: here, and as a 64-bit ARM program in an
-# emulator.
+# The C ABI against an oracle in C++, with no Python: here, as a 64-bit ARM program in an emulator, and watched for
+# races.
 CMAKE := $(firstword $(wildcard $(BIN)/cmake) cmake)
 NATIVE := $(CMAKE) -S . -DTAMIS_TESTS=ON -DCMAKE_BUILD_TYPE=Release
 SECONDS_OF_RANDOM ?= 20
@@ -45,6 +45,16 @@ test-arm:
 	$(CMAKE) --build build/arm --parallel
 	$(QEMU) -cpu max build/arm/tamis_check --expect "neon_dot baseline"
 	$(QEMU) -cpu cortex-a53 build/arm/tamis_check --expect baseline
+
+# Needs clang-14, libclang-rt-14-dev and libomp-14-dev. GCC's OpenMP library is a blank to the thread sanitizer: every
+# barrier of it is missed, and all that a team wrote is reported. LLVM's tells its tool Archer, and that the sanitizer.
+LLVM := /usr/lib/llvm-14
+FIXED_ADDRESSES := $(shell setarch -R true 2>/dev/null && echo setarch -R)
+tsan:
+	$(NATIVE) -B build/tsan -DCMAKE_CXX_COMPILER=$(LLVM)/bin/clang++ -DCMAKE_CXX_FLAGS="-fsanitize=thread -g"
+	$(CMAKE) --build build/tsan --parallel
+	OMP_TOOL_LIBRARIES=$(LLVM)/lib/libarcher.so TSAN_OPTIONS="ignore_noninstrumented_modules=1 halt_on_error=1" \
+	  $(FIXED_ADDRESSES) build/tsan/tamis_check --seconds $(SECONDS_OF_RANDOM)
 
 lint: setup
 	$(BIN)/ruff format --check .
