@@ -27,9 +27,7 @@ static inline void qk_int8(const uint8_t* q, const int8_t* k, int64_t ld, int64_
     for (int r = 0; r < R; ++r) row[r] = loadi(q + c * kTileRows + r * W * 4);
 #pragma GCC unroll 16
     for (int n = 0; n < N; ++n) {
-      int32_t four;
-      memcpy(&four, k + n * ld + c, 4);
-      vi key = set1i(four);
+      const auto key = broadcast4(k + n * ld + c);
 #pragma GCC unroll 4
       for (int r = 0; r < R; ++r) acc[n][r] = dot4(acc[n][r], row[r], key);
     }
@@ -60,9 +58,7 @@ static inline void pv_int8(const uint8_t* p, const int8_t* v, int64_t fours, con
     for (int r = 0; r < R; ++r) row[r] = loadi(p + (g * kTileRows + r * W) * 4);
 #pragma GCC unroll 16
     for (int n = 0; n < N; ++n) {
-      int32_t four;
-      memcpy(&four, v + n * kKeys + g * 4, 4);
-      vi value = set1i(four);
+      const auto value = broadcast4(v + n * kKeys + g * 4);
 #pragma GCC unroll 4
       for (int r = 0; r < R; ++r) acc[n][r] = dot4(acc[n][r], row[r], value);
     }

@@ -83,6 +83,11 @@ static inline float max_lanes(vf a) {
   s = _mm_max_ps(s, _mm_movehl_ps(s, s));
   return _mm_cvtss_f32(_mm_max_ss(s, _mm_shuffle_ps(s, s, 1)));
 }
+static inline vi broadcast4(const int8_t* p) {
+  int32_t four;
+  memcpy(&four, p, 4);
+  return set1i(four);
+}
 // vpmaddubsw wants unsigned x signed: |other| and row with other's sign. Both are within +-127, so a
 // pair sums to at most 2 * 127^2 = 32258 and the 16-bit addition never saturates.
 static inline vi dot4(vi acc, vi row, vi other) {

@@ -70,6 +70,11 @@ static inline vf numbers_only(vf a) { return _mm512_maskz_mov_ps(_mm512_cmp_ps_m
 static inline vf load_some(const float* p, int64_t n) { return _mm512_maskz_loadu_ps((__mmask16)((1u << n) - 1), p); }
 static inline float sum_lanes(vf a) { return _mm512_reduce_add_ps(a); }
 static inline float max_lanes(vf a) { return _mm512_reduce_max_ps(a); }
+static inline vi broadcast4(const int8_t* p) {
+  int32_t four;
+  memcpy(&four, p, 4);
+  return set1i(four);
+}
 static inline vi dot4(vi acc, vi row, vi other) {
 #ifdef TAMIS_VNNI
   // Through the intrinsic, GCC 12 copies every accumulator twice in each turn of the loop.

@@ -72,6 +72,12 @@ static inline float max_lanes(vf a) {
   for (int i = 1; i < W; ++i) m = a[i] > m ? a[i] : m;
   return m;
 }
+// Four bytes in every lane, in whatever form dot4 takes its last operand.
+static inline vi broadcast4(const int8_t* p) {
+  int32_t four;
+  memcpy(&four, p, 4);
+  return set1i(four);
+}
 // acc[lane] += sum over 4 bytes of row[4*lane + t] * other[t]
 static inline vi dot4(vi acc, vi row, vi other) {
   int8_t a[16], b[16];

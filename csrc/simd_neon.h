@@ -77,8 +77,14 @@ static inline float max_lanes(vf a) {
   for (int i = 1; i < W; ++i) m = a[i] > m ? a[i] : m;
   return m;
 }
-static inline vi dot4(vi acc, vi row, vi other) {
-  return vdotq_s32(acc, vreinterpretq_s8_s32(row), vreinterpretq_s8_s32(other));
+// Only loaded: sdot takes the bytes of one lane for all.
+static inline int8x8_t broadcast4(const int8_t* p) {
+  uint32_t four;
+  memcpy(&four, p, 4);
+  return vcreate_s8(four);
+}
+static inline vi dot4(vi acc, vi row, int8x8_t other) {
+  return vdotq_lane_s32(acc, vreinterpretq_s8_s32(row), other, 0);
 }
 static inline vf load_bf16(const uint16_t* p) { return vreinterpretq_f32_u32(vshll_n_u16(vld1_u16(p), 16)); }
 static inline vf load_fp16(const uint16_t* p) { return vcvt_f32_f16(vreinterpret_f16_u16(vld1_u16(p))); }
