@@ -11,9 +11,6 @@
 // A number within fp32 rounding of the middle of two steps may be rounded to either: see FLIPS in tests/test_int8.py,
 // which derives this bound on the relative L1 of an output, and on what may separate two targets.
 constexpr double kFlips = 1e-3;
-// The weights of amx are within 1.1e-4 of theirs (engine_amx.h), so up to 254 * 1.1e-4 = .028 of them round to the step
-// beside: .17 steps rms, against the .29 of rounding itself. At most .6 of what the formulas err.
-constexpr double kAmxFlips = .6;
 constexpr int64_t kGuard = 16;  // entries behind each result that must stay as they are
 
 struct Case {
@@ -125,9 +122,9 @@ struct Answer {
   std::vector<double> output, lse, counts;
 };
 
-// On the judge's target; `packer` is the one that packs for it.
+// On the judge's target; `packer` is the one that packs for it, or empty: int8 makes its own bytes.
 inline Answer attend(Judge& judge, const Case& c, const Inputs& in, const std::string& packer, bool int8, int threads,
-                     const std::vector<float>& threshold) {
+                     const std::vector<float>& threshold, bool bf16_products = false) {
   const oracle::Problem& p = c.problem;
   tamis_attend_args a = arguments(c, in, threads);
   const int64_t rows = p.batch * p.heads * p.q_len, out = rows * p.value_dim, width = size_of(c.dtype);
@@ -140,14 +137,15 @@ inline Answer attend(Judge& judge, const Case& c, const Inputs& in, const std::s
   for (int64_t i = 0; i < out + kGuard; ++i) write(output.data(), i, c.dtype, NAN);
   a.output = output.data(), a.lse = lse.data(), a.counts = count.data();
   a.pv_threshold = threshold.empty() ? nullptr : threshold.data();
+  a.int8 = int8, a.bf16_products = bf16_products;
   Packed packed(p);
-  if (int8) {
+  if (int8 && !packer.empty()) {
     std::vector<uint8_t> used(p.batch * p.kv_heads * p.parts() + 1, 7);
     judge.equal(tamis_used_blocks(&a, used.data()), TAMIS_OK, "status of used_blocks");
     const std::vector<uint8_t> expected = oracle::used_parts(p);
     judge.equal(std::equal(expected.begin(), expected.end(), used.begin()), true, "used_blocks as expected");
     judge.equal(pack(packer.c_str(), p, a, used, &packed), TAMIS_OK, "status of packing");
-    a.int8 = 1, a.packed = packed.view;
+    a.packed = packed.view;
     memset(&a.key, 0, sizeof a.key), memset(&a.value, 0, sizeof a.value);
   }
   judge.equal(tamis_attend(judge.target.c_str(), &a), TAMIS_OK, "status of attend");
@@ -178,6 +176,34 @@ inline bool choose_thresholds(const oracle::Result& r, double room, std::vector<
   return true;
 }
 
+// With leave to round values and weights to bf16, which amx takes: within a unit of bf16 of what int8 errs. The other
+// targets do as before.
+inline void check_bf16_products(Judge& judge, const Case& c, const Inputs& in, const Answer& without, bool int8,
+                                const std::vector<int>& threads, const std::vector<float>& threshold,
+                                const oracle::Result& truth, const std::vector<const std::vector<double>*>& plains,
+                                bool strict) {
+  if (judge.target != "amx") {
+    const bool same = attend(judge, c, in, "", int8, threads[0], threshold, true).bytes == without.bytes;
+    return judge.equal(same, true, "the same bits with leave for bf16 products, packed in the call");
+  }
+  Answer answer;
+  for (const int n : threads) {
+    const Answer now = attend(judge, c, in, "", int8, n, threshold, true);
+    if (n != threads[0])
+      judge.equal(now.bytes == answer.bytes, true, "the same bits with other threads, bf16 products");
+    answer = now;
+  }
+  judge.within(answer.counts, truth.counts, {}, 1e-9, "counts, bf16 products");
+  if (int8 && !threshold.empty()) return;  // the truth is that of other bytes
+  if (strict)
+    return judge.within(answer.output, truth.output, plains, fmax(epsilon(c.dtype), epsilon(TAMIS_BF16)),
+                        "output, bf16 products");
+  const size_t n = answer.output.size();
+  judge.at_most(relative_l1(answer.output, truth.output, 0, n),
+                (int8 ? relative_l1(*plains[0], truth.output, 0, n) : 0) + 2e-2 + epsilon(c.dtype),
+                "relative L1, bf16 products");
+}
+
 // Full precision and int8 on every target, `targets` with the one first that the others are compared with.
 inline void check_attend(std::vector<Judge>& judges, Case c, const std::vector<int>& threads, bool strict) {
   const Inputs in(c);
@@ -204,10 +230,11 @@ inline void check_attend(std::vector<Judge>& judges, Case c, const std::vector<i
       for (size_t i = 1; i < threads.size(); ++i)
         judge.equal(attend(judge, c, in, target, int8, threads[i], threshold).bytes == answer.bytes, true,
                     "the same bits with other threads");
-      const auto flips = [&](size_t at, size_t n) {
-        const double formulas_err = relative_l1(formulas.output, truth.output, at, n);
-        return kFlips + (target == "amx" ? kAmxFlips * formulas_err : 0);
-      };
+      if (int8 && target == "amx")
+        judge.equal(attend(judge, c, in, "", int8, threads[0], threshold).bytes == answer.bytes, true,
+                    "the same bits where the call packs for itself");
+      check_bf16_products(judge, c, in, answer, int8, threads, threshold, truth, {&formulas.output, &plain.output},
+                          strict);
       judge.within(answer.counts, truth.counts, {}, 1e-9, "counts");
       if (!strict) {
         // As tests/fuzz.py: one flip moves a score by a 127th of the largest entry, and few keys do not average it out.
@@ -224,14 +251,14 @@ inline void check_attend(std::vector<Judge>& judges, Case c, const std::vector<i
         }
         const size_t head = p.q_len * p.value_dim;
         for (size_t at = 0; at < answer.output.size(); at += head) {
-          judge.at_most(relative_l1(answer.output, formulas.output, at, head), flips(at, head) + eps,
+          judge.at_most(relative_l1(answer.output, formulas.output, at, head), kFlips + eps,
                         "relative L1 to the formulas");
           if (c.known_error > 0)
             judge.at_most(relative_l1(answer.output, truth.output, at, head), c.known_error, "relative L1 to truth");
         }
       }
       if (int8 && strict && target != judges[0].target) {
-        const double allowed = flips(0, first.output.size()) + eps;
+        const double allowed = kFlips + eps;
         judge.at_most(relative_l1(answer.output, first.output, 0, first.output.size()), allowed, "targets apart");
         // What one target packs all others read.
         const Answer other = attend(judge, c, in, judges[0].target, int8, threads[0], threshold);
