@@ -175,7 +175,13 @@ def test_chunked_prefill_equals_one_pass(engine: Engine, precision: str) -> None
     whole = engine.attend(q, k, v, causal=True, precision=precision)
     for start in (0, 70, 199):
         chunk = engine.attend(q[:, :, start:], k, v, causal=True, precision=precision)
-        assert_reordered(chunk, tamis.AttentionOutput(whole.output[:, :, start:], whole.lse[:, :, start:]), 200)
+        same_rows = tamis.AttentionOutput(whole.output[:, :, start:], whole.lse[:, :, start:])
+        if chunk.stats.pv_dtype == whole.stats.pv_dtype:
+            assert_reordered(chunk, same_rows, 200)
+        else:  # a single row is quantised in another way; either is as close to the truth as int8 is
+            assert precision == "int8"
+            assert oracle.relative_l1(chunk.output, same_rows.output) <= 2 * 0.0152
+            assert start == 199
 
 
 @pytest.mark.parametrize("precision", ["full", "int8"])

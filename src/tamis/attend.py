@@ -128,13 +128,13 @@ def attend(
 def _run(call: Call, backend: str | None) -> tuple[Tensor, Tensor, AttentionStats]:
     name = base.choose(call, backend)
     output, lse, counts = base.attend(call, name)
-    target, qk_dtype, pv_dtype = base.description(name, call)
+    target, formats = base.description(name, call)
     stats = AttentionStats(
         counts,
         backend=name,
         target=target,
-        qk_dtype=qk_dtype,
-        pv_dtype=pv_dtype,
+        formats=formats,
+        rows=call.query.shape[2],
         dense_reason="no block mask was given" if call.kv_indices is None else None,
     )
     return output, lse, stats

@@ -6,6 +6,19 @@ from typing import NamedTuple
 
 from torch import Tensor
 
+from tamis import geometry
+
+
+class Formats(NamedTuple):
+    """Number formats of the query-key and the probability-value product, with few query rows and with many."""
+
+    few: tuple[str, str]
+    many: tuple[str, str]
+
+    def of(self, rows: int) -> tuple[str, str]:
+        """Those of a call with so many query rows."""
+        return self.many if rows >= geometry.TILE_ROWS else self.few
+
 
 class AttentionStats:
     """How much of the visible attention map a call computed.
@@ -18,7 +31,6 @@ class AttentionStats:
     Attributes:
         backend: name of the backend that ran.
         target: instruction set or device the backend ran on, or None if it has only one.
-        qk_dtype, pv_dtype: number formats of the two products.
         dense_reason: why the call did not run sparse; None if it did.
     """
 
@@ -28,16 +40,26 @@ class AttentionStats:
         *,
         backend: str,
         target: str | None,
-        qk_dtype: str,
-        pv_dtype: str,
+        formats: Formats,
+        rows: int,
         dense_reason: str | None,
     ) -> None:
         self.counts = counts
         self.backend = backend
         self.target = target
-        self.qk_dtype = qk_dtype
-        self.pv_dtype = pv_dtype
         self.dense_reason = dense_reason
+        # Looked at when read: asking a symbolic length here would bind a compiled graph to one side of the answer.
+        self._formats, self._rows = formats, rows
+
+    @property
+    def qk_dtype(self) -> str:
+        """Number format of the query-key product."""
+        return self._formats.of(self._rows)[0]
+
+    @property
+    def pv_dtype(self) -> str:
+        """Number format of the probability-value product."""
+        return self._formats.of(self._rows)[1]
 
     @property
     def density(self) -> float:

@@ -17,6 +17,7 @@ from torch import Tensor
 from tamis import geometry
 from tamis.call import LARGEST, SMALLEST, Call
 from tamis.errors import unsupported
+from tamis.stats import Formats
 
 BACKENDS = ("cpu", "reference")
 
@@ -32,11 +33,8 @@ class Backend(Protocol):
     def target(self) -> str | None:
         """The instruction set or device in use, if there is a choice."""
 
-    def dtypes(self, precision: str, bf16: bool, tiles: bool) -> tuple[str, str]:
-        """Number formats of the query-key and the probability-value product.
-
-        Args: whether all inputs are bf16, and whether there are `geometry.TILE_ROWS` query rows or more.
-        """
+    def formats(self, precision: str, bf16: bool) -> Formats:
+        """Number formats of the two products; `bf16`: whether query, key and value all are."""
 
     def key_mean(self, key: Tensor, segments: Tensor | None, used: Tensor | None) -> Tensor: ...
 
@@ -146,17 +144,16 @@ def choose(call: Call, backend: str | None) -> str:
     raise unsupported("no backend can serve this call" if backend is None else f"backend {backend!r} can't", reasons)
 
 
-def description(name: str, call: Call) -> tuple[str | None, str, str]:
+def description(name: str, call: Call) -> tuple[str | None, Formats]:
     """The backend's target and the number formats of its two products; fixed in a compiled graph."""
     tensors = [t for t in (call.query, call.key, call.value) if t is not None]
     bf16 = all(t.dtype == torch.bfloat16 for t in tensors)
-    tiles = bool(call.query.shape[2] >= geometry.TILE_ROWS)
-    return cast(tuple[str | None, str, str], _description(name, call.precision, bf16, tiles))
+    return cast(tuple[str | None, Formats], _description(name, call.precision, bf16))
 
 
 @torch.compiler.assume_constant_result  # type: ignore[untyped-decorator]
-def _description(name: str, precision: str, bf16: bool, tiles: bool) -> tuple[str | None, str, str]:
-    return (load(name).target(), *load(name).dtypes(precision, bf16, tiles))
+def _description(name: str, precision: str, bf16: bool) -> tuple[str | None, Formats]:
+    return load(name).target(), load(name).formats(precision, bf16)
 
 
 def key_mean(key: Tensor, segments: Tensor | None, used: Tensor | None, backend: str) -> Tensor:

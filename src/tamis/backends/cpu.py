@@ -21,6 +21,7 @@ import tamis
 from tamis import geometry
 from tamis.backends import native
 from tamis.call import Call
+from tamis.stats import Formats
 
 NAME = "cpu"
 PACK_BLOCK = 64
@@ -91,11 +92,12 @@ def target() -> str | None:
     return wanted or available[0]
 
 
-def dtypes(precision: str, bf16: bool, tiles: bool) -> tuple[str, str]:
-    """Number formats of the query-key and the probability-value product."""
-    if target() == "amx" and tiles and (bf16 or precision == "int8"):
-        return "int8" if precision == "int8" else "bfloat16", "bfloat16"
-    return ("int8", "uint8 x int8") if precision == "int8" else ("float32", "float32")
+def formats(precision: str, bf16: bool) -> Formats:
+    """Number formats of the two products."""
+    few = ("int8", "uint8 x int8") if precision == "int8" else ("float32", "float32")
+    if target() != "amx" or not (bf16 or precision == "int8"):
+        return Formats(few, few)
+    return Formats(few, ("int8" if precision == "int8" else "bfloat16", "bfloat16"))
 
 
 def reasons(call: Call) -> list[str]:

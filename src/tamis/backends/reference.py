@@ -24,6 +24,7 @@ from torch import Tensor
 from tamis import geometry
 from tamis.block_mask import block_lists, check_lists, dense_blocks
 from tamis.call import Call
+from tamis.stats import Formats
 
 NAME = "reference"
 TILE = 64
@@ -41,9 +42,10 @@ def target() -> str | None:
     return None
 
 
-def dtypes(precision: str, bf16: bool, tiles: bool) -> tuple[str, str]:
+def formats(precision: str, bf16: bool) -> Formats:
     """Number formats of the two products."""
-    return ("int8", "int8") if precision == "int8" else ("float32", "float32")
+    both = ("int8", "int8") if precision == "int8" else ("float32", "float32")
+    return Formats(both, both)
 
 
 def key_mean(key: Tensor, segments: Tensor | None, used: Tensor | None) -> Tensor:
