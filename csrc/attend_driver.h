@@ -235,8 +235,8 @@ static bool attend_item(Engine& e, const Item& it, State& st) {
     for (int64_t n = 0; n < blocks.count; ++n)
       if (blocks.list[n] < 0 || blocks.list[n] >= kv_blocks || (n && blocks.list[n] <= blocks.list[n - 1])) return false;
   }
-  double visible = 0, qk = 0;
-  for (int64_t kb = 0; kb < kv_blocks; ++kb) visible += block_visible(g, it.b, it.h, it.qb, kb);
+  const double visible = (double)visible_blocks(g, it.b, it.h, it.qb);
+  double qk = 0;
   for (int64_t n = 0; n < blocks.count; ++n)
     qk += block_visible(g, it.b, it.h, it.qb, blocks.list ? blocks.list[n] : n);
   const double pv = attend_rows(e, it, st, blocks);

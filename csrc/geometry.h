@@ -71,6 +71,26 @@ static inline bool block_visible(const tamis_geometry& g, int64_t b, int64_t h, 
          Sight::none;
 }
 
+// How many key blocks query block qb sees any of. Consecutive positions see one range of them, which needs no look at
+// every key block: that would cost more than the work where few of very many are kept.
+static inline int64_t visible_blocks(const tamis_geometry& g, int64_t b, int64_t h, int64_t qb) {
+  const int64_t kv_blocks = blocks_of(g.kv_len, g.block_kv);
+  if (g.visible || is_explicit(g)) {
+    int64_t number = 0;
+    for (int64_t kb = 0; kb < kv_blocks; ++kb) number += block_visible(g, b, h, qb, kb);
+    return number;
+  }
+  const int64_t i0 = qb * g.block_q, shift = g.kv_len - g.q_len;
+  int64_t first = 0, last = g.kv_len - 1;  // positions
+  if (g.window) {
+    const int64_t reach = least(g.window, g.q_len + g.kv_len) - 1;
+    first = greatest(first, i0 + shift - reach);
+    last = least(last, least(i0 + g.block_q, g.q_len) - 1 + shift + reach);
+  }
+  if (g.causal) last = least(last, least(i0 + g.block_q, g.q_len) - 1 + shift);
+  return first > last ? 0 : last / g.block_kv - first / g.block_kv + 1;
+}
+
 // Bit i of the result: row i0 + i sees key j. At most 32 rows.
 static inline uint32_t rows_seeing(const tamis_geometry& g, int64_t b, int64_t i0, int64_t rows, int64_t j) {
   uint32_t live = rows >= 32 ? ~0u : (1u << rows) - 1;

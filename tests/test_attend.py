@@ -9,7 +9,7 @@ import oracle
 import pytest
 import torch
 from engines import Engine
-from samples import assert_reordered, block_mask, qkv, same
+from samples import assert_reordered, block_mask, full_mask, qkv, same
 
 import tamis
 
@@ -252,6 +252,22 @@ def test_density_counts_visible_blocks(engine: Engine) -> None:
     assert causal.density == pytest.approx(float((kept & lower).sum() / (2 * 10)))
     assert causal.qk_density == causal.pv_density == causal.density
     assert engine.attend(q, k, v, causal=True).stats.density == 1.0
+
+
+@pytest.mark.parametrize("lengths", [(300, 300), (65, 513), (513, 65), (1, 1000), (640, 200)])
+@pytest.mark.parametrize("block_size", [(64, 64), (128, 64), (64, 128)])
+def test_visible_blocks_are_those_of_the_tokens(
+    any_engine: Engine, lengths: tuple[int, int], block_size: tuple[int, int]
+) -> None:
+    """Consecutive positions are counted as a range: the oracle looks at every token."""
+    q, k, v = qkv(heads=1, q_len=lengths[0], kv_len=lengths[1], dim=8)
+    mask = full_mask(lengths, block_size)
+    for causal in (False, True):
+        for window in (None, 1, 63, 64, 65, 130, 10**6, 2**63 - 1):
+            seen = oracle.visible(*lengths, causal=causal, window=window)
+            expected = oracle.visible_blocks(seen, block_size)
+            counts = any_engine.attend(q, k, v, mask, causal=causal, window=window).stats.counts
+            assert torch.equal(counts[0, 0, :, 0], expected.reshape(-1, *expected.shape[-2:])[0].double().sum(-1))
 
 
 def test_zero_lengths(engine: Engine) -> None:
