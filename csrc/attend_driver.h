@@ -6,6 +6,7 @@
 #include "engine_full.h"
 #include "engine_int8.h"
 #include "prepare.h"
+#include "schedule.h"
 #include "state.h"
 #ifdef TAMIS_AMX
 #include "engine_tiles.h"
@@ -254,6 +255,8 @@ static int attend_all(const tamis_attend_args& a, const Prepared& prepared) {
   const int64_t own = round_up(floats * 4, 64);
   int error = TAMIS_OK;
   if (items == 0) return TAMIS_OK;
+  int64_t* order = items_in_order(a, items, q_blocks);
+  if (!order) return TAMIS_NO_MEMORY;
 #pragma omp parallel num_threads(a.threads)
   {
     char* scratch = (char*)aligned_alloc(64, round_up(own + Engine::scratch_bytes(a), 64));
@@ -268,16 +271,10 @@ static int attend_all(const tamis_attend_args& a, const Prepared& prepared) {
     st.m = st.rows + kTileRows * wide;
     st.l = st.m + rows;
     Engine e(a, prepared, scratch ? scratch + own : nullptr);
-    // Heads in order, so that threads share a head's key and value in cache; the long rows of a causal
-    // head first, so that the short ones fill the end.
 #pragma omp for schedule(dynamic, 1)
     for (int64_t n = 0; n < items; ++n) {
       if (!scratch) continue;
-      const int64_t bh = n / q_blocks;
-      Item it;
-      it.b = bh / a.heads, it.h = bh % a.heads, it.kv_head = it.h / (a.heads / a.kv_heads);
-      it.qb = q_blocks - 1 - n % q_blocks, it.i0 = it.qb * g.block_q;
-      it.rows = least(g.block_q, g.q_len - it.i0);
+      const Item it = item_at(a, order[n], q_blocks);
       if (!attend_item(e, it, st)) {
 #pragma omp atomic write
         error = TAMIS_CORRUPT_MASK;
@@ -285,6 +282,7 @@ static int attend_all(const tamis_attend_args& a, const Prepared& prepared) {
     }
     free(scratch);
   }
+  free(order);
   return error;
 }
 

@@ -41,6 +41,20 @@ def test_number_of_threads(engine: Engine, precision: str) -> None:
             assert same(run_with(threads, engine, q, k, v, mask, **options), first)
 
 
+@pytest.mark.parametrize("heavy", [slice(0, 1), slice(2, 4), slice(-1, None)])
+def test_rows_of_very_different_work(engine: Engine, heavy: slice) -> None:
+    """Threads take large rows first: every row is still computed once, whoever takes it and when."""
+    q, k, v = qkv(batch=2, heads=3, q_len=700, kv_len=900, dim=24)
+    kept = torch.zeros(2, 3, 6, 15, dtype=torch.bool)
+    kept[..., 3], kept[:, 1, heavy], kept[1, 2, 4] = True, True, False
+    mask = tamis.BlockMask.from_dense(kept, (128, 64), (700, 900))
+    for threads in (1, 2, 5):
+        torch.set_num_threads(threads)
+        engine.check(q, k, v, block_mask=mask)
+        counts = engine.attend(q, k, v, mask, precision="int8").stats.counts
+        assert torch.equal(counts[..., 1], kept.double().sum(-1))
+
+
 def test_more_threads_than_work(engine: Engine) -> None:
     q, k, v = qkv(heads=1, q_len=3, kv_len=5)
     one = run_with(1, engine, q, k, v)
