@@ -103,12 +103,16 @@ def _add_bench(commands: Any) -> None:
     decode = kinds.add_parser("decode", help="one query a head against a long key")
     decode.add_argument("--n", type=_positive, default=32768, metavar="N", help="keys (32768)")
     decode.set_defaults(command=_bench_decode)
+    limits = kinds.add_parser("limits", help="what the design promises: bars, and the roofline of this machine")
+    limits.add_argument("--quick", action="store_true", help="fewer lengths and repetitions, no million tokens")
+    limits.add_argument("--roofline", type=Path, metavar="FILE", help="also draw the roofline as SVG")
+    limits.set_defaults(command=_bench_limits)
     ablation = kinds.add_parser("ablation", help="what each stage does on a real model")
     ablation.add_argument("--tokens", type=_positive, default=8192, metavar="N", help="longest text (8192)")
     ablation.set_defaults(command=_bench_ablation)
     defaults = kinds.add_parser("defaults", help="the measurement that chooses the defaults")
     defaults.set_defaults(command=_bench_defaults)
-    for kind in (cpu, decode, ablation, defaults):
+    for kind in (cpu, decode, limits, ablation, defaults):
         kind.add_argument(
             "--json", type=Path, metavar="FILE", help="result (NAME-DATE.json, under benchmarks/results if there)"
         )
@@ -190,6 +194,18 @@ def _bench_decode(options: argparse.Namespace) -> None:
     _write(options.json, "decode", result)
 
 
+def _bench_limits(options: argparse.Namespace) -> None:
+    _check_folder(options.json)
+    _check_folder(options.roofline, "--roofline")
+    from tamis.bench import limits, picture
+
+    result = limits.run(limits.QUICK if options.quick else limits.FULL)
+    print(limits.table(result))
+    if options.roofline is not None:
+        options.roofline.write_text(picture.svg(result), encoding="utf-8")
+    _write(options.json, "limits", result)
+
+
 def _bench_ablation(options: argparse.Namespace) -> None:
     _check_folder(options.json)
     from tamis.bench import ablation
@@ -209,10 +225,10 @@ def _bench_defaults(options: argparse.Namespace) -> None:
     print(f"written: {path}")
 
 
-def _check_folder(path: Path | None) -> None:
+def _check_folder(path: Path | None, option: str = "--json") -> None:
     """Before minutes of measuring, not after."""
     if path is not None and not path.resolve().parent.is_dir():
-        raise _UsageError(f"--json: the folder of {path} is not there")
+        raise _UsageError(f"{option}: the folder of {path} is not there")
 
 
 def _write(path: Path | None, name: str, result: dict[str, Any]) -> None:

@@ -1,1 +1,1 @@
-"""Benchmarks: `cpu` (speed against torch), `ablation` (what each stage does), `defaults` (how they are chosen)."""
+"""Benchmarks: `cpu` and `decode` (speed against torch), `limits` (what the design promises), `ablation`, `defaults`."""

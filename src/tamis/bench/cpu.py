@@ -75,11 +75,11 @@ def run(options: CpuOptions) -> dict[str, Any]:
     return {"rows": rows, "memory": memory, "machine": machine(), "commit": commit()}
 
 
-def random_mask(length: int, density: float, generator: torch.Generator) -> BlockMask:
+def random_mask(length: int, density: float, generator: torch.Generator, heads: int = HEADS) -> BlockMask:
     """Each query block of each head keeps the same number of key blocks, chosen at random."""
     q_blocks, kv_blocks = -(-length // BLOCK_SIZE[0]), -(-length // BLOCK_SIZE[1])
     kept = max(1, round(density * kv_blocks))
-    order = torch.rand(1, HEADS, q_blocks, kv_blocks, generator=generator).argsort(dim=-1)
+    order = torch.rand(1, heads, q_blocks, kv_blocks, generator=generator).argsort(dim=-1)
     return BlockMask.from_dense(order < kept, BLOCK_SIZE, (length, length))
 
 
@@ -90,7 +90,7 @@ def _shape(length: int, dim: int, options: CpuOptions) -> list[dict[str, Any]]:
     q16, k16, v16 = (tensor.bfloat16() for tensor in (q, k, v))
     masks = {density: random_mask(length, density, generator) for density in options.densities}
     errors = {
-        (density, precision): _gate(q, k, v, mask, precision)
+        (density, precision): gate(q, k, v, mask, precision)
         for density, mask in masks.items()
         for precision in ("int8", "full")
     }
@@ -164,7 +164,7 @@ def spread(values: list[float]) -> dict[str, float]:
     return {"median": statistics.median(values), "min": min(values), "max": max(values)}
 
 
-def _gate(q: Tensor, k: Tensor, v: Tensor, mask: BlockMask, precision: str) -> float:
+def gate(q: Tensor, k: Tensor, v: Tensor, mask: BlockMask, precision: str) -> float:
     """Relative L1 error on some query blocks against fp64; raises if it is too large or anything is not finite."""
     output = attend(q, k, v, mask, precision=precision).output
     block_q, block_kv = mask.block_size

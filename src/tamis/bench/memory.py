@@ -1,27 +1,57 @@
-"""Peak memory of one sparse attention call beyond its inputs, measured in a fresh process (Linux)."""
+"""What one call takes beyond its inputs, measured in a fresh process (Linux): peak memory and seconds."""
 
 from __future__ import annotations
 
 import subprocess
 import sys
+import time
+from collections.abc import Callable
 from pathlib import Path
+from typing import NamedTuple
 
 _HEAD_DIM = 64
 
 
+class Usage(NamedTuple):
+    """Bytes by which the resident set grew at most during one call, its result included, and the call's seconds."""
+
+    peak_extra_bytes: int
+    seconds: float
+
+
 def peak_extra_bytes(tokens: int, density: float) -> int | None:
-    """Bytes by which the resident set grew at most during one call, output included; None where it can't be told.
+    """Peak memory of `sparse_attention` on one head at this density; None where it can't be told."""
+    usage = sparse(tokens, density)
+    return None if usage is None else usage.peak_extra_bytes
+
+
+def sparse(tokens: int, density: float) -> Usage | None:
+    """`sparse_attention` on one head, prediction and quantisation included; None where memory can't be told.
 
     Raises:
         RuntimeError: the process failed.
     """
+    return _fresh("sparse", tokens, density)
+
+
+def packing(tokens: int, kv_heads: int) -> Usage | None:
+    """`pack_kv` of so many heads; None where memory can't be told.
+
+    Raises:
+        RuntimeError: the process failed.
+    """
+    return _fresh("packing", tokens, kv_heads)
+
+
+def _fresh(kind: str, tokens: int, amount: float) -> Usage | None:
     if not Path("/proc/self/clear_refs").exists():
         return None
-    command = [sys.executable, "-m", "tamis.bench.memory", str(tokens), str(density)]
+    command = [sys.executable, "-m", "tamis.bench.memory", kind, str(tokens), str(amount)]
     result = subprocess.run(command, capture_output=True, text=True)
     if result.returncode != 0:
         raise RuntimeError(f"the memory measurement failed: {result.stderr.strip()[-500:]}")
-    return int(result.stdout)
+    peak, seconds = result.stdout.split()
+    return Usage(int(peak), float(seconds))
 
 
 def _resident(field: str) -> int:
@@ -32,25 +62,35 @@ def _resident(field: str) -> int:
     raise RuntimeError(f"/proc/self/status has no {field}")
 
 
-def main(tokens: int, density: float) -> int:
+def _measure(call: Callable[[], object]) -> tuple[object, Usage]:
+    before = _resident("VmRSS")
+    Path("/proc/self/clear_refs").write_text("5", encoding="ascii")  # 5 resets the peak
+    start = time.perf_counter()
+    result = call()
+    seconds = time.perf_counter() - start
+    return result, Usage(_resident("VmHWM") - before, seconds)
+
+
+def main(kind: str, tokens: int, amount: float) -> Usage:
     """Measure in this process."""
     import torch
 
     import tamis
 
-    predictor = tamis.Sparge(topk=density, similarity=-1.0, sink=False)
     with torch.inference_mode():
+        if kind == "packing":
+            tamis.pack_kv(*torch.randn(2, 1, 1, 1024, _HEAD_DIM))  # whatever is loaded once
+            key, value = (torch.randn(1, int(amount), tokens, _HEAD_DIM) for _ in range(2))
+            return _measure(lambda: tamis.pack_kv(key, value))[1]
+        predictor = tamis.Sparge(topk=amount, similarity=-1.0, sink=False)
         small = torch.randn(1, 1, 1024, _HEAD_DIM)
         tamis.sparse_attention(small, small, small, predictor=predictor)
         query, key, value = (torch.randn(1, 1, tokens, _HEAD_DIM) for _ in range(3))
-        before = _resident("VmRSS")
-        Path("/proc/self/clear_refs").write_text("5", encoding="ascii")  # 5 resets the peak
-        output = tamis.sparse_attention(query, key, value, predictor=predictor)
-        peak = _resident("VmHWM")
+        output, usage = _measure(lambda: tamis.sparse_attention(query, key, value, predictor=predictor))
     assert isinstance(output, torch.Tensor)
     assert output.isfinite().all()
-    return peak - before
+    return usage
 
 
 if __name__ == "__main__":
-    print(main(int(sys.argv[1]), float(sys.argv[2])))
+    print(*main(sys.argv[1], int(sys.argv[2]), float(sys.argv[3])))
