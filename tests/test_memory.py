@@ -2,13 +2,18 @@
 
 from __future__ import annotations
 
+import mmap
 import subprocess
 import sys
 import textwrap
+from collections.abc import Callable
 from pathlib import Path
 
 import pytest
+import torch
 from engines import engines
+
+import tamis
 
 BACKENDS = sorted({engine.backend for engine in engines()})
 pytestmark = pytest.mark.skipif(
@@ -91,3 +96,32 @@ def test_no_square_of_the_length(backend: str) -> None:
 def test_the_measure_sees_a_square() -> None:
     """What this file guards against, done on purpose."""
     assert growth("reference", 16384, ["out = torch.ones(n, n, dtype=torch.bool)\n"])[0] > 200
+
+
+@pytest.mark.real_memory
+def test_a_long_output_is_written_in_large_pages() -> None:
+    """Page by page of 4 KiB an output of 64 MiB takes 16,384 visits to the system."""
+    resource = pytest.importorskip("resource")
+    if "cpu" not in BACKENDS or not hasattr(mmap, "MADV_HUGEPAGE"):
+        pytest.skip("needs the native backend on Linux")
+
+    def faults(call: Callable[[], object]) -> int:
+        before = resource.getrusage(resource.RUSAGE_SELF).ru_minflt
+        call()
+        return int(resource.getrusage(resource.RUSAGE_SELF).ru_minflt - before)
+
+    chunk = bytes(1 << 20)
+
+    def by_hand() -> None:
+        with mmap.mmap(-1, 64 << 20, flags=mmap.MAP_PRIVATE) as memory:
+            memory.madvise(mmap.MADV_HUGEPAGE)
+            for _ in range(64):
+                memory.write(chunk)
+
+    if faults(by_hand) > 4096:
+        pytest.skip("this system gives no large pages")
+    n = 1 << 18
+    query = torch.zeros(1, 1, n, 64)
+    key, value = torch.zeros(2, 1, 1, 64, 64)
+    tamis.attend(query[:, :, :256], key, value, backend="cpu")
+    assert faults(lambda: tamis.attend(query, key, value, backend="cpu")) < 4096 + 1024
