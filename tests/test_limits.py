@@ -22,6 +22,7 @@ TINY = limits.Sizes(
     million=2048,
     short=(128,),
     repeats=1,
+    patience=0.0,
 )
 
 
