@@ -10,9 +10,9 @@ floating-point operations of each entry. Bytes are those that must move at least
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from functools import partial
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
@@ -35,28 +35,43 @@ Timed = tuple[float, Callable[[], object]]
 
 
 def measure(length: int, repeats: int) -> dict[str, Any]:
-    """Peaks in 1e9 operations or bytes a second, and points, each from the best of `repeats` runs in turn."""
-    peaks = {name: amount / seconds / 1e9 for name, (amount, seconds) in _best(_probes(), repeats).items()}
-    points = []
-    for dim in (64, 128):
-        points += _attention(length, dim, repeats)
-    points += _decoding(repeats) + _preparing(length, repeats)
+    """Peaks in 1e9 operations or bytes a second, and points; all in turn, each from the best of its runs.
+
+    In turn, so that roofs and points meet the same machine where others use it too.
+    """
+    probes, kernels = _probes(), [*_attention(length, 64), *_attention(length, 128), *_decoding(), *_preparing(length)]
+    calls = [*(call for _, call in probes.values()), *(kernel.call for kernel in kernels)]
+    interleaved(calls, 1)
+    best = [min(runs) for runs in interleaved(calls, 2 * repeats)]
+    peaks = {name: amount / seconds / 1e9 for (name, (amount, _)), seconds in zip(probes.items(), best, strict=False)}
     return {
         "peaks": {
             **{name: peaks[name] for name in ("int8", "bf16", "fp32")},
             "cache": max(peaks["cache copy"], peaks["cache sum"]),
             "memory": max(peaks["memory copy"], peaks["memory sum"]),
         },
-        "points": points,
+        "points": [kernel.point(seconds) for kernel, seconds in zip(kernels, best[len(probes) :], strict=True)],
     }
 
 
-def _best(calls: dict[str, Timed], repeats: int) -> dict[str, tuple[float, float]]:
-    """What each call does and the seconds of its fastest run."""
-    functions = [call for _, call in calls.values()]
-    interleaved(functions, 1)
-    runs = interleaved(functions, repeats)
-    return {name: (amount, min(times)) for (name, (amount, _)), times in zip(calls.items(), runs, strict=True)}
+class Kernel(NamedTuple):
+    """What is measured: `kind` says for which roof it strives, `moved` are bytes."""
+
+    name: str
+    kind: str
+    operations: float
+    moved: float
+    call: Callable[[], object]
+
+    def point(self, seconds: float) -> dict[str, Any]:
+        """Its place in the picture."""
+        return {
+            "name": self.name,
+            "kind": self.kind,
+            "intensity": self.operations / self.moved,
+            "gops": self.operations / seconds / 1e9,
+            "seconds": seconds,
+        }
 
 
 def _probes() -> dict[str, Timed]:
@@ -81,16 +96,6 @@ def _times(number: int, call: Callable[[], object]) -> None:
         call()
 
 
-def _point(name: str, kind: str, operations: float, moved: float, seconds: float) -> dict[str, Any]:
-    return {
-        "name": name,
-        "kind": kind,
-        "intensity": operations / moved,
-        "gops": operations / seconds / 1e9,
-        "seconds": seconds,
-    }
-
-
 def _normals(heads: int, tokens: int, dim: int, number: int) -> list[Tensor]:
     generator = torch.Generator().manual_seed(0)
     return [torch.randn(1, heads, tokens, dim, generator=generator) for _ in range(number)]
@@ -100,56 +105,37 @@ def _bytes(*tensors: Tensor) -> float:
     return float(sum(tensor.nbytes for tensor in tensors))
 
 
-def _attention(length: int, dim: int, repeats: int) -> list[dict[str, Any]]:
+def _attention(length: int, dim: int) -> Iterator[Kernel]:
     q, k, v = _normals(HEADS, length, dim, 3)
     packed = pack_kv(k, v)
     operations = 4.0 * HEADS * length * length * dim
-    calls: dict[str, Timed] = {f"full, d={dim}": (operations, partial(attend, q, k, v))}
+    yield Kernel(f"full, d={dim}", "full", operations, _bytes(q, q, k, v), partial(attend, q, k, v))
     for density in DENSITIES:
         mask = random_mask(length, density, torch.Generator().manual_seed(0), heads=HEADS)
         name = f"int8, d={dim}" + (f", density {density:g}" if density < 1 else "")
-        calls[name] = (operations * mask.density(), partial(attend, q, packed, None, mask))
-    points = []
-    for name, (done, seconds) in _best(calls, repeats).items():
-        kind = "full" if name.startswith("full") else "int8"
-        inputs = (k, v) if kind == "full" else packed.tensors
-        points.append(_point(name, kind, done, _bytes(q, q, *inputs), seconds))
-    return points
+        call = partial(attend, q, packed, None, mask)
+        yield Kernel(name, "int8", operations * mask.density(), _bytes(q, q, *packed.tensors), call)
 
 
-def _decoding(repeats: int) -> list[dict[str, Any]]:
+def _decoding() -> Iterator[Kernel]:
     (heads, kv_heads), dim = DECODE_HEADS, 64
     (q,), (k, v) = _normals(heads, 1, dim, 1), _normals(kv_heads, DECODED, dim, 2)
     packed = pack_kv(k, v)
-    operations = 4.0 * heads * DECODED * dim
-    full, int8 = f"decoding {heads}:{kv_heads}, full", f"decoding {heads}:{kv_heads}, packed"
-    calls: dict[str, Timed] = {
-        full: (operations, partial(attend, q, k, v)),
-        int8: (operations, partial(attend, q, packed, None)),
-    }
-    best = _best(calls, 3 * repeats)
-    return [
-        _point(full, "full", operations, _bytes(q, q, k, v), best[full][1]),
-        _point(int8, "int8", operations, _bytes(q, q, *packed.tensors), best[int8][1]),
-    ]
+    operations, name = 4.0 * heads * DECODED * dim, f"decoding {heads}:{kv_heads}"
+    yield Kernel(f"{name}, full", "full", operations, _bytes(q, q, k, v), partial(attend, q, k, v))
+    moved = _bytes(q, q, *packed.tensors)
+    yield Kernel(f"{name}, packed", "int8", operations, moved, partial(attend, q, packed, None))
 
 
-def _preparing(length: int, repeats: int) -> list[dict[str, Any]]:
-    dim = 64
-    q, k, v = _normals(HEADS, length, dim, 3)
-    mask = Sparge(similarity=-1.0)(q, k, block_size=BLOCK_SIZE)
-    pairs = mask.grid[0] * mask.grid[1]
-    predict = float(PREDICT * (q.numel() + k.numel()) + 2 * HEADS * pairs * dim)
-    pack = float(PACK * (k.numel() + v.numel()))
-    calls: dict[str, Timed] = {
-        "prediction": (predict, partial(Sparge(similarity=-1.0), q, k, block_size=BLOCK_SIZE)),
-        "packing": (pack, partial(pack_kv, k, v)),
-    }
-    best = _best(calls, 3 * repeats)
-    return [
-        _point("prediction", "full", predict, _bytes(q, k, mask.kv_indices), best["prediction"][1]),
-        _point("packing", "full", pack, _bytes(k, v, *pack_kv(k, v).tensors), best["packing"][1]),
-    ]
+def _preparing(length: int) -> Iterator[Kernel]:
+    q, k, v = _normals(HEADS, length, 64, 3)
+    predict = partial(Sparge(similarity=-1.0), q, k, block_size=BLOCK_SIZE)
+    mask = predict()
+    scores = 2.0 * HEADS * mask.grid[0] * mask.grid[1] * 64
+    operations = PREDICT * (q.numel() + k.numel()) + scores
+    yield Kernel("prediction", "full", operations, _bytes(q, k, mask.kv_indices), predict)
+    moved = _bytes(k, v, *pack_kv(k, v).tensors)
+    yield Kernel("packing", "full", float(PACK * (k.numel() + v.numel())), moved, partial(pack_kv, k, v))
 
 
 def roof(peaks: dict[str, float], point: dict[str, Any]) -> float:
