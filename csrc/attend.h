@@ -120,6 +120,14 @@ typedef struct {
   int32_t threads;
 } tamis_select_args;
 
+/* A whole prediction: summaries of query and of key less its mean, and the selection from them. The caller connects the
+ * parts: the means of `key_mean` are the mean of `key`, the outputs of `query` and `key` the inputs of `select`. */
+typedef struct {
+  tamis_summarize_args key_mean, query, key;
+  tamis_select_args select;
+  int64_t max_blocks; /* out: the largest of kv_num_blocks */
+} tamis_predict_args;
+
 TAMIS_EXPORT int tamis_abi_version(void);
 /* Targets this processor can run, best first, as "name name ..."; static storage. */
 TAMIS_EXPORT const char* tamis_targets(void);
@@ -133,6 +141,7 @@ TAMIS_EXPORT int tamis_pack_kv(const char* target, const tamis_pack_args* args);
 /* Which 64-key blocks some query block of a key head's group keeps and may see: [batch, kv_heads, ceil(kv_len / 64)]. */
 TAMIS_EXPORT int tamis_used_blocks(const tamis_attend_args* args, uint8_t* used);
 TAMIS_EXPORT int tamis_select(const char* target, const tamis_select_args* args);
+TAMIS_EXPORT int tamis_predict(const char* target, tamis_predict_args* args);
 /* Bits of tamis_select into ascending indices, [rows, max_blocks]; the tail is filled with -1. */
 TAMIS_EXPORT int tamis_expand(const uint64_t* bits, int64_t rows, int64_t kv_blocks, int64_t max_blocks,
                               int32_t* kv_indices, int32_t threads);

@@ -163,6 +163,19 @@ int tamis_summarize(const char* target, const tamis_summarize_args* a) {
 int tamis_pack_kv(const char* target, const tamis_pack_args* a) { return call(target, &tamis_kernels::pack_kv, a); }
 int tamis_select(const char* target, const tamis_select_args* a) { return call(target, &tamis_kernels::select, a); }
 
+int tamis_predict(const char* target, tamis_predict_args* args) {
+  tamis_predict_args& a = *args;
+  int error = call(target, &tamis_kernels::key_mean, (const tamis_summarize_args*)&a.key_mean);
+  if (!error) error = call(target, &tamis_kernels::summarize, (const tamis_summarize_args*)&a.query);
+  if (!error) error = call(target, &tamis_kernels::summarize, (const tamis_summarize_args*)&a.key);
+  if (!error) error = call(target, &tamis_kernels::select, (const tamis_select_args*)&a.select);
+  const tamis_select_args& s = a.select;
+  const int64_t rows = error ? 0 : s.batch * s.heads * blocks_of(s.geometry.q_len, s.geometry.block_q);
+  a.max_blocks = 0;
+  for (int64_t n = 0; n < rows; ++n) a.max_blocks = greatest(a.max_blocks, s.kv_num_blocks[n]);
+  return error;
+}
+
 int tamis_used_blocks(const tamis_attend_args* args, uint8_t* used) {
   const tamis_attend_args& a = *args;
   const tamis_geometry& g = a.geometry;

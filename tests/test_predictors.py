@@ -344,3 +344,22 @@ def test_window_predictor(engine: Engine, causal: bool) -> None:
     near[..., [1, 10]] = True
     near &= visible_by_tokens(1000, 1000, (128, 64), causal=causal)
     assert torch.equal(oracle.blocks_of(engine.predict(kept, q, k, causal=causal)), near.expand_as(mask))
+
+
+@pytest.mark.parametrize("trim", [False, True])
+@pytest.mark.parametrize("padded", [False, True])
+def test_one_op_is_its_steps(engine: Engine, trim: bool, padded: bool) -> None:
+    """`predict` chooses what key_mean, summarize and select choose one after another."""
+    q, k, _ = qkv(batch=2, heads=4, kv_heads=2, q_len=500, kv_len=700, dim=40)
+    segments = torch.zeros(2, 700, dtype=torch.int64)
+    segments[:, 650:] = -1
+    kv_segments = segments if padded else None
+    topk, similarity = torch.tensor([0.2, 0.4, 0.6, 1.0]), torch.full((4,), 0.1)
+    choice = (0.2, None, topk, similarity, True, True, None)
+    rest = (None, None, None, None, trim)
+    together = engine.op("predict", q, k, None, kv_segments, *choice, 128, 64, *rest)
+    mean = engine.op("key_mean", k, kv_segments, None)
+    summaries = (*engine.op("summarize", q, 128, None, None), *engine.op("summarize", k, 64, mean, kv_segments))
+    apart = engine.op("select", *summaries, *choice, 500, 700, 128, 64, *rest)
+    for ours, theirs in zip(together, apart, strict=True):
+        assert torch.equal(ours, theirs)

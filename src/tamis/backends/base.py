@@ -103,6 +103,9 @@ _SCHEMAS = (
     "Tensor? topk, Tensor similarity, bool sink, bool causal, SymInt? window, SymInt q_len, SymInt kv_len, "
     "int block_q, int block_kv, Tensor? q_bounds, Tensor? kv_bounds, Tensor? visible, Tensor? must, bool trim, "
     "str backend) -> (Tensor, Tensor)",
+    "predict(Tensor query, Tensor key, Tensor? q_segments, Tensor? kv_segments, float scale, Tensor? cdf, "
+    "Tensor? topk, Tensor similarity, bool sink, bool causal, SymInt? window, int block_q, int block_kv, "
+    "Tensor? q_bounds, Tensor? kv_bounds, Tensor? visible, Tensor? must, bool trim, str backend) -> (Tensor, Tensor)",
     "pack_kv(Tensor key, Tensor value, Tensor mean, Tensor? segments, str backend) -> Tensor[]",
     "attend(Tensor query, Tensor? key, Tensor? value, Tensor[] packed, Tensor? kv_num_blocks, Tensor? kv_indices, "
     "int block_q, int block_kv, bool causal, SymInt? window, float scale, Tensor? attn_mask, Tensor? q_positions, "
@@ -173,6 +176,11 @@ def select(*arguments: object) -> tuple[Tensor, Tensor]:
     return cast("tuple[Tensor, Tensor]", _ops.select(*arguments))
 
 
+def predict(*arguments: object) -> tuple[Tensor, Tensor]:
+    """Both summaries and the selection in one op, for callers who want nothing in between."""
+    return cast("tuple[Tensor, Tensor]", _ops.predict(*arguments))
+
+
 def pack_kv(key: Tensor, value: Tensor, mean: Tensor, segments: Tensor | None, backend: str) -> list[Tensor]:
     """Quantise key (less its mean) and value."""
     return cast("list[Tensor]", _ops.pack_kv(key, value, mean, segments, backend))
@@ -234,6 +242,13 @@ def _fake_select(q_means: Tensor, *arguments: object) -> tuple[Tensor, Tensor]:
     )
 
 
+def _fake_predict(query: Tensor, key: Tensor, *arguments: object) -> tuple[Tensor, Tensor]:
+    block_q, block_kv, trim = cast(int, arguments[9]), cast(int, arguments[10]), arguments[-2]
+    lead = (query.shape[0], query.shape[1], geometry.traced_blocks(query.shape[2], block_q))
+    width = torch.library.get_ctx().new_dynamic_size() if trim else geometry.traced_blocks(key.shape[2], block_kv)
+    return query.new_empty(lead, dtype=torch.int32), query.new_empty((*lead, width), dtype=torch.int32)
+
+
 def _fake_pack_kv(key: Tensor, value: Tensor, mean: Tensor, segments: Tensor | None, backend: str) -> list[Tensor]:
     batch, heads, length, dim = key.shape
     blocks, padded, value_dim = geometry.num_blocks(length, 64), (dim + 3) // 4 * 4, value.shape[3]
@@ -293,11 +308,25 @@ def _check_values(*arguments: object) -> None:
         raise ValueError(f"pv_threshold must be > 0 (None turns it off), got {threshold.tolist()}")
 
 
+def _predict_in_steps(module: Any, *arguments: Any) -> tuple[Tensor, Tensor]:
+    """`predict` of a backend that has the three functions and no shortcut through them."""
+    query, key, q_segments, kv_segments, *choice, block_q, block_kv = arguments[:13]
+    mean = module.key_mean(key, kv_segments, None)
+    q_summary = module.summarize(query, block_q, None, q_segments)
+    k_summary = module.summarize(key, block_kv, mean, kv_segments)
+    lengths = (query.shape[2], key.shape[2])
+    return cast(
+        "tuple[Tensor, Tensor]",
+        module.select(*q_summary, *k_summary, *choice, *lengths, block_q, block_kv, *arguments[13:]),
+    )
+
+
 def _register() -> None:
     fakes: dict[str, Callable[..., object]] = {
         "key_mean": _fake_key_mean,
         "summarize": _fake_summarize,
         "select": _fake_select,
+        "predict": _fake_predict,
         "pack_kv": _fake_pack_kv,
         "attend": _fake_attend,
     }
@@ -307,7 +336,10 @@ def _register() -> None:
         def run(*arguments: object, _name: str = name) -> object:
             if _name == "attend":
                 _check_values(*arguments)
-            return getattr(load(cast(str, arguments[-1])), _name)(*arguments[:-1])
+            module = load(cast(str, arguments[-1]))
+            if _name == "predict" and not hasattr(module, "predict"):
+                return _predict_in_steps(module, *arguments[:-1])
+            return getattr(module, _name)(*arguments[:-1])
 
         _library.define(schema, tags=(torch.Tag.pt2_compliant_tag,))
         _library.impl(name, run, "CompositeExplicitAutograd")

@@ -157,16 +157,22 @@ def key_mean(key: Tensor, segments: Tensor | None, used: Tensor | None) -> Tenso
     return mean
 
 
+def _summaries(args: native.Summarize, block: int) -> tuple[Tensor, Tensor]:
+    """Room for the means and similarities of all blocks, and `args` pointing to it."""
+    lead = (args.batch, args.heads, -(-args.seq // block))
+    means = torch.empty((*lead, args.dim), dtype=torch.float32)
+    similarity = torch.empty(lead, dtype=torch.float32)
+    args.block, args.means, args.similarity = block, means.data_ptr(), similarity.data_ptr()
+    return means, similarity
+
+
 def summarize(x: Tensor, block: int, mean: Tensor | None, segments: Tensor | None) -> tuple[Tensor, Tensor]:
     """Mean row and self-similarity of every block of x - mean, fp32."""
     args = _summarize_args(x)
     kept = _segments(args, segments)
-    blocks = -(-x.shape[2] // block)
-    means = torch.empty((*x.shape[:2], blocks, x.shape[3]), dtype=torch.float32)
-    similarity = torch.empty((*x.shape[:2], blocks), dtype=torch.float32)
+    means, similarity = _summaries(args, block)
     dense_mean = None if mean is None else mean.contiguous()
-    args.block, args.mean = block, native.pointer(dense_mean)
-    args.means, args.similarity = means.data_ptr(), similarity.data_ptr()
+    args.mean = native.pointer(dense_mean)
     _run("summarize", args)
     del kept
     return means, similarity
@@ -195,38 +201,104 @@ def select(
     trim: bool,
 ) -> tuple[Tensor, Tensor]:
     """Choose key blocks; see `tamis.backends.base`."""
-    batch, heads, q_blocks, head_dim = q_means.shape
-    kv_heads, kv_blocks = k_means.shape[1:3]
-    floats = [q_means, q_similarity, k_means, k_similarity, similarity, cdf, topk]
-    dense = [None if t is None else t.to(torch.float32).contiguous() for t in floats]
-    places = native.Geometry()
-    kept = native.fill_geometry(
-        places, (q_len, kv_len), (block_q, block_kv), causal, window, (None,) * 4, q_bounds, kv_bounds, visible
-    )
+    choice = (scale, cdf, topk, similarity, sink, causal, window, visible, must)
     args = native.Select()
+    kept = _select_args(
+        args,
+        (q_means, q_similarity, k_means, k_similarity),
+        choice,
+        (q_len, kv_len),
+        (block_q, block_kv),
+        (q_bounds, kv_bounds),
+    )
+    _run("select", args)
+    num, bits = kept[:2]
+    assert num is not None and bits is not None
+    kv_blocks = k_means.shape[2]
+    width = kv_blocks if not trim else max(1, int(num.max())) if num.numel() else 1
+    return num, _expand(bits, num, kv_blocks, width, args.threads)
+
+
+_Choice = tuple[
+    float, Tensor | None, Tensor | None, Tensor, bool, bool, int | None, Tensor | None, Tensor | None
+]  # scale, cdf, topk, similarity, sink, causal, window, visible, must
+
+
+def _select_args(
+    args: native.Select,
+    summaries: tuple[Tensor, Tensor, Tensor, Tensor],
+    choice: _Choice,
+    lengths: tuple[int, int],
+    block_size: tuple[int, int],
+    bounds: tuple[Tensor | None, Tensor | None],
+) -> list[Tensor | None]:
+    """Fill `args`. Returns the counts and bits it will write, and whatever else must stay alive."""
+    scale, cdf, topk, similarity, sink, causal, window, visible, must = choice
+    batch, heads, q_blocks, head_dim = summaries[0].shape
+    kv_heads, kv_blocks = summaries[2].shape[1:3]
+    dense = [None if t is None else t.to(torch.float32).contiguous() for t in (*summaries, similarity, cdf, topk)]
+    kept = native.fill_geometry(args.geometry, lengths, block_size, causal, window, (None,) * 4, *bounds, visible)
     args.batch, args.heads, args.kv_heads, args.head_dim = batch, heads, kv_heads, head_dim
     args.q_means, args.q_similarity, args.k_means, args.k_similarity = (native.pointer(t) for t in dense[:4])
     args.similarity, args.cdf, args.topk = (native.pointer(t) for t in dense[4:])
-    args.scale, args.sink, args.geometry = scale, sink, places
+    args.scale, args.sink = scale, sink
     if must is not None:
         args.must = must.data_ptr()
         args.must_stride[:] = native.broadcast_strides(must)
-    bits = torch.empty((batch, heads, q_blocks, -(-kv_blocks // 64)), dtype=torch.int64)
     num = torch.empty((batch, heads, q_blocks), dtype=torch.int32)
+    bits = torch.empty((batch, heads, q_blocks, -(-kv_blocks // 64)), dtype=torch.int64)
     args.bits, args.kv_num_blocks = bits.data_ptr(), num.data_ptr()
     args.threads = _threads(batch * heads * q_blocks * kv_blocks * (head_dim + 64))
-    _run("select", args)
-    del kept
-    width = max(1, int(num.max())) if trim and num.numel() else (1 if trim else kv_blocks)
-    indices = torch.empty((batch, heads, q_blocks, width), dtype=torch.int32)
+    return [num, bits, must, *dense, *kept]
+
+
+def _expand(bits: Tensor, num: Tensor, kv_blocks: int, width: int, threads: int) -> Tensor:
+    """Bits as lists of indices."""
+    indices = torch.empty((*num.shape, width), dtype=torch.int32)
     lib = library()
     assert not isinstance(lib, str)
     native.check(
-        lib.tamis_expand(
-            bits.data_ptr(), num.numel(), kv_blocks, width, indices.data_ptr(), ctypes.c_int32(args.threads)
-        )
+        lib.tamis_expand(bits.data_ptr(), num.numel(), kv_blocks, width, indices.data_ptr(), ctypes.c_int32(threads))
     )
-    return num, indices
+    return indices
+
+
+def predict(
+    query: Tensor,
+    key: Tensor,
+    q_segments: Tensor | None,
+    kv_segments: Tensor | None,
+    scale: float,
+    cdf: Tensor | None,
+    topk: Tensor | None,
+    similarity: Tensor,
+    sink: bool,
+    causal: bool,
+    window: int | None,
+    block_q: int,
+    block_kv: int,
+    q_bounds: Tensor | None,
+    kv_bounds: Tensor | None,
+    visible: Tensor | None,
+    must: Tensor | None,
+    trim: bool,
+) -> tuple[Tensor, Tensor]:
+    """All of a prediction in one native call; see `tamis.backends.base`."""
+    args = native.Predict()
+    args.key_mean, args.query, args.key = _summarize_args(key), _summarize_args(query), _summarize_args(key)
+    mean = torch.empty((*key.shape[:2], key.shape[3]), dtype=torch.float32)
+    args.key_mean.means = args.key.mean = mean.data_ptr()
+    kept = [_segments(args.query, q_segments), _segments(args.key, kv_segments), _segments(args.key_mean, kv_segments)]
+    summaries = (*_summaries(args.query, block_q), *_summaries(args.key, block_kv))
+    choice = (scale, cdf, topk, similarity, sink, causal, window, visible, must)
+    lengths = (query.shape[2], key.shape[2])
+    kept += _select_args(args.select, summaries, choice, lengths, (block_q, block_kv), (q_bounds, kv_bounds))
+    num, bits = kept[3:5]
+    assert num is not None and bits is not None
+    _run("predict", args)
+    kv_blocks = summaries[2].shape[2]
+    width = max(1, args.max_blocks) if trim else kv_blocks
+    return num, _expand(bits, num, kv_blocks, width, args.select.threads)
 
 
 def _packed_struct(packed: list[Tensor]) -> native.Packed:

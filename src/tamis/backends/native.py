@@ -114,7 +114,22 @@ class Select(ctypes.Structure):
     ]
 
 
-_FUNCTIONS = {"attend": Attend, "key_mean": Summarize, "summarize": Summarize, "pack_kv": Pack, "select": Select}
+class Predict(ctypes.Structure):
+    _fields_ = [
+        *((name, Summarize) for name in ("key_mean", "query", "key")),
+        ("select", Select),
+        ("max_blocks", c_int64),
+    ]
+
+
+_FUNCTIONS = {
+    "predict": Predict,
+    "attend": Attend,
+    "key_mean": Summarize,
+    "summarize": Summarize,
+    "pack_kv": Pack,
+    "select": Select,
+}
 
 
 def load(path: Path) -> ctypes.CDLL | str:

@@ -7,7 +7,7 @@ from pathlib import Path
 from typing import Any
 
 MOVED = 0.10
-_RATIOS = ("ratio_sdpa_fp32", "ratio_sdpa_bf16", "ratio_full_sdpa_fp32", "ratio_flex")
+_RATIOS = ("ratio_sdpa_fp32", "ratio_sdpa_bf16", "ratio_full_sdpa_fp32", "ratio_full_bf16_sdpa_bf16", "ratio_flex")
 
 
 def baseline(folder: Path, new: dict[str, Any]) -> tuple[Path, dict[str, Any]] | None:

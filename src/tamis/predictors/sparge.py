@@ -103,21 +103,16 @@ class Sparge:
         assert call.key is not None
         block_q, block_kv = call.block_size
         counted = geometry.without_hidden(call.attn_mask, call.kv_segments)
-        mean = backends.key_mean(call.key, counted, None, name)
-        q_means, q_similarity = backends.summarize(call.query, block_q, None, call.q_segments, name)
-        k_means, k_similarity = backends.summarize(call.key, block_kv, mean, counted, name)
-        lists = backends.select(
-            q_means,
-            q_similarity,
-            k_means,
-            k_similarity,
+        lists = backends.predict(
+            call.query,
+            call.key,
+            call.q_segments,
+            counted,
             call.scale,
             *self._settings(call),
             self.sink,
             call.causal,
             call.window,
-            call.q_len,
-            call.kv_len,
             block_q,
             block_kv,
             call.q_bounds,
