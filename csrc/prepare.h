@@ -61,14 +61,20 @@ static void lay_out(Pieces& pieces, const tamis_attend_args& a, bool pack, bool 
   }
 }
 
+// Threads for so many steps of about a multiplication: as many as have work for longer than starting them takes.
+static inline int32_t threads_for(const tamis_attend_args& a, int64_t steps) {
+  return (int32_t)greatest(1, least(a.threads, steps / 500000));
+}
+
 static int pack_for_call(tamis_attend_args& a, const Prepared& p, bool tiles) {
   int error = TAMIS_OK;
+  const int64_t tokens = a.batch * a.kv_heads * a.geometry.kv_len;
   memset(a.packed.key_mean, 0, a.batch * a.kv_heads * a.head_dim * 4);
   if (!(a.softcap > 0)) {  // which is not indifferent to a shift of the scores: the key is not smoothed then
     tamis_summarize_args mean{};
     mean.batch = a.batch, mean.heads = a.kv_heads, mean.seq = a.geometry.kv_len, mean.dim = a.head_dim;
     mean.x = a.key, mean.segments = a.pack_segments, mean.segment_stride = a.pack_segment_stride;
-    mean.used = p.used, mean.means = a.packed.key_mean, mean.threads = a.threads;
+    mean.used = p.used, mean.means = a.packed.key_mean, mean.threads = threads_for(a, tokens * a.head_dim);
     error = key_mean(&mean);
   }
   tamis_pack_args pack{};
@@ -76,7 +82,8 @@ static int pack_for_call(tamis_attend_args& a, const Prepared& p, bool tiles) {
   pack.head_dim = a.head_dim, pack.value_dim = a.value_dim;
   pack.key = a.key, pack.segments = a.pack_segments, pack.segment_stride = a.pack_segment_stride;
   if (!tiles) pack.value = a.value;
-  pack.used = p.used, pack.packed = a.packed, pack.threads = a.threads;
+  pack.used = p.used, pack.packed = a.packed;
+  pack.threads = threads_for(a, 2 * tokens * (a.head_dim + (tiles ? 0 : a.value_dim)));
   return error ? error : pack_kv(&pack);
 }
 
@@ -97,7 +104,11 @@ static int prepare(tamis_attend_args& a, Prepared& p) {
   if (!p.memory) return TAMIS_NO_MEMORY;
   Pieces pieces{p.memory};
   lay_out(pieces, a, pack, tiles, p, a.packed);
-  int error = tamis_used_blocks(&a, p.used);
+  tamis_attend_args looking = a;
+  const tamis_geometry& g = a.geometry;
+  const int64_t kept = a.kv_num_blocks ? a.max_blocks : blocks_of(g.kv_len, g.block_kv);
+  looking.threads = threads_for(a, 8 * a.batch * a.heads * blocks_of(g.q_len, g.block_q) * kept);
+  int error = tamis_used_blocks(&looking, p.used);
   if (!error && pack) error = pack_for_call(a, p, tiles);
 #ifdef TAMIS_AMX
   if (!error && tiles) error = prepare_tiles(a, p);

@@ -59,8 +59,9 @@ static bool tame_keys(const tamis_attend_args& a, int64_t b, int64_t h, int64_t 
 
 static int prepare_tiles(const tamis_attend_args& a, const Prepared& p) {
   const int64_t padded = round_up(greatest(a.value_dim, a.head_dim), 16);
+  const int64_t entries = a.batch * a.kv_heads * a.geometry.kv_len * (a.value_dim + (p.tame ? a.head_dim : 0));
   int error = TAMIS_OK;
-#pragma omp parallel num_threads(a.threads)
+#pragma omp parallel num_threads(threads_for(a, 2 * entries))
   {
     float* rows = (float*)aligned_alloc(64, round_up((64 * padded + 2 * 32 * W) * 4, 64));
     if (!rows) {

@@ -208,7 +208,13 @@ def fill_geometry(
     to.q_len, to.kv_len = lengths
     to.block_q, to.block_kv = block_size
     to.causal, to.window = causal, window or 0
-    dense = [None if t is None else t.to(torch.int64).contiguous() for t in (*places, q_bounds, kv_bounds)]
+    if visible is not None:
+        to.visible = visible.data_ptr()
+        to.visible_stride[:] = broadcast_strides(visible)
+    given = (*places, q_bounds, kv_bounds)
+    if all(t is None for t in given):
+        return [visible]
+    dense = [None if t is None else t.to(torch.int64).contiguous() for t in given]
     # Positions and segments of a side share one batch stride: where one has a batch, so does the other.
     for pair in ((0, 2), (1, 3)):
         batch = max((t.shape[0] for t in (dense[i] for i in pair) if t is not None), default=1)
@@ -219,7 +225,4 @@ def fill_geometry(
     to.kv_batch_stride = lengths[1] if any(t is not None and t.shape[0] > 1 for t in dense[1:4:2]) else 0
     to.q_pos, to.kv_pos, to.q_seg, to.kv_seg, to.q_bounds, to.kv_bounds = (pointer(t) for t in dense)
     to.q_bounds_stride, to.kv_bounds_stride = batch_stride(dense[4]), batch_stride(dense[5])
-    if visible is not None:
-        to.visible = visible.data_ptr()
-        to.visible_stride[:] = broadcast_strides(visible)
     return [*dense, visible]
