@@ -72,7 +72,7 @@ def run(sizes: Sizes = FULL) -> dict[str, Any]:
         RuntimeError: an output is wrong; nothing is timed then.
     """
     bars: list[Bar] = []
-    parts = (kept_blocks, scaling, shared_heads, prediction, million, causal, short)
+    parts = (kept_blocks, scaling, shared_heads, prediction, million, causal, full_bf16, short)
     with Progress(len(parts) + 1, "bench limits") as progress, torch.inference_mode():
         for dim in sizes.head_dims:
             mask = random_mask(sizes.length, 0.25, _generator())
@@ -293,6 +293,15 @@ def causal(sizes: Sizes) -> Iterator[Bar]:
             partial(attend, q, k, v, causal=True, precision="int8"),
         ]
         yield from _against(f"{sizes.length:,} tokens causal, d={dim}, int8", calls, sizes.repeats, least=3.5)
+
+
+def full_bf16(sizes: Sizes) -> Iterator[Bar]:
+    """f: precision "full" of bf16 inputs, dense; only processors with bf16 products can pass."""
+    for dim in sizes.head_dims:
+        q, k, v = _normals(HEADS, sizes.length, dim)
+        ours = partial(attend, q.bfloat16(), k.bfloat16(), v.bfloat16())
+        calls: list[Callable[[], object]] = [*_sdpa(q, k, v, False), ours]
+        yield from _against(f"{sizes.length:,} tokens, d={dim}, full, bf16 inputs", calls, sizes.repeats, least=1.8)
 
 
 def short(sizes: Sizes) -> Iterator[Bar]:
