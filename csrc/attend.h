@@ -48,7 +48,7 @@ typedef struct {
 
 /* Quantised key and value, in blocks of 64 keys. C-contiguous; `capacity` blocks are allocated per head. */
 typedef struct {
-  int64_t capacity, dim4; /* dim4: head_dim rounded up to a multiple of 4 */
+  int64_t capacity, dim4; /* dim4: a multiple of 4, not below head_dim; zeros beyond it */
   int8_t* key;            /* [batch, kv_heads, capacity, 64, dim4] */
   float* key_scale;       /* [batch, kv_heads, capacity] */
   int32_t* key_sum;       /* [batch, kv_heads, capacity, 64]: sum of a key's int8 entries */

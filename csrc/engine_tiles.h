@@ -7,21 +7,30 @@
 //
 // bf16 has the exponents of fp32, so P keeps its 8 bits at any size. `reference` therefore need not be the running
 // maximum: it is set by a row's first block, to a whole power of two, and moves only when a score is kHeadroom powers
-// above it. O is hardly ever rescaled, and no maximum has to be known before the exponentials.
+// above it. O is seldom rescaled (and exactly then), and no maximum has to be known before the exponentials.
 //
 // The exponential is integer arithmetic on 32 lanes of 16 bits. With y = 128 x + 127 * 128 rounded, x to the base of 2,
 // the word y read as a bf16 is 2^floor(x) (1 + frac(x)), since its low 7 bits are the fraction; a table of 128 bytes turns that into
-// 2^floor(x) 2^frac(x). Rounding y costs 2^(1/256), 0.27%, at most, the mantissa half a unit of 2^-8: as much as bf16.
+// 2^floor(x) 2^frac(x). Rounding y costs 2^(1/256), .27%, at most, the mantissa half a unit of 2^-7, .39%.
+//
+// That takes scores of a moderate size. Rows beyond ("wild", which each row is on its own, whatever its neighbours are)
+// have it done in steps that cost more, and so have blocks with masks or a softcap.
+// Tiles take denormal numbers for 0: products of values and weights below 1e-38 are lost.
 #pragma once
 #include "engine_int8.h"
 #include "prepare.h"
 #include "state.h"
 #include "tiles.h"
 
-constexpr float kHeadroom = 40.f;   // powers of two that P may exceed 1 by: far from fp32's 127, sums included
+constexpr int kHeadroom = 8;        // powers of two that P may exceed 1 by; values keep as many fewer below infinity
 constexpr float kMostPower = 3e4f;  // beyond, 128 times it leaves the integers that fp32 has beside kMagic
+// Scores of more, natural logarithm, might lie so far below a reference that y's bits less those of kMagic wrap around:
+// at -2 kMagic, 98,304 powers. References take up to kMostPower of that.
+constexpr float kMostScore = 4e4f;
+constexpr float kMostWords = 80.f;    // a score so far below its reference, natural logarithm, still has a word above 0
+constexpr float kMostFactor = 1e30f;  // what a score is multiplied with must stay finite
 constexpr float kMagic = 12582912.f;  // 1.5 * 2^23: a float of it plus n has n in its low bits
-constexpr float kBf16One = 127 * 128;  // the bits of 1.0
+constexpr int kOne = 127 * 128;        // the bits of 1.0 in bf16
 
 // 128 (2^(i / 128) - 1) for i < 128, rounded. Made by the compiler: code that runs when the library is loaded
 // would run on any processor.
@@ -47,8 +56,8 @@ struct TileEngine {
     alignas(64) float power[kTileRows];      // of two, a whole number: the same, where the plain path can take it
     alignas(64) float factor[kTileRows];     // of a score, softmax scale included
     alignas(64) float shift[kTileRows];      // scale * q . key_mean
+    alignas(64) float size[kTileRows];       // |score| is at most this times the key's largest entry
     uint32_t fresh;                          // bit r: no score of the row was seen yet
-    bool tame;                               // the plain path can take its scores
   };
 
   const tamis_attend_args& a;
@@ -82,26 +91,27 @@ struct TileEngine {
     if (scratch) memset(key_copy, 0, kKeys * key_bytes);
   }
 
-  void set_queries(const Item& it, int64_t tile, float* rows, int64_t ld, int64_t) {
+  void set_queries(const Item& it, int64_t tile, float* rows, int64_t ld, int64_t n) {
     Rows& t = state[tile];
     char* to = q + tile * kTileRows * key_bytes;
-    t.fresh = ~0u, t.tame = true;
+    t.fresh = n > W ? ~0u : 0xffffu;
     for (int i = 0; i < kTileRows; ++i) t.reference[i] = t.power[i] = 0.f;
     if (kInt8) {
       quantise_tile(a, it, rows, ld, key_bytes, (int8_t*)row_bytes, (uint8_t*)to, t.factor, t.shift);
+      // A key's largest entry is 127 of its steps.
+      for (int i = 0; i < kTileRows; ++i) t.size[i] = fabsf(t.factor[i]) * 127.f * (float)a.head_dim;
       return;
     }
     memset(row_bytes, 0, kTileRows * key_bytes);
-    uint32_t wild = 0;
     for (int64_t i = 0; i < kTileRows; ++i) {
-      t.factor[i] = a.scale, t.shift[i] = 0.f;
+      vf sum = set1(0.f);
       for (int64_t c = 0; c < ld; c += W) {
         const vf x = load(rows + i * ld + c);
-        wild |= above_bits(vabs(x), set1(kTame)) | (uint32_t)any_differs(x, x);
+        sum = sum + vabs(x);
         _mm256_storeu_si256((__m256i*)(row_bytes + i * key_bytes + 2 * c), to_bf16(x));
       }
+      t.factor[i] = a.scale, t.shift[i] = 0.f, t.size[i] = sum_lanes(sum) * fabsf(a.scale);
     }
-    t.tame = !wild;
     transpose((const float*)row_bytes, key_bytes / 4, kTileRows, (int)(key_bytes / 4), (float*)to, kTileRows);
   }
 
@@ -201,30 +211,33 @@ struct TileEngine {
     return done;
   }
 
-  const char* key_rows(const Item& it, const Part& part, int64_t* ld) const {
-    const char* from;
-    int64_t bytes;
-    if (kInt8) {
-      bytes = *ld = a.packed.dim4;
-      from = (const char*)a.packed.key + packed_block(it, part) * kKeys * bytes;
-    } else {
-      bytes = a.head_dim * 2, *ld = a.key.stride[2] * 2;
-      from = row_of(a.key, it.b, it.kv_head, part.j0);
-      if (a.key.stride[3] != 1) {
-        for (int64_t j = 0; j < part.keys; ++j)
-          for (int64_t c = 0; c < a.head_dim; ++c)
-            memcpy(key_copy + j * key_bytes + 2 * c, from + j * *ld + c * a.key.stride[3] * 2, 2);
-        bytes = -1;
-      }
-    }
-    if (bytes == key_bytes && (kInt8 || part.keys == kKeys)) return from;
-    for (int64_t j = 0; j < part.keys && bytes > 0; ++j) memcpy(key_copy + j * key_bytes, from + j * *ld, bytes);
-    memset(key_copy + part.keys * key_bytes, 0, (kKeys - part.keys) * key_bytes);
+  const char* key_rows(const Item& it, const Part& part, int64_t at, int64_t* ld) const {
     *ld = key_bytes;
+    if (prepared.key) return prepared.key + at * kKeys * key_bytes;
+    if (kInt8) return (const char*)a.packed.key + packed_block(it, part) * kKeys * key_bytes;
+    const char* from = row_of(a.key, it.b, it.kv_head, part.j0);
+    const int64_t stride = a.key.stride[2] * 2;
+    if (part.keys == kKeys) {
+      *ld = stride;
+      return from;
+    }
+    for (int64_t j = 0; j < part.keys; ++j) memcpy(key_copy + j * key_bytes, from + j * stride, key_bytes);
+    memset(key_copy + part.keys * key_bytes, 0, (kKeys - part.keys) * key_bytes);
     return key_copy;
   }
   int64_t packed_block(const Item& it, const Part& part) const {
     return (it.b * a.kv_heads + it.kv_head) * a.packed.capacity + part.j0 / kKeys;
+  }
+  // Bit r: row r's scores against keys of this size are beyond the plain path, or are no numbers.
+  uint32_t wild_rows(const Rows& t, const vf* factor, float key_size) const {
+    uint32_t tame = 0;
+    for (int r = 0; r < kVecs; ++r) {
+      const uint32_t small = above_bits(set1(kMostScore), load(t.size + r * W) * set1(key_size)) &
+                             above_bits(set1(kMostFactor), vabs(factor[r])) &
+                             above_bits(set1(kMostPower), vabs(load(t.power + r * W)));
+      tame |= small << (r * W);
+    }
+    return ~tame;
   }
 
   // Returns the rows whose PV product is done.
@@ -232,33 +245,47 @@ struct TileEngine {
     Rows& t = state[tile];
     const int64_t at = (it.b * a.kv_heads + it.kv_head) * prepared.parts + part.j0 / kKeys;
     int64_t ld;
-    const char* key = key_rows(it, part, &ld);
+    const char* key = key_rows(it, part, at, &ld);
     tile_scores(key, ld, q + tile * kTileRows * key_bytes);
 
     const bool all_seen = sight == Sight::all && !a.attn_mask.data && part.keys == kKeys;
-    const bool plain = all_seen && !(a.softcap > 0) && t.tame && (kInt8 || prepared.tame[at]);
+    const bool careful = !all_seen || a.softcap > 0;
     const float key_scale = kInt8 ? a.packed.key_scale[packed_block(it, part)] : 1.f;
+    const float key_size = kInt8 ? 127.f * key_scale : prepared.key_top[at];
     vf factor[kVecs], top[kVecs];
     for (int r = 0; r < kVecs; ++r) factor[r] = load(t.factor + r * W) * set1(key_scale);
     float* o = st.o + tile * prepared.wide * kTileRows;
-    bool careful = !plain;
     const int vecs = it.rows > W ? 2 : 1;
     vi most[kVecs];
     vf sum[kVecs];
-    if (!careful && t.fresh) rebase(t, vecs, factor, st, tile, o);
-    for (bool again = false;; again = true) {
-      if (careful || !t.tame) {  // which is seen from the references, and stays
-        careful = true;
-        careful_scores(it, t, sight, part, factor, top);
-        for (int r = 0; r < vecs; ++r) rebase(t, r, top[r], st, tile, o);
-        vecs == 2 ? weights<true, 2>(t, factor, most, sum) : weights<true, 1>(t, factor, most, sum);
-        break;
+    if (careful) {
+      careful_scores(it, t, sight, part, factor, top);
+      for (int r = 0; r < vecs; ++r) {
+        const vf limit = load(t.reference + r * W) + set1(kHeadroom * kLn2);
+        rebase(t, r, top[r], above_bits(top[r], limit), st, tile, o);
       }
-      vecs == 2 ? weights<false, 2>(t, factor, most, sum) : weights<false, 1>(t, factor, most, sum);
-      const vi limit = _mm512_set1_epi16((short)(kBf16One + 128 * kHeadroom));
-      const vi highest = vecs == 2 ? _mm512_max_epu16(most[0], most[1]) : most[0];
-      if (again || !_mm512_cmpgt_epu16_mask(highest, limit)) break;
-      rebase(t, vecs, factor, st, tile, o);
+      vecs == 2 ? weights<Scores::floats, 2>(t, factor, 0, most, sum) : weights<Scores::floats, 1>(t, factor, 0, most, sum);
+    } else {
+      if (t.fresh)
+        for (int r = 0; r < vecs; ++r) rebase(t, r, highest(r, factor[r]), 0, st, tile, o);
+      for (bool again = false;; again = true) {
+        if (const uint32_t wild = wild_rows(t, factor, key_size))
+          vecs == 2 ? weights<Scores::wild, 2>(t, factor, wild, most, sum)
+                    : weights<Scores::wild, 1>(t, factor, wild, most, sum);
+        else
+          vecs == 2 ? weights<Scores::plain, 2>(t, factor, 0, most, sum)
+                    : weights<Scores::plain, 1>(t, factor, 0, most, sum);
+        bool left = false;
+        for (int r = 0; r < vecs && !again; ++r) {
+          // A row is left behind by its own words alone: what its neighbours do must not show in its bits.
+          const __mmask32 words = _mm512_cmpgt_epu16_mask(most[r], _mm512_set1_epi16(kOne + 128 * kHeadroom));
+          if (!words) continue;
+          const uint32_t rows = _mm512_test_epi32_mask(_mm512_movm_epi16(words), set1i(-1));
+          rebase(t, r, highest(r, factor[r]), rows, st, tile, o);
+          left = true;
+        }
+        if (!left) break;
+      }
     }
     const float threshold = a.pv_threshold ? a.pv_threshold[it.h] : 0.f;
     int64_t done = 0;
@@ -271,9 +298,11 @@ struct TileEngine {
       const bool sees = !careful || (above_bits(top[r], set1(-INFINITY)) & real);
       bool moves = true;
       if (threshold > 0) {
-        if (!careful) {
+        if (!careful && threshold > kMostWords) {
+          top[r] = highest(r, factor[r]);
+        } else if (!careful) {
           const vi high = _mm512_max_epi32(_mm512_srli_epi32(most[r], 16), _mm512_and_si512(most[r], set1i(0xffff)));
-          top[r] = fma(to_float(high) - set1(kBf16One), set1(kLn2 / 128), load(t.reference + r * W));
+          top[r] = fma(to_float(high) - set1(kOne), set1(kLn2 / 128), load(t.reference + r * W));
         }
         float* m = st.m + tile * kTileRows + r * W;
         const vf highest = vmax(top[r], load(m));
@@ -304,18 +333,15 @@ struct TileEngine {
     return top;
   }
 
-  void rebase(Rows& t, int vecs, const vf* factor, State& st, int64_t tile, float* o) {
-    for (int r = 0; r < vecs; ++r) rebase(t, r, highest(r, factor[r]), st, tile, o);
-  }
-  // References of rows that have none yet or are left behind; O and the denominator follow.
-  void rebase(Rows& t, int r, vf top, State& st, int64_t tile, float* o) {
+  // References of rows that have none yet, and of those in `left`; O and the denominator follow.
+  void rebase(Rows& t, int r, vf top, uint32_t left, State& st, int64_t tile, float* o) {
     const vf old = load(t.reference + r * W);
-    const uint32_t first = t.fresh >> (r * W) & above_bits(top, set1(-INFINITY)) & 0xffff;
-    const uint32_t left = above_bits(top, old + set1(kHeadroom * kLn2)) & ~(t.fresh >> (r * W)) & 0xffff;
+    const uint32_t fresh = t.fresh >> (r * W) & 0xffff;
+    const uint32_t first = fresh & above_bits(top, set1(-INFINITY));
+    left &= ~fresh & above_bits(top, old);
     if (!(first | left)) return;
     const vf power = _mm512_roundscale_ps(top * set1(kLog2e), _MM_FROUND_TO_POS_INF | _MM_FROUND_NO_EXC);
     const uint32_t small = above_bits(set1(kMostPower), vabs(power));  // NaN is not
-    if (~small & (first | left)) t.tame = false;
     const vf now = choose_bits(choose_bits(power * set1(kLn2), top, small), old, first | left);
     store(t.power + r * W, choose_bits(power, load(t.power + r * W), first | left));
     store(t.reference + r * W, now);
@@ -328,9 +354,13 @@ struct TileEngine {
     for (int64_t c = 0; c < prepared.wide; ++c, o += kTileRows) store(o, load(o) * by);
   }
 
+  // How a score becomes the argument of the exponential: raw scores in one step; so but for the rows that are wild; or
+  // finished ones, floats.
+  enum class Scores { plain, wild, floats };
+
   // P of 64 keys for one or both vectors of rows, and its sums. `most` gets the largest words of each pair of keys.
-  template <bool kCareful, int R>
-  void weights(const Rows& t, const vf* factor, vi* most, vf* sum) const {
+  template <Scores kScores, int R>
+  void weights(const Rows& t, const vf* factor, uint32_t wild, vi* most, vf* sum) const {
     const vi magic = bits_of(set1(kMagic)), low7 = _mm512_set1_epi16(0x7f);
     const vi table0 = loadi(kMantissa.entry), table1 = loadi(kMantissa.entry + 64);
     // Packing takes four rows of one key and then of the other from each 128 bits: back to pairs of keys.
@@ -341,7 +371,7 @@ struct TileEngine {
     vi largest[R];
     for (int r = 0; r < R; ++r) {
       reference[r] = load(t.reference + r * W);
-      by[r] = factor[r] * unit, start[r] = set1(kMagic + kBf16One) - load(t.power + r * W) * set1(128.f);
+      by[r] = factor[r] * unit, start[r] = set1(kMagic + kOne) - load(t.power + r * W) * set1(128.f);
       total[r] = set1(0.f), largest[r] = set1i(0);
     }
     const char* from = s;
@@ -353,13 +383,17 @@ struct TileEngine {
 #pragma GCC unroll 2
         for (int i = 0; i < 2; ++i) {
           const char* at = from + (i * kTileRows + r * W) * 4;
-          if (kCareful) {
-            const vf x = fma(load((const float*)at) - reference[r], unit, set1(kMagic + kBf16One));
-            // A NaN may be negative, which would saturate to nothing.
-            y[i] = _mm512_mask_mov_epi32(bits_of(x), _mm512_cmp_ps_mask(x, x, _CMP_UNORD_Q), set1i(0x7fffffff));
-          } else {
-            y[i] = bits_of(fma(kInt8 ? to_float(loadi(at)) : load((const float*)at), by[r], start[r]));
+          const vf score = kInt8 && kScores != Scores::floats ? to_float(loadi(at)) : load((const float*)at);
+          vi plain, slow;
+          if (kScores != Scores::floats) y[i] = plain = bits_of(fma(score, by[r], start[r]));
+          if (kScores != Scores::plain) {
+            const vf finished = kScores == Scores::floats ? score : score * factor[r];
+            const vf x = fma(finished - reference[r], unit, set1(kMagic + kOne));
+            // A NaN may be negative, which would saturate to nothing; what is too low would wrap around.
+            const __mmask16 broken = _mm512_cmp_ps_mask(x, x, _CMP_UNORD_Q);
+            y[i] = slow = _mm512_mask_mov_epi32(bits_of(vmax(x, set1(kMagic))), broken, set1i(0x7fffffff));
           }
+          if (kScores == Scores::wild) y[i] = _mm512_mask_mov_epi32(plain, (__mmask16)(wild >> (r * W)), slow);
           y[i] = _mm512_sub_epi32(y[i], magic);
         }
         const vi word = _mm512_shuffle_epi8(_mm512_packus_epi32(y[0], y[1]), pairs);

@@ -46,7 +46,9 @@ static void pack_key_block(const tamis_pack_args& a, int64_t b, int64_t h, int64
   for (int64_t j = 0; j < 64; ++j) {
     if (j < n) {
       p.key_sum[at * 64 + j] = quantise_row(s.rows + j * padded, padded, finite ? inverse_scale(top) : 0.f, s.bytes);
-      memcpy(to + j * p.dim4, s.bytes, p.dim4);
+      const int64_t made = p.dim4 < padded ? p.dim4 : padded;
+      memcpy(to + j * p.dim4, s.bytes, made);
+      memset(to + j * p.dim4 + made, 0, p.dim4 - made);
     } else {
       p.key_sum[at * 64 + j] = 0;
       memset(to + j * p.dim4, 0, p.dim4);

@@ -9,8 +9,9 @@ struct Prepared {
   uint8_t* used = nullptr;    // [batch, kv_heads, parts]: a part is 64 keys
   uint16_t* value = nullptr;  // tiles: bf16 [batch, kv_heads, parts, wide channels, 64]
   uint8_t* finite = nullptr;  // tiles: whether a part's values all are
-  uint8_t* tame = nullptr;    // tiles, bf16 key: whether a part's keys are finite and none is above kTame
-  int64_t parts = 0, wide = 0;
+  float* key_top = nullptr;   // tiles, bf16 key: a part's largest absolute entry, NaN where one is not finite
+  char* key = nullptr;        // tiles: [batch, kv_heads, parts, 64, key_bytes], where rows of key are not whole tiles
+  int64_t parts = 0, wide = 0, key_bytes = 0;
 
   Prepared() = default;
   Prepared(const Prepared&) = delete;
@@ -57,7 +58,9 @@ static void lay_out(Pieces& pieces, const tamis_attend_args& a, bool pack, bool 
   if (tiles) {
     pieces.take(p.value, n * p.wide * 64);
     pieces.take(p.finite, n);
-    if (!a.int8) pieces.take(p.tame, n);
+    if (!a.int8) pieces.take(p.key_top, n);
+    const bool whole = a.int8 ? k.dim4 == p.key_bytes : a.head_dim * 2 == p.key_bytes && a.key.stride[3] == 1;
+    if (!whole) pieces.take(p.key, n * 64 * p.key_bytes);
   }
 }
 
@@ -97,7 +100,8 @@ static int prepare(tamis_attend_args& a, Prepared& p) {
   const bool tiles = takes_tiles(a);
   if (!pack && !tiles) return TAMIS_OK;
   p.parts = blocks_of(a.geometry.kv_len, 64), p.wide = round_up(a.value_dim, 16);
-  if (pack) a.packed.capacity = p.parts, a.packed.dim4 = round_up(a.head_dim, 4);
+  p.key_bytes = round_up(a.head_dim * (a.int8 ? 1 : 2), 64);
+  if (pack) a.packed.capacity = p.parts, a.packed.dim4 = tiles ? p.key_bytes : round_up(a.head_dim, 4);
   Pieces measure{nullptr};
   lay_out(measure, a, pack, tiles, p, a.packed);
   p.memory = (char*)aligned_alloc(64, measure.at + 64);

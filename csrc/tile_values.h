@@ -3,10 +3,10 @@
 #pragma once
 #include "prepare.h"
 
-// Above this the sum of a product might leave fp32 and turn into a NaN whose sign is lost.
-constexpr float kTame = 1e15f;
-
 static inline __m256i to_bf16(vf x) { return (__m256i)_mm512_cvtneps_pbh(x); }
+// The same in the upper halves of 32 bits, which makes them floats.
+static inline vi turned_bits(vf x) { return shift_left(_mm512_cvtepu16_epi32(to_bf16(x)), 16); }
+static inline vf as_float(vi x) { return _mm512_castsi512_ps(x); }
 
 // From rows in any dtype. `rows` is [64][padded] fp32, `words` and `turned` [32 * 16] each.
 static bool turn_values(const tamis_attend_args& a, int64_t b, int64_t h, int64_t j0, int64_t n, uint16_t* to,
@@ -20,10 +20,9 @@ static bool turn_values(const tamis_attend_args& a, int64_t b, int64_t h, int64_
   vf broken = set1(0.f);
   for (int64_t c = 0; c < padded; c += W) {
     for (int64_t j = 0; j < 64; j += 2) {
-      const vf x = load(rows + j * padded + c), y = load(rows + (j + 1) * padded + c);
-      broken = fma(x, set1(0.f), fma(y, set1(0.f), broken));
-      const vi low = _mm512_cvtepu16_epi32(to_bf16(x)), high = _mm512_cvtepu16_epi32(to_bf16(y));
-      storei(words + j / 2 * W, either(low, shift_left(high, 16)));
+      const vi low = turned_bits(load(rows + j * padded + c)), high = turned_bits(load(rows + (j + 1) * padded + c));
+      broken = fma(as_float(low), set1(0.f), fma(as_float(high), set1(0.f), broken));  // rounding may have made infinities
+      storei(words + j / 2 * W, either(_mm512_srli_epi32(low, 16), high));
     }
     transpose(words, W, 32, W, turned, 32);
     memcpy(to + c * 64, turned, W * 64 * 2);
@@ -36,7 +35,7 @@ static bool scale_values(const tamis_attend_args& a, int64_t at, int64_t wide, u
   bool finite = true;
   for (int64_t c = 0; c < a.value_dim; ++c, bytes += 64) {
     const float scale = a.packed.value_scale[at * a.value_dim + c];
-    finite = finite && scale * 0.f == 0.f;
+    finite = finite && fabsf(scale) * 127.f < 3.38e38f;  // bf16 ends a little below fp32
     for (int64_t j = 0; j < 64; j += W) {
       const vi wide_bytes = _mm512_cvtepi8_epi32(_mm_loadu_si128((const __m128i*)(bytes + j)));
       _mm256_storeu_si256((__m256i*)(to + c * 64 + j), to_bf16(to_float(wide_bytes) * set1(scale)));
@@ -45,21 +44,39 @@ static bool scale_values(const tamis_attend_args& a, int64_t at, int64_t wide, u
   memset(to + a.value_dim * 64, 0, (wide - a.value_dim) * 64 * 2);
   return finite;
 }
-static bool tame_keys(const tamis_attend_args& a, int64_t b, int64_t h, int64_t j0, int64_t n, float* row) {
-  vf bad = set1(0.f);
+// The largest absolute entry of some keys, NaN where one is; infinite where one is.
+static float key_size(const tamis_attend_args& a, int64_t b, int64_t h, int64_t j0, int64_t n, float* row) {
+  vf top = set1(0.f), broken = set1(0.f);
   const int64_t padded = round_up(a.head_dim, 16);
   memset(row, 0, padded * 4);
   for (int64_t j = 0; j < n; ++j) {
     load_row(a.key, b, h, j0 + j, a.head_dim, row);
-    for (int64_t c = 0; c < padded; c += W)
-      bad = bad + choose_bits(set1(0.f), set1(1.f), above_bits(set1(kTame), vabs(load(row + c))));
+    for (int64_t c = 0; c < padded; c += W) {
+      const vf x = vabs(load(row + c));
+      top = vmax(x, top);
+      broken = fma(x, set1(0.f), broken);
+    }
   }
-  return sum_lanes(bad) == 0.f;
+  return sum_lanes(broken) == 0.f ? max_lanes(top) : NAN;
+}
+// 64 keys in rows of whole tiles.
+static void copy_keys(const tamis_attend_args& a, const Prepared& p, int64_t b, int64_t h, int64_t part, int64_t n,
+                      char* to) {
+  memset(to, 0, 64 * p.key_bytes);
+  const int64_t head = b * a.kv_heads + h;
+  for (int64_t j = 0; j < n; ++j, to += p.key_bytes) {
+    if (a.int8) {
+      memcpy(to, a.packed.key + ((head * a.packed.capacity + part) * 64 + j) * a.packed.dim4, a.packed.dim4);
+      continue;
+    }
+    const uint16_t* from = (const uint16_t*)row_of(a.key, b, h, part * 64 + j);
+    for (int64_t c = 0; c < a.head_dim; ++c) memcpy(to + 2 * c, from + c * a.key.stride[3], 2);
+  }
 }
 
 static int prepare_tiles(const tamis_attend_args& a, const Prepared& p) {
   const int64_t padded = round_up(greatest(a.value_dim, a.head_dim), 16);
-  const int64_t entries = a.batch * a.kv_heads * a.geometry.kv_len * (a.value_dim + (p.tame ? a.head_dim : 0));
+  const int64_t entries = a.batch * a.kv_heads * a.geometry.kv_len * (a.value_dim + (p.key_top ? a.head_dim : 0));
   int error = TAMIS_OK;
 #pragma omp parallel num_threads(threads_for(a, 2 * entries))
   {
@@ -77,7 +94,8 @@ static int prepare_tiles(const tamis_attend_args& a, const Prepared& p) {
       uint16_t* to = p.value + n * p.wide * 64;
       p.finite[n] = a.value.data ? turn_values(a, b, h, j0, keys, to, rows, words, turned)
                                  : scale_values(a, head * a.packed.capacity + part, p.wide, to);
-      if (p.tame) p.tame[n] = tame_keys(a, b, h, j0, keys, rows);
+      if (p.key_top) p.key_top[n] = key_size(a, b, h, j0, keys, rows);
+      if (p.key) copy_keys(a, p, b, h, part, keys, p.key + n * 64 * p.key_bytes);
     }
     free(rows);
   }

@@ -91,3 +91,13 @@ def test_empty_batch(engine: Engine) -> None:
     result = engine.attend(q[:0], k[:0], v[:0])
     assert result.output.shape == (0, HEADS, 1, 40)
     assert result.lse.shape == (0, HEADS, 1)
+
+
+@pytest.mark.parametrize("precision", ["full", "int8"])
+def test_many_heads_of_one_key_head_are_still_one_row(engine: Engine, precision: str) -> None:
+    """Folding makes a tile's worth of rows; stats and formats stay those of a single one."""
+    q, k, v = qkv(heads=40, kv_heads=1, q_len=1, kv_len=300, dim=64, dtype=torch.bfloat16)
+    result = engine.attend(q, k, v, precision=precision)
+    one = engine.attend(q[:, :1], k, v, precision=precision)
+    assert (result.stats.qk_dtype, result.stats.pv_dtype) == (one.stats.qk_dtype, one.stats.pv_dtype)
+    assert_reordered(tamis.AttentionOutput(result.output[:, :1], result.lse[:, :1]), one, 300)

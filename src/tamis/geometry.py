@@ -13,7 +13,7 @@ from torch import Tensor
 
 BLOCK_SIZES = (64, 128)
 DEFAULT_BLOCK_SIZE = (128, 64)
-TILE_ROWS = 16  # query rows below which matrix units have nothing to gain
+TILE_ROWS = 32  # query rows below which matrix units have nothing to gain
 _INT64 = torch.iinfo(torch.int64)
 
 

@@ -364,8 +364,9 @@ def attend(
     sink_logits: Tensor | None,
     precision: str,
     pv_threshold: Tensor | None,
+    bf16_products: bool | None = None,
 ) -> tuple[Tensor, Tensor, Tensor]:
-    """Run attention; see `tamis.backends.base`."""
+    """Run attention; see `tamis.backends.base`. `bf16_products`: whether they are allowed, None: by the rows."""
     batch, heads, q_len, head_dim = query.shape
     kv_heads = (packed[0] if key is None else key).shape[1]
     differs_by_head = (kv_num_blocks, attn_mask, sink_logits, pv_threshold, visible)
@@ -378,13 +379,24 @@ def attend(
             *("kv_segments", "q_bounds", "kv_bounds", "visible", "sink_logits", "pv_threshold"),
         )
         none: dict[str, None] = dict.fromkeys(absent)
-        options = {"block_q": block_q, "block_kv": block_kv, "scale": scale, "softcap": softcap, "precision": precision}
+        # However many heads there are, it is one row of each: key and value are read once, which no tile repays.
+        options = {
+            "bf16_products": False,
+            "block_q": block_q,
+            "block_kv": block_kv,
+            "scale": scale,
+            "softcap": softcap,
+            "precision": precision,
+        }
         output, lse, counts = attend(rows, key, value, packed, causal=False, **options, **none)  # type: ignore[arg-type]
         counts = counts[:, :, :1].repeat_interleave(heads // kv_heads, 1)
         return output.reshape(batch, heads, 1, output.shape[-1]), lse.reshape(batch, heads, 1), counts
     args = native.Attend()
     args.batch, args.heads, args.head_dim, args.query = batch, heads, head_dim, native.tensor(query)
-    args.int8, args.bf16_products = precision == "int8", q_len >= geometry.TILE_ROWS
+    args.int8, args.bf16_products = (
+        precision == "int8",
+        q_len >= geometry.TILE_ROWS if bf16_products is None else bf16_products,
+    )
     if packed:
         packed = [t.contiguous() for t in packed]
         args.packed = _packed_struct(packed)
