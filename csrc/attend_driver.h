@@ -11,6 +11,12 @@
 #ifdef TAMIS_AMX
 #include "engine_tiles.h"
 #endif
+#ifdef TAMIS_PAIRS
+#include "engine_pairs.h"
+typedef PairEngine EightBitEngine;
+#else
+typedef Int8Engine EightBitEngine;
+#endif
 
 static inline bool group_moves(const vf& block_top, const vf& top, const float* real, float threshold) {
   // `real` is -inf on rows beyond the last one. No row with block_top - top > -threshold: skip.
@@ -294,5 +300,5 @@ static int attend(const tamis_attend_args* args) {
   if (takes_tiles(a))
     return a.int8 ? attend_all<TileEngine<true>>(a, prepared) : attend_all<TileEngine<false>>(a, prepared);
 #endif
-  return a.int8 ? attend_all<Int8Engine>(a, prepared) : attend_all<FullEngine>(a, prepared);
+  return a.int8 ? attend_all<EightBitEngine>(a, prepared) : attend_all<FullEngine>(a, prepared);
 }

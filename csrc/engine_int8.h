@@ -163,22 +163,42 @@ struct Int8Engine {
     return kProbOffset ? round_to_int(fma(e, set1(kProbLevels), set1((float)kProbOffset))) & set1i(255)
                        : round_to_int(e * set1(kProbLevels));
   }
-  template <int R>
-  void exponentials(int r0, float* s, const vf* block_top, const vf*, vf* sum) {
-    vf base[R];
-    for (int r = 0; r < R; ++r) base[r] = where_minus_inf_zero(block_top[r]), sum[r] = set1(0.f);
+  // Of one vector of rows and four keys: adds to `sum`, in units of kSumUnit, and returns the four bytes of each row.
+#ifdef TAMIS_LEVELS
+  static constexpr float kSumUnit = kProbLevels;
+  static vi weigh(const float* at, vf base, vf* sum) {
+    const vf y0 = level_of(load(at) - base), y1 = level_of(load(at + kTileRows) - base);
+    const vf y2 = level_of(load(at + 2 * kTileRows) - base), y3 = level_of(load(at + 3 * kTileRows) - base);
+    *sum = *sum + ((y0 + y1) + (y2 + y3));
+    return bytes_of(round_to_int(y0), round_to_int(y1), round_to_int(y2), round_to_int(y3));
+  }
+#else
+  static constexpr float kSumUnit = 1.f;
+  static vi weigh(const float* at, vf base, vf* sum) {
+    const vf e0 = weight_of(load(at) - base), e1 = weight_of(load(at + kTileRows) - base);
+    const vf e2 = weight_of(load(at + 2 * kTileRows) - base), e3 = weight_of(load(at + 3 * kTileRows) - base);
+    *sum = *sum + ((e0 + e1) + (e2 + e3));
+    const vi low = either(probability_bytes(e0), shift_left(probability_bytes(e1), 8));
+    const vi high = either(shift_left(probability_bytes(e2), 16), shift_left(probability_bytes(e3), 24));
+    return either(low, high);
+  }
+#endif
+  // Calls put(g, r, bytes) for every four keys and vector of rows.
+  template <int R, class Put>
+  void weigh_block(int r0, float* s, const vf* block_top, vf* sum, Put put) const {
+    vf base[R], total[R];
+    for (int r = 0; r < R; ++r) base[r] = where_minus_inf_zero(block_top[r]), total[r] = set1(0.f);
     for (int64_t j = keys; j & 3; ++j)  // the last four keys may be fewer: value bytes are 0 there
       for (int r = 0; r < R; ++r) store(s + j * kTileRows + (r0 + r) * W, set1(-INFINITY));
     for (int64_t g = 0; g * 4 < keys; ++g)
-      for (int r = 0; r < R; ++r) {
-        const float* at = s + g * 4 * kTileRows + (r0 + r) * W;
-        vf e0 = weight_of(load(at) - base[r]), e1 = weight_of(load(at + kTileRows) - base[r]);
-        vf e2 = weight_of(load(at + 2 * kTileRows) - base[r]), e3 = weight_of(load(at + 3 * kTileRows) - base[r]);
-        sum[r] = sum[r] + ((e0 + e1) + (e2 + e3));
-        vi low = either(probability_bytes(e0), shift_left(probability_bytes(e1), 8));
-        vi high = either(shift_left(probability_bytes(e2), 16), shift_left(probability_bytes(e3), 24));
-        storei(p + (g * kTileRows + (r0 + r) * W) * 4, either(low, high));
-      }
+      for (int r = 0; r < R; ++r)
+        put(g, r0 + r, weigh(s + g * 4 * kTileRows + (r0 + r) * W, base[r], &total[r]));
+    for (int r = 0; r < R; ++r) sum[r] = kSumUnit == 1.f ? total[r] : total[r] / set1(kSumUnit);
+  }
+  template <int R>
+  void exponentials(int r0, float* s, const vf* block_top, const vf*, vf* sum) {
+    weigh_block<R>(r0, s, block_top, sum,
+                   [this](int64_t g, int r, vi bytes) { storei(p + (g * kTileRows + r * W) * 4, bytes); });
   }
   static vf sum_factor(vf block_top, vf top) { return exp_of(block_top - where_minus_inf_zero(top)); }
 

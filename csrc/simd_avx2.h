@@ -9,9 +9,9 @@ constexpr int W = 8;
 typedef __m256 vf;
 typedef __m256i vi;
 
-constexpr int kQueryOffset = 0;
-constexpr int kProbOffset = -127;
-constexpr int kQkTile = 4, kPvTile = 4;  // 8 accumulators; dot4 needs four more registers
+constexpr int kQueryOffset = 128;
+constexpr int kProbOffset = 0;
+constexpr int kQkTile = 4, kPvTile = 4;
 constexpr int kFullTile = 6;             // 12 accumulators, 2 row vectors, 1 broadcast: 15 of 16 registers
 
 static inline vf load(const float* p) { return _mm256_loadu_ps(p); }
@@ -65,6 +65,27 @@ static inline vf exp2_fast(vf x) {
   p = fma(p, f, set1(1.f));
   return scale_by_power(p, n, x);
 }
+// 254 e^x for x <= 0, exactly 254 at 0, by the polynomial of exp2_fast. Added to 1.5 * 2^23 + 127, x log2(e) is rounded to
+// n, and the low bits are the exponent field of 2^n: 0 for n = -127, and so is the result. A NaN stays one.
+#define TAMIS_LEVELS 1
+static inline vf level_of(vf x) {
+  const vf log2e = set1(1.44269504088896f), magic = set1(12582912.f + 127.f);
+  x = vmax(set1(-88.03f), x);
+  const vf t = fma(x, log2e, magic);
+  const vf f = _mm256_fmsub_ps(x, log2e, _mm256_sub_ps(t, magic));
+  vf p = set1(254 * 9.582852812e-3f);
+  p = fma(p, f, set1(254 * 5.590642500e-2f));
+  p = fma(p, f, set1(254 * 2.402409862e-1f));
+  p = fma(p, f, set1(254 * 6.931241933e-1f));
+  p = fma(p, f, set1(254.f));
+  return _mm256_mul_ps(p, _mm256_castsi256_ps(_mm256_slli_epi32(_mm256_castps_si256(t), 23)));
+}
+// Four numbers from 0 to 255 as the bytes of each lane.
+static inline vi bytes_of(vi a, vi b, vi c, vi d) {
+  const vi by_key = _mm256_packus_epi16(_mm256_packs_epi32(a, b), _mm256_packs_epi32(c, d));
+  return _mm256_shuffle_epi8(by_key, _mm256_setr_epi8(0, 4, 8, 12, 1, 5, 9, 13, 2, 6, 10, 14, 3, 7, 11, 15, 0, 4, 8, 12,
+                                                      1, 5, 9, 13, 2, 6, 10, 14, 3, 7, 11, 15));
+}
 static inline vf where_minus_inf_zero(vf a) {
   return _mm256_andnot_ps(_mm256_cmp_ps(a, set1(-INFINITY), _CMP_EQ_OQ), a);
 }
@@ -88,11 +109,23 @@ static inline vi broadcast4(const int8_t* p) {
   memcpy(&four, p, 4);
   return set1i(four);
 }
-// vpmaddubsw wants unsigned x signed: |other| and row with other's sign. Both are within +-127, so a
-// pair sums to at most 2 * 127^2 = 32258 and the 16-bit addition never saturates.
 static inline vi dot4(vi acc, vi row, vi other) {
-  vi pairs = _mm256_maddubs_epi16(_mm256_abs_epi8(other), _mm256_sign_epi8(row, other));
-  return _mm256_add_epi32(acc, _mm256_madd_epi16(pairs, _mm256_set1_epi16(1)));
+  // Through intrinsics, GCC 12 copies every accumulator in each turn of the loop and runs out of registers.
+  vi products;
+  __asm__("vpmaddubsw %2, %3, %1\n\tvpmaddwd %4, %1, %1\n\tvpaddd %1, %0, %0"
+          : "+x"(acc), "=&x"(products)
+          : "x"(other), "x"(row), "x"(_mm256_set1_epi16(1)));
+  return acc;
+}
+// Negates the second byte of a pair where both have one sign. `forms` gets 16 in lanes whose first pair is such a one,
+// plus 32 for the second; `flipped` the sum of the bytes before their negation.
+static inline vi oppose_pairs(vi bytes, vi* forms, vi* flipped) {
+  const vi differ = _mm256_xor_si256(bytes, _mm256_slli_epi16(bytes, 8));
+  const vi flip = _mm256_srai_epi16(_mm256_andnot_si256(differ, _mm256_set1_epi16((short)0x8000)), 7);
+  *forms = _mm256_or_si256(_mm256_and_si256(_mm256_srli_epi32(flip, 11), set1i(16)),
+                           _mm256_and_si256(_mm256_srli_epi32(flip, 26), set1i(32)));
+  *flipped = dot4(_mm256_setzero_si256(), _mm256_set1_epi8(1), _mm256_and_si256(bytes, flip));
+  return _mm256_sub_epi8(_mm256_xor_si256(bytes, flip), flip);
 }
 static inline vf load_bf16(const uint16_t* p) {
   return _mm256_castsi256_ps(_mm256_slli_epi32(_mm256_cvtepu16_epi32(_mm_loadu_si128((const __m128i*)p)), 16));
