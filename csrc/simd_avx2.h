@@ -1,4 +1,4 @@
-// Eight floats a vector: AVX2, FMA and F16C. See simd_generic.h for what each name means.
+// Eight floats a vector: AVX2, FMA and F16C; AVX-VNNI where TAMIS_VNNI is set. See simd_generic.h for what each name means.
 #pragma once
 #include <immintrin.h>
 #include <math.h>
@@ -11,7 +11,12 @@ typedef __m256i vi;
 
 constexpr int kQueryOffset = 128;
 constexpr int kProbOffset = 0;
-constexpr int kQkTile = 4, kPvTile = 4;
+#ifdef TAMIS_VNNI
+constexpr int kQkTile = 6, kPvTile = 6;  // 12 accumulators, 2 row vectors, 1 broadcast: 15 of 16 registers
+#else
+#define TAMIS_PAIRS 1  // bytes are multiplied by engine_pairs.h
+constexpr int kQkTile = 4, kPvTile = 4;  // 8 accumulators, 1 row vector, 1 broadcast, 1 product, ones
+#endif
 constexpr int kFullTile = 6;             // 12 accumulators, 2 row vectors, 1 broadcast: 15 of 16 registers
 
 static inline vf load(const float* p) { return _mm256_loadu_ps(p); }
@@ -110,13 +115,20 @@ static inline vi broadcast4(const int8_t* p) {
   return set1i(four);
 }
 static inline vi dot4(vi acc, vi row, vi other) {
+#ifdef TAMIS_VNNI
+  // Through the intrinsic, GCC 12 copies accumulators. {vex}: the assembler's default is AVX-512's encoding.
+  __asm__("%{vex%} vpdpbusd %2, %1, %0" : "+x"(acc) : "x"(row), "x"(other));
+  return acc;
+#else
   // Through intrinsics, GCC 12 copies every accumulator in each turn of the loop and runs out of registers.
   vi products;
   __asm__("vpmaddubsw %2, %3, %1\n\tvpmaddwd %4, %1, %1\n\tvpaddd %1, %0, %0"
           : "+x"(acc), "=&x"(products)
           : "x"(other), "x"(row), "x"(_mm256_set1_epi16(1)));
   return acc;
+#endif
 }
+#ifdef TAMIS_PAIRS
 // Negates the second byte of a pair where both have one sign. `forms` gets 16 in lanes whose first pair is such a one,
 // plus 32 for the second; `flipped` the sum of the bytes before their negation.
 static inline vi oppose_pairs(vi bytes, vi* forms, vi* flipped) {
@@ -127,6 +139,7 @@ static inline vi oppose_pairs(vi bytes, vi* forms, vi* flipped) {
   *flipped = dot4(_mm256_setzero_si256(), _mm256_set1_epi8(1), _mm256_and_si256(bytes, flip));
   return _mm256_sub_epi8(_mm256_xor_si256(bytes, flip), flip);
 }
+#endif
 static inline vf load_bf16(const uint16_t* p) {
   return _mm256_castsi256_ps(_mm256_slli_epi32(_mm256_cvtepu16_epi32(_mm_loadu_si128((const __m128i*)p)), 16));
 }

@@ -2,7 +2,6 @@
 // static or in a namespace of its own: no symbol compiled here may serve another target.
 #include "target.h"
 
-#define TAMIS_PAIRS 1
 namespace tamis_avx2 {
 #include "simd_avx2.h"
 //

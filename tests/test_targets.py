@@ -16,12 +16,13 @@ from samples import qkv
 
 import tamis
 
-ALL = ["baseline", "neon_dot", "avx2", "avx512", "avx512_vnni", "amx"]
+ALL = ["baseline", "neon_dot", "avx2", "avx512", "avx_vnni", "avx512_vnni", "amx"]
 NEEDS = {
     "baseline": set(),
     "neon_dot": {"asimddp", "atomics", "asimdrdm", "crc32"},
-    "avx2": {"avx2", "fma"},
+    "avx2": {"avx2", "fma", "f16c"},
     "avx512": {"avx512f", "avx512bw", "avx512vl", "avx512dq"},
+    "avx_vnni": {"avx2", "fma", "f16c", "avx_vnni"},
     "avx512_vnni": {"avx512f", "avx512bw", "avx512vl", "avx512dq", "avx512_vnni"},
     "amx": {"avx512f", "avx512bw", "avx512vl", "avx512dq", "avx512_vnni", "amx_tile", "amx_int8"},
 }
