@@ -43,11 +43,17 @@ static int64_t visit_tile(Engine& e, const Item& it, State& st, int64_t tile, in
   float *m = st.m + tile * kTileRows, *l = st.l + tile * kTileRows;
   vf block_top[kVecs], top[kVecs], alpha[kVecs];
   for (int r = 0; r < vecs; ++r) block_top[r] = set1(-INFINITY);
-  for (int r = 0; r < vecs; r += 2) {
-    if (r + 1 < vecs)
+  for (int r = 0; r < vecs;) {
+    if (Engine::kMostVecs >= 4 && r + 3 < vecs) {
+      e.template scores<Engine::kMostVecs>(tile, r, st.s, block_top + r);
+      r += 4;
+    } else if (r + 1 < vecs) {
       e.template scores<2>(tile, r, st.s, block_top + r);
-    else
+      r += 2;
+    } else {
       e.template scores<1>(tile, r, st.s, block_top + r);
+      r += 1;
+    }
   }
   uint32_t seen[kKeys];
   if (!plain) {
@@ -93,7 +99,10 @@ static int64_t visit_tile(Engine& e, const Item& it, State& st, int64_t tile, in
     return done;
   }
   for (int r = 0; r < vecs;) {
-    if (r + 1 < vecs && active[r] && active[r + 1]) {
+    if (Engine::kMostVecs >= 4 && r + 3 < vecs && active[r] && active[r + 1] && active[r + 2] && active[r + 3]) {
+      accumulate_rows<Engine, Engine::kMostVecs>(e, tile, r, st, block_top, top, alpha);
+      r += 4;
+    } else if (r + 1 < vecs && active[r] && active[r + 1]) {
       accumulate_rows<Engine, 2>(e, tile, r, st, block_top, top, alpha);
       r += 2;
     } else {

@@ -63,6 +63,7 @@ static inline void pv_full(const float* p, const float* v, int64_t ld, int64_t k
 
 struct FullEngine {
   static constexpr int64_t kPartsAtOnce = 1;
+  static constexpr int kMostVecs = 2;  // of rows in one register tile: 2 or 4
   const tamis_attend_args& a;
   float *q, *kbuf, *vbuf;    // Q^T of the item's tiles; fp32 copies of a key and a value block
   const float *k, *v;        // the current block

@@ -104,6 +104,7 @@ static void quantise_tile(const tamis_attend_args& a, const Item& it, const floa
 
 struct Int8Engine {
   static constexpr int64_t kPartsAtOnce = 1;
+  static constexpr int kMostVecs = 2;  // of rows in one register tile: 2 or 4
   const tamis_attend_args& a;
   uint8_t* q;        // [tiles][dim4 / 4][32][4], with kQueryOffset added
   uint8_t* p;        // [16][32][4], with kProbOffset added

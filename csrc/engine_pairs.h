@@ -79,6 +79,9 @@ static inline void store_forms(uint8_t* to, vi rows) {
 }
 
 struct PairEngine : Int8Engine {
+  static constexpr int kMostVecs = kTileRows / W >= 4 ? 4 : 2;
+  template <int R>
+  static constexpr int kLines = R == 4 ? 3 : 4;  // of a register tile: 8 accumulators
   uint8_t *q_forms, *p_forms;  // [tiles][dim4 / 4] and [16] of [4 forms][32][4]
   Opposed key, value;
   int32_t* sums;
@@ -137,7 +140,7 @@ struct PairEngine : Int8Engine {
       factor[r] = load(row_scale + tile * kTileRows + (r0 + r) * W) * set1(a.packed.key_scale[kv_block]);
     int64_t j = 0;
     s += r0 * W;
-    for (; j + kQkTile <= keys; j += kQkTile) qk<R, kQkTile>(rows, j, factor, s, top);
+    for (; j + kLines<R> <= keys; j += kLines<R>) qk<R, kLines<R>>(rows, j, factor, s, top);
     for (; j < keys; ++j) qk<R, 1>(rows, j, factor, s, top);
   }
 
@@ -169,7 +172,7 @@ struct PairEngine : Int8Engine {
     for (int r = 0; r < R; ++r) beta[r] = sum_factor(block_top[r], top[r]) * set1(1.f / kProbLevels);
     int64_t c = 0;
     o += r0 * W;
-    for (; c + kPvTile <= a.value_dim; c += kPvTile) pv<R, kPvTile>(rows, c, fours, alpha, beta, o);
+    for (; c + kLines<R> <= a.value_dim; c += kLines<R>) pv<R, kLines<R>>(rows, c, fours, alpha, beta, o);
     for (; c < a.value_dim; ++c) pv<R, 1>(rows, c, fours, alpha, beta, o);
   }
 };
