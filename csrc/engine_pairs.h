@@ -33,18 +33,23 @@ struct Opposed {
     return at + size(lines, ld);
   }
   // `offset` was added to all rows; `sums` are of the lines as they come. lines * ld is a multiple of 64.
-  void fill(const int8_t* from, int64_t lines, int offset, const int32_t* sums, int32_t* scratch) {
-    for (int64_t i = 0; i < lines * ld; i += 4 * W) {
+  void fill(const int8_t* from, int64_t lines, int offset, const int32_t* sums, int32_t* scratch) const {
+    const int64_t all = lines * ld, fours = ld / 4;
+    int8_t* const to = bytes;
+    int8_t* const forms_to = (int8_t*)form;
+    for (int64_t i = 0; i < all; i += 4 * W) {
       vi forms, flipped;
-      storei(bytes + i, oppose_pairs(loadi(from + i), &forms, &flipped));
-      store_bytes((int8_t*)form + i / 4, forms);
+      storei(to + i, oppose_pairs(loadi(from + i), &forms, &flipped));
+      store_bytes(forms_to + i / 4, forms);
       storei(scratch + i / 4, flipped);
     }
-    const int64_t fours = ld / 4;
-    for (int64_t n = 0; n < lines; ++n) {
-      int32_t sum = 0;
-      for (int64_t g = 0; g < fours; ++g) sum += scratch[n * fours + g];
-      start[n] = 255 * sum - offset * sums[n];
+    for (int64_t n = 0; n < lines; ++n, scratch += fours) {
+      vi sum = set1i(0);
+      int64_t g = 0;
+      for (; g + W <= fours; g += W) sum = addi(sum, loadi(scratch + g));
+      int32_t total = sum_lanes_of(sum);
+      for (; g < fours; ++g) total += scratch[g];
+      start[n] = 255 * total - offset * sums[n];
     }
   }
 };

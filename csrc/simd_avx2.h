@@ -139,6 +139,11 @@ static inline vi oppose_pairs(vi bytes, vi* forms, vi* flipped) {
   *flipped = dot4(_mm256_setzero_si256(), _mm256_set1_epi8(1), _mm256_and_si256(bytes, flip));
   return _mm256_sub_epi8(_mm256_xor_si256(bytes, flip), flip);
 }
+static inline int32_t sum_lanes_of(vi a) {
+  __m128i s = _mm_add_epi32(_mm256_castsi256_si128(a), _mm256_extracti128_si256(a, 1));
+  s = _mm_add_epi32(s, _mm_unpackhi_epi64(s, s));
+  return _mm_cvtsi128_si32(s) + _mm_extract_epi32(s, 1);
+}
 #endif
 static inline vf load_bf16(const uint16_t* p) {
   return _mm256_castsi256_ps(_mm256_slli_epi32(_mm256_cvtepu16_epi32(_mm_loadu_si128((const __m128i*)p)), 16));
