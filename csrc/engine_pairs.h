@@ -13,43 +13,42 @@
 #include "engine_int8.h"
 
 constexpr int kForms = 4;
-constexpr int64_t kFormBytes = kTileRows * 4;           // four bytes of each row
-constexpr int64_t kGroupBytes = kForms * kFormBytes;    // the same in all forms
-static_assert(kFormBytes == 16 * 8, "oppose_pairs gives offsets of forms as multiples of 16 in steps of 8 bytes");
+constexpr int64_t kFormBytes = kTileRows * 4;         // four bytes of each row
+constexpr int64_t kGroupBytes = kForms * kFormBytes;  // the same in all forms
+static_assert(kFormBytes == kFirstPairForm && 2 * kFormBytes == kSecondPairForm, "oppose_pairs gives offsets of forms");
 
 // One block of keys or values, ready to be multiplied.
 struct Opposed {
   int8_t* bytes;   // [lines][ld], no pair of one sign
-  uint8_t* form;   // [lines][ld / 4]: offset of the form, in steps of 8 bytes
+  uint16_t* form;  // [lines][ld / 4]: offset of the form
   int32_t* start;  // [lines]
   int64_t ld;
 
-  static int64_t size(int64_t lines, int64_t ld) { return round_up(lines * (ld + ld / 4 + 4), 64); }
+  static int64_t size(int64_t lines, int64_t ld) { return round_up(lines * (ld + ld / 2 + 4), 64); }
   char* place(char* at, int64_t lines, int64_t line_bytes) {
     ld = line_bytes;
     start = (int32_t*)at;
     bytes = (int8_t*)(start + lines);
-    form = (uint8_t*)bytes + lines * ld;
+    form = (uint16_t*)(bytes + lines * ld);
     return at + size(lines, ld);
   }
   // `offset` was added to all rows; `sums` are of the lines as they come. lines * ld is a multiple of 64.
-  void fill(const int8_t* from, int64_t lines, int offset, const int32_t* sums, int32_t* scratch) const {
-    const int64_t all = lines * ld, fours = ld / 4;
+  void fill(const int8_t* from, int64_t lines, int offset, const int32_t* sums) const {
     int8_t* const to = bytes;
-    int8_t* const forms_to = (int8_t*)form;
-    for (int64_t i = 0; i < all; i += 4 * W) {
-      vi forms, flipped;
-      storei(to + i, oppose_pairs(loadi(from + i), &forms, &flipped));
-      store_bytes(forms_to + i / 4, forms);
-      storei(scratch + i / 4, flipped);
+    uint16_t* const forms = form;
+    for (int64_t i = 0; i < lines; ++i) start[i] = -offset * sums[i];
+    if (ld % 64 == 0) {
+      for (int64_t n = 0, i = 0; n < lines; ++n) {
+        vi flipped = set1i(0);
+        for (const int64_t end = i + ld; i < end; i += 64) flipped = addi(flipped, oppose_pairs(from + i, to + i, forms + i / 4));
+        start[n] += 255 * sum_lanes_of(flipped);
+      }
+      return;
     }
-    for (int64_t n = 0; n < lines; ++n, scratch += fours) {
-      vi sum = set1i(0);
-      int64_t g = 0;
-      for (; g + W <= fours; g += W) sum = addi(sum, loadi(scratch + g));
-      int32_t total = sum_lanes_of(sum);
-      for (; g < fours; ++g) total += scratch[g];
-      start[n] = 255 * total - offset * sums[n];
+    for (int64_t i = 0; i < lines * ld; i += 64) {
+      oppose_pairs(from + i, to + i, forms + i / 4);
+      for (int64_t c = i + 1; c < i + 64; c += 2)
+        if (to[c] != from[c]) start[c / ld] += 255 * from[c];
     }
   }
 };
@@ -58,7 +57,7 @@ struct Opposed {
 template <int R, int N>
 static inline void dot_lines(const uint8_t* rows, const Opposed& b, int64_t line, int64_t fours, vi (&acc)[N][R]) {
   const int8_t* bytes = b.bytes + line * b.ld;
-  const uint8_t* form = b.form + line * (b.ld / 4);
+  const uint16_t* form = b.form + line * (b.ld / 4);
 #pragma GCC unroll 16
   for (int n = 0; n < N; ++n) {
     const vi start = set1i(b.start[line + n]);
@@ -69,7 +68,7 @@ static inline void dot_lines(const uint8_t* rows, const Opposed& b, int64_t line
 #pragma GCC unroll 16
     for (int n = 0; n < N; ++n) {
       const vi other = broadcast4(bytes + n * b.ld + g * 4);
-      const uint8_t* row = rows + (int64_t)form[n * (b.ld / 4) + g] * 8;
+      const uint8_t* row = rows + form[n * (b.ld / 4) + g];
 #pragma GCC unroll 4
       for (int r = 0; r < R; ++r) acc[n][r] = dot4(acc[n][r], loadi(row + r * W * 4), other);
     }
@@ -89,21 +88,18 @@ struct PairEngine : Int8Engine {
   static constexpr int kLines = R == 4 ? 3 : 4;  // of a register tile: 8 accumulators
   uint8_t *q_forms, *p_forms;  // [tiles][dim4 / 4] and [16] of [4 forms][32][4]
   Opposed key, value;
-  int32_t* sums;
 
-  static int64_t most_line_bytes(const tamis_attend_args& a) { return kKeys * greatest(a.packed.dim4, a.value_dim); }
   static int64_t scratch_bytes(const tamis_attend_args& a) {
     return round_up(Int8Engine::scratch_bytes(a), 64) + a.geometry.block_q * kForms * a.packed.dim4 +
            kKeys / 4 * kGroupBytes + Opposed::size(kKeys, a.packed.dim4) + Opposed::size(a.value_dim, kKeys) +
-           most_line_bytes(a) + 64;
+           64;
   }
   PairEngine(const tamis_attend_args& args, const Prepared& made, char* scratch) : Int8Engine(args, made, scratch) {
     q_forms = (uint8_t*)scratch + round_up(Int8Engine::scratch_bytes(a), 64);
     p_forms = q_forms + a.geometry.block_q * kForms * a.packed.dim4;
     char* rest = (char*)p_forms + kKeys / 4 * kGroupBytes;
     rest = key.place(rest, kKeys, a.packed.dim4);
-    rest = value.place(rest, a.value_dim, kKeys);
-    sums = (int32_t*)rest;
+    value.place(rest, a.value_dim, kKeys);
   }
 
   void set_queries(const Item& it, int64_t tile, float* rows, int64_t ld, int64_t count) {
@@ -118,9 +114,9 @@ struct PairEngine : Int8Engine {
   void set_block(const Item& it, int64_t j0, int64_t n) {
     Int8Engine::set_block(it, j0, n);
     const tamis_packed& k = a.packed;
-    key.fill(k.key + kv_block * kKeys * k.dim4, kKeys, kQueryOffset, k.key_sum + kv_block * kKeys, sums);
+    key.fill(k.key + kv_block * kKeys * k.dim4, kKeys, kQueryOffset, k.key_sum + kv_block * kKeys);
     value.fill(k.value + kv_block * kKeys * a.value_dim, a.value_dim, kProbOffset,
-               k.value_sum + kv_block * a.value_dim, sums);
+               k.value_sum + kv_block * a.value_dim);
   }
 
   template <int R, int N>

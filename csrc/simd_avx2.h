@@ -129,15 +129,25 @@ static inline vi dot4(vi acc, vi row, vi other) {
 #endif
 }
 #ifdef TAMIS_PAIRS
-// Negates the second byte of a pair where both have one sign. `forms` gets 16 in lanes whose first pair is such a one,
-// plus 32 for the second; `flipped` the sum of the bytes before their negation.
-static inline vi oppose_pairs(vi bytes, vi* forms, vi* flipped) {
+// Copies 64 bytes and negates the second of a pair where both have one sign. `forms` gets, for each of 16 groups of two
+// pairs, which of them those are. Returns lanes that add up to the sum of the bytes before their negation.
+constexpr int kFirstPairForm = 128, kSecondPairForm = 256;
+static inline vi opposite(vi bytes, vi* flip) {
   const vi differ = _mm256_xor_si256(bytes, _mm256_slli_epi16(bytes, 8));
-  const vi flip = _mm256_srai_epi16(_mm256_andnot_si256(differ, _mm256_set1_epi16((short)0x8000)), 7);
-  *forms = _mm256_or_si256(_mm256_and_si256(_mm256_srli_epi32(flip, 11), set1i(16)),
-                           _mm256_and_si256(_mm256_srli_epi32(flip, 26), set1i(32)));
-  *flipped = dot4(_mm256_setzero_si256(), _mm256_set1_epi8(1), _mm256_and_si256(bytes, flip));
-  return _mm256_sub_epi8(_mm256_xor_si256(bytes, flip), flip);
+  *flip = _mm256_srai_epi16(_mm256_andnot_si256(differ, _mm256_set1_epi16((short)0x8000)), 7);
+  return _mm256_sub_epi8(_mm256_xor_si256(bytes, *flip), *flip);
+}
+static inline vi oppose_pairs(const int8_t* from, int8_t* to, uint16_t* forms) {
+  const vi a = loadi(from), b = loadi(from + 32), one = _mm256_set1_epi8(1);
+  vi flip_a, flip_b;
+  storei(to, opposite(a, &flip_a));
+  storei(to + 32, opposite(b, &flip_b));
+  // Words of 0xff00 saturate to bytes of 128.
+  const vi marks = _mm256_permute4x64_epi64(_mm256_packs_epi16(flip_a, flip_b), 0xd8);
+  storei(forms, _mm256_maddubs_epi16(marks, _mm256_set1_epi16(0x0201)));
+  const vi pairs = _mm256_add_epi16(_mm256_maddubs_epi16(one, _mm256_and_si256(a, flip_a)),
+                                    _mm256_maddubs_epi16(one, _mm256_and_si256(b, flip_b)));
+  return _mm256_madd_epi16(pairs, _mm256_set1_epi16(1));
 }
 static inline int32_t sum_lanes_of(vi a) {
   __m128i s = _mm_add_epi32(_mm256_castsi256_si128(a), _mm256_extracti128_si256(a, 1));
