@@ -14,8 +14,8 @@ constexpr int kProbOffset = 0;
 #ifdef TAMIS_VNNI
 constexpr int kQkTile = 6, kPvTile = 6;  // 12 accumulators, 2 row vectors, 1 broadcast: 15 of 16 registers
 #else
-#define TAMIS_PAIRS 1  // bytes are multiplied by engine_pairs.h
-constexpr int kQkTile = 4, kPvTile = 4;  // 8 accumulators, 1 row vector, 1 broadcast, 1 product, ones
+#define TAMIS_PAIRS 1                    // bytes are multiplied by engine_pairs.h
+constexpr int kQkTile = 3, kPvTile = 3;  // by four vectors of rows: 12 accumulators, broadcast, product, row, ones: 16
 #endif
 constexpr int kFullTile = 6;             // 12 accumulators, 2 row vectors, 1 broadcast: 15 of 16 registers
 
