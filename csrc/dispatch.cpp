@@ -103,6 +103,8 @@ const Target kTargets[] = {
     {"avx512_vnni", &tamis_kernels_avx512_vnni, has_vnni},
 #endif
 #ifdef TAMIS_HAS_AVX_VNNI
+    // Half the width of avx512, but one instruction for its three: faster in int8. A processor with AVX-512 and this one
+    // has avx512_vnni too, unless a virtual machine hides it.
     {"avx_vnni", &tamis_kernels_avx_vnni, has_avx_vnni},
 #endif
 #if defined(__x86_64__)

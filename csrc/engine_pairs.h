@@ -85,7 +85,7 @@ static inline void store_forms(uint8_t* to, vi rows) {
 struct PairEngine : Int8Engine {
   static constexpr int kMostVecs = kTileRows / W >= 4 ? 4 : 2;
   template <int R>
-  static constexpr int kLines = R == 4 ? kQkTile : 4;  // of a register tile
+  static constexpr int kLines = R == kMostVecs ? kQkTile : 4;  // of a register tile
   uint8_t *q_forms, *p_forms;  // [tiles][dim4 / 4] and [16] of [4 forms][32][4]
   Opposed key, value;
 

@@ -9,13 +9,12 @@ constexpr int W = 16;
 typedef __m512 vf;
 typedef __m512i vi;
 
-#ifdef TAMIS_VNNI
 constexpr int kQueryOffset = 128;
 constexpr int kProbOffset = 0;
+#ifdef TAMIS_VNNI
 constexpr int kQkTile = 12, kPvTile = 8;
 #else
-constexpr int kQueryOffset = 0;
-constexpr int kProbOffset = -127;
+#define TAMIS_PAIRS 1  // bytes are multiplied by engine_pairs.h
 constexpr int kQkTile = 8, kPvTile = 8;
 #endif
 constexpr int kFullTile = 8;  // 16 accumulators hide the latency of two FMA pipes
@@ -81,12 +80,22 @@ static inline vi dot4(vi acc, vi row, vi other) {
   __asm__("vpdpbusd %2, %1, %0" : "+v"(acc) : "v"(row), "v"(other));
   return acc;
 #else
-  // As in simd_avx2.h; AVX-512 has no vpsign, so the sign is a masked subtraction.
-  vi signed_row = _mm512_mask_sub_epi8(row, _mm512_movepi8_mask(other), _mm512_setzero_si512(), row);
-  vi pairs = _mm512_maddubs_epi16(_mm512_abs_epi8(other), signed_row);
-  return _mm512_add_epi32(acc, _mm512_madd_epi16(pairs, _mm512_set1_epi16(1)));
+  return _mm512_add_epi32(acc, _mm512_madd_epi16(_mm512_maddubs_epi16(row, other), _mm512_set1_epi16(1)));
 #endif
 }
+#ifdef TAMIS_PAIRS
+// As in simd_avx2.h.
+constexpr int kFirstPairForm = 128, kSecondPairForm = 256;
+static inline vi oppose_pairs(const int8_t* from, int8_t* to, uint16_t* forms) {
+  const vi a = loadi(from), differ = _mm512_xor_si512(a, _mm512_slli_epi16(a, 8));
+  const vi marks = _mm512_andnot_si512(differ, _mm512_set1_epi16((short)0x8000)), flip = _mm512_srai_epi16(marks, 7);
+  storei(to, _mm512_sub_epi8(_mm512_xor_si512(a, flip), flip));
+  const vi offsets = _mm512_madd_epi16(_mm512_srli_epi16(marks, 15), set1i(kSecondPairForm << 16 | kFirstPairForm));
+  _mm256_storeu_si256((__m256i*)forms, _mm512_cvtepi32_epi16(offsets));
+  return dot4(_mm512_setzero_si512(), _mm512_set1_epi8(1), _mm512_and_si512(a, flip));
+}
+static inline int32_t sum_lanes_of(vi a) { return _mm512_reduce_add_epi32(a); }
+#endif
 static inline vf load_bf16(const uint16_t* p) {
   return _mm512_castsi512_ps(_mm512_slli_epi32(_mm512_cvtepu16_epi32(_mm256_loadu_si256((const __m256i*)p)), 16));
 }
