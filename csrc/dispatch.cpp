@@ -150,9 +150,11 @@ int call(const char* target, int (*tamis_kernels::*function)(const Args*), const
   return kernels ? (kernels->*function)(args) : TAMIS_UNKNOWN_TARGET;
 }
 
+}  // namespace
+
 // The first write to each page of fresh memory is a visit to the system: up to a fifth of a sparse call with a long
 // output. Pages of 2 MB need few. Above 32 MB glibc maps every allocation anew; below, memory has mostly been used before.
-void ask_for_large_pages(void* data, int64_t bytes) {
+void tamis_large_pages(void* data, int64_t bytes) {
 #if defined(__linux__) && defined(MADV_HUGEPAGE)
   const uintptr_t page = 2 << 20, start = (uintptr_t)data;
   if (bytes < 32 << 20) return;
@@ -163,15 +165,13 @@ void ask_for_large_pages(void* data, int64_t bytes) {
 #endif
 }
 
-}  // namespace
-
 int tamis_abi_version(void) { return TAMIS_ABI_VERSION; }
 const char* tamis_targets(void) { return lists().here; }
 const char* tamis_built_targets(void) { return lists().built; }
 
 int tamis_attend(const char* target, const tamis_attend_args* a) {
   const int64_t entries = a->batch * a->heads * a->geometry.q_len * a->value_dim;
-  ask_for_large_pages(a->output, entries * (a->query.dtype == TAMIS_FP32 ? 4 : 2));
+  tamis_large_pages(a->output, entries * (a->query.dtype == TAMIS_FP32 ? 4 : 2));
   return call(target, &tamis_kernels::attend, a);
 }
 int tamis_key_mean(const char* target, const tamis_summarize_args* a) {

@@ -106,6 +106,7 @@ static int prepare(tamis_attend_args& a, Prepared& p) {
   lay_out(measure, a, pack, tiles, p, a.packed);
   p.memory = (char*)aligned_alloc(64, measure.at + 64);
   if (!p.memory) return TAMIS_NO_MEMORY;
+  tamis_large_pages(p.memory, measure.at);
   Pieces pieces{p.memory};
   lay_out(pieces, a, pack, tiles, p, a.packed);
   tamis_attend_args looking = a;

@@ -21,3 +21,6 @@ struct tamis_kernels {
   int (*pack_kv)(const tamis_pack_args*);
   int (*select)(const tamis_select_args*);
 };
+
+// Asks for pages of 2 MB where memory is long and fresh.
+void tamis_large_pages(void* data, int64_t bytes);
