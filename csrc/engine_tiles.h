@@ -20,7 +20,7 @@
 #include "engine_int8.h"
 #include "prepare.h"
 #include "state.h"
-#include "tiles.h"
+#include "tile_products.h"
 
 constexpr int kHeadroom = 8;        // powers of two that P may exceed 1 by; values keep as many fewer below infinity
 constexpr float kMostPower = 3e4f;  // beyond, 128 times it leaves the integers that fp32 has beside kMagic
@@ -50,6 +50,10 @@ struct TileEngine {
   static constexpr int64_t kPartsAtOnce = 16;
   static constexpr int kVecs = kTileRows / W;
   static_assert(kVecs == 2, "the tile code names both");
+
+  // How a score becomes the argument of the exponential: raw scores in one step; so but for the rows that are wild; or
+  // finished ones, floats.
+  enum class Scores { plain, wild, floats };
 
   struct Rows {  // what a row tile remembers
     alignas(64) float reference[kTileRows];  // natural logarithm, as all scores are
@@ -115,89 +119,6 @@ struct TileEngine {
     transpose((const float*)row_bytes, key_bytes / 4, kTileRows, (int)(key_bytes / 4), (float*)to, kTileRows);
   }
 
-  // S for 64 keys. Work alternates between two sets of tiles, so that one set's sums are stored while the other's
-  // are made.
-  void tile_scores(const char* key, int64_t ld, const char* rows) const {
-    const int64_t row = kTileRows * 4;
-    char* to = s;
-    for (int64_t j = 0; j < kKeys; j += 32, key += 32 * ld, to += 32 * row) {
-      TILE_ZERO(0);
-      TILE_ZERO(1);
-      for (int64_t c = 0; c < key_bytes; c += 64) {
-        if (key_bytes > 64 || j == 0) {  // else they are still there
-          TILE_LOAD(6, rows + c * kTileRows, row);
-          TILE_LOAD(7, rows + c * kTileRows + 64, row);
-        }
-        TILE_LOAD(4, key + c, ld);
-        if (kInt8) {
-          TILE_DOT_INT8(0, 4, 6);
-          TILE_DOT_INT8(1, 4, 7);
-        } else {
-          TILE_DOT_BF16(0, 4, 6);
-          TILE_DOT_BF16(1, 4, 7);
-        }
-      }
-      TILE_STORE(0, to, row);
-      TILE_STORE(1, to + 64, row);
-      TILE_ZERO(2);
-      TILE_ZERO(3);
-      for (int64_t c = 0; c < key_bytes; c += 64) {
-        if (key_bytes > 64) {
-          TILE_LOAD(6, rows + c * kTileRows, row);
-          TILE_LOAD(7, rows + c * kTileRows + 64, row);
-        }
-        TILE_LOAD(5, key + 16 * ld + c, ld);
-        if (kInt8) {
-          TILE_DOT_INT8(2, 5, 6);
-          TILE_DOT_INT8(3, 5, 7);
-        } else {
-          TILE_DOT_BF16(2, 5, 6);
-          TILE_DOT_BF16(3, 5, 7);
-        }
-      }
-      TILE_STORE(2, to + 16 * row, row);
-      TILE_STORE(3, to + 16 * row + 64, row);
-    }
-  }
-
-  // O += V^T . P for the vectors of rows that move.
-  void tile_values(const uint16_t* value, float* o, uint32_t moving) const {
-    const int64_t row = kTileRows * 4, key_row = kKeys * 2;
-    const bool first = moving & 1, second = moving & 2;
-    TILE_LOAD(4, p, row);
-    TILE_LOAD(5, p + 32, row);
-    TILE_LOAD(6, p + kTileRows * 32, row);
-    TILE_LOAD(7, p + kTileRows * 32 + 32, row);
-    for (int64_t c = 0; c < prepared.wide; c += 16, value += 16 * kKeys, o += 16 * kTileRows) {
-      if (first && second) {
-        TILE_LOAD(0, o, row);
-        TILE_LOAD(2, value, key_row);
-        TILE_LOAD(1, o + W, row);
-        TILE_LOAD(3, value + 32, key_row);
-        TILE_DOT_BF16(0, 2, 4);
-        TILE_DOT_BF16(1, 2, 5);
-        TILE_DOT_BF16(0, 3, 6);
-        TILE_DOT_BF16(1, 3, 7);
-        TILE_STORE(0, o, row);
-        TILE_STORE(1, o + W, row);
-        continue;
-      }
-      TILE_LOAD(2, value, key_row);
-      TILE_LOAD(3, value + 32, key_row);
-      if (first) {
-        TILE_LOAD(0, o, row);
-        TILE_DOT_BF16(0, 2, 4);
-        TILE_DOT_BF16(0, 3, 6);
-        TILE_STORE(0, o, row);
-      } else {
-        TILE_LOAD(1, o + W, row);
-        TILE_DOT_BF16(1, 2, 5);
-        TILE_DOT_BF16(1, 3, 7);
-        TILE_STORE(1, o + W, row);
-      }
-    }
-  }
-
   // All row tiles against some parts. Returns the rows whose PV product is done, each part by its weight.
   double visit_parts(const Item& it, State& st, const Part* parts, int64_t count) {
     double done = 0;
@@ -240,87 +161,106 @@ struct TileEngine {
     return ~tame;
   }
 
+  // One row tile against one part, on its way from scores to weights.
+  struct Meeting {
+    int64_t tile, at;  // at: the part among the prepared ones
+    float* o;
+    int vecs;          // vectors of rows that hold any
+    bool all_seen, careful;
+    float key_size;
+    vf factor[kVecs];
+    vf top[kVecs];     // highest scores, where they are needed
+    vi most[kVecs];    // largest words of P, for each pair of keys
+    vf sum[kVecs];     // of P
+  };
+
   // Returns the rows whose PV product is done.
   int64_t visit(const Item& it, State& st, int64_t tile, const Part& part, Sight sight) {
     Rows& t = state[tile];
-    const int64_t at = (it.b * a.kv_heads + it.kv_head) * prepared.parts + part.j0 / kKeys;
-    int64_t ld;
-    const char* key = key_rows(it, part, at, &ld);
-    tile_scores(key, ld, q + tile * kTileRows * key_bytes);
-
-    const bool all_seen = sight == Sight::all && !a.attn_mask.data && part.keys == kKeys;
-    const bool careful = !all_seen || a.softcap > 0;
+    Meeting b;
+    b.tile = tile, b.at = (it.b * a.kv_heads + it.kv_head) * prepared.parts + part.j0 / kKeys;
+    b.o = st.o + tile * prepared.wide * kTileRows;
+    b.vecs = it.rows > W ? 2 : 1;
+    b.all_seen = sight == Sight::all && !a.attn_mask.data && part.keys == kKeys;
+    b.careful = !b.all_seen || a.softcap > 0;
     const float key_scale = kInt8 ? a.packed.key_scale[packed_block(it, part)] : 1.f;
-    const float key_size = kInt8 ? 127.f * key_scale : prepared.key_top[at];
-    vf factor[kVecs], top[kVecs];
-    for (int r = 0; r < kVecs; ++r) factor[r] = load(t.factor + r * W) * set1(key_scale);
-    float* o = st.o + tile * prepared.wide * kTileRows;
-    const int vecs = it.rows > W ? 2 : 1;
-    vi most[kVecs];
-    vf sum[kVecs];
-    if (careful) {
-      careful_scores(it, t, sight, part, factor, top);
-      for (int r = 0; r < vecs; ++r) {
+    b.key_size = kInt8 ? 127.f * key_scale : prepared.key_top[b.at];
+    for (int r = 0; r < kVecs; ++r) b.factor[r] = load(t.factor + r * W) * set1(key_scale);
+
+    int64_t ld;
+    const char* key = key_rows(it, part, b.at, &ld);
+    tile_scores<kInt8>(key, ld, q + tile * kTileRows * key_bytes, key_bytes, s);
+    if (b.careful) {
+      careful_scores(it, t, sight, part, b.factor, b.top);
+      for (int r = 0; r < b.vecs; ++r) {
         const vf limit = load(t.reference + r * W) + set1(kHeadroom * kLn2);
-        rebase(t, r, top[r], above_bits(top[r], limit), st, tile, o);
+        rebase(t, r, b.top[r], above_bits(b.top[r], limit), st, b);
       }
-      vecs == 2 ? weights<Scores::floats, 2>(t, factor, 0, most, sum) : weights<Scores::floats, 1>(t, factor, 0, most, sum);
+      weights<Scores::floats>(t, 0, b);
     } else {
-      if (t.fresh)
-        for (int r = 0; r < vecs; ++r) rebase(t, r, highest(r, factor[r]), 0, st, tile, o);
-      for (bool again = false;; again = true) {
-        if (const uint32_t wild = wild_rows(t, factor, key_size))
-          vecs == 2 ? weights<Scores::wild, 2>(t, factor, wild, most, sum)
-                    : weights<Scores::wild, 1>(t, factor, wild, most, sum);
-        else
-          vecs == 2 ? weights<Scores::plain, 2>(t, factor, 0, most, sum)
-                    : weights<Scores::plain, 1>(t, factor, 0, most, sum);
-        bool left = false;
-        for (int r = 0; r < vecs && !again; ++r) {
-          // A row is left behind by its own words alone: what its neighbours do must not show in its bits.
-          const __mmask32 words = _mm512_cmpgt_epu16_mask(most[r], _mm512_set1_epi16(kOne + 128 * kHeadroom));
-          if (!words) continue;
-          const uint32_t rows = _mm512_test_epi32_mask(_mm512_movm_epi16(words), set1i(-1));
-          rebase(t, r, highest(r, factor[r]), rows, st, tile, o);
-          left = true;
-        }
-        if (!left) break;
-      }
+      raw_weights(t, st, b);
     }
-    const float threshold = a.pv_threshold ? a.pv_threshold[it.h] : 0.f;
     int64_t done = 0;
-    uint32_t moving = 0;
-    for (int r = 0; r < vecs; ++r) {
-      const int64_t rows = least(W, it.rows - r * W);
-      const uint32_t real = (1u << rows) - 1;
-      float* l = st.l + tile * kTileRows + r * W;
-      store(l, load(l) + sum[r]);
-      const bool sees = !careful || (above_bits(top[r], set1(-INFINITY)) & real);
-      bool moves = true;
-      if (threshold > 0) {
-        if (!careful && threshold > kMostWords) {
-          top[r] = highest(r, factor[r]);
-        } else if (!careful) {
-          const vi high = _mm512_max_epi32(_mm512_srli_epi32(most[r], 16), _mm512_and_si512(most[r], set1i(0xffff)));
-          top[r] = fma(to_float(high) - set1(kOne), set1(kLn2 / 128), load(t.reference + r * W));
-        }
-        float* m = st.m + tile * kTileRows + r * W;
-        const vf highest = vmax(top[r], load(m));
-        store(m, highest);
-        moves = above_bits(top[r] - where_minus_inf_zero(highest), set1(-threshold)) & real;
-      }
-      if (moves && sees) moving |= 1u << r;
-      if (moves || !sees) done += rows;  // blind rows skip nothing
-    }
+    const uint32_t moving = moving_rows(it, t, st, b, &done);
     if (!moving) return done;
-    const uint16_t* value = prepared.value + at * prepared.wide * kKeys;
-    if (prepared.finite[at] || all_seen) {
-      tile_values(value, o, moving);
+    const uint16_t* value = prepared.value + b.at * prepared.wide * kKeys;
+    if (prepared.finite[b.at] || b.all_seen) {
+      tile_values(value, p, prepared.wide, b.o, moving);
     } else {
-      tile_values(finite_values(value), o, moving);
-      add_broken_values(value, o, moving, part.keys);
+      tile_values(finite_values(value, prepared.wide, value_copy), p, prepared.wide, b.o, moving);
+      add_broken_values(value, a.value_dim, part.keys, seen, p, moving, b.o);
     }
     return done;
+  }
+
+  // P from raw scores, which every row sees all of.
+  void raw_weights(Rows& t, State& st, Meeting& b) {
+    if (t.fresh)
+      for (int r = 0; r < b.vecs; ++r) rebase(t, r, highest(r, b.factor[r]), 0, st, b);
+    for (bool again = false;; again = true) {
+      if (const uint32_t wild = wild_rows(t, b.factor, b.key_size))
+        weights<Scores::wild>(t, wild, b);
+      else
+        weights<Scores::plain>(t, 0, b);
+      bool left = false;
+      for (int r = 0; r < b.vecs && !again; ++r) {
+        // A row is left behind by its own words alone: what its neighbours do must not show in its bits.
+        const __mmask32 words = _mm512_cmpgt_epu16_mask(b.most[r], _mm512_set1_epi16(kOne + 128 * kHeadroom));
+        if (!words) continue;
+        const uint32_t rows = _mm512_test_epi32_mask(_mm512_movm_epi16(words), set1i(-1));
+        rebase(t, r, highest(r, b.factor[r]), rows, st, b);
+        left = true;
+      }
+      if (!left) return;
+    }
+  }
+
+  // Denominators, and stage 2: bit r is set where the product of vector r's weights is wanted. `done` counts its rows,
+  // and those that see nothing and so skip nothing.
+  uint32_t moving_rows(const Item& it, const Rows& t, State& st, Meeting& b, int64_t* done) const {
+    const float threshold = a.pv_threshold ? a.pv_threshold[it.h] : 0.f;
+    uint32_t moving = 0;
+    for (int r = 0; r < b.vecs; ++r) {
+      const int64_t rows = least(W, it.rows - r * W);
+      const uint32_t real = (1u << rows) - 1;
+      float *l = st.l + b.tile * kTileRows + r * W, *m = st.m + b.tile * kTileRows + r * W;
+      store(l, load(l) + b.sum[r]);
+      const bool sees = !b.careful || (above_bits(b.top[r], set1(-INFINITY)) & real);
+      bool moves = true;
+      if (threshold > 0) {
+        if (!b.careful) b.top[r] = threshold > kMostWords ? highest(r, b.factor[r]) : top_of_words(t, r, b.most[r]);
+        const vf yet = vmax(b.top[r], load(m));
+        store(m, yet);
+        moves = above_bits(b.top[r] - where_minus_inf_zero(yet), set1(-threshold)) & real;
+      }
+      if (moves && sees) moving |= 1u << r;
+      if (moves || !sees) *done += rows;
+    }
+    return moving;
+  }
+  static vf top_of_words(const Rows& t, int r, vi most) {
+    const vi high = _mm512_max_epi32(_mm512_srli_epi32(most, 16), _mm512_and_si512(most, set1i(0xffff)));
+    return fma(to_float(high) - set1(kOne), set1(kLn2 / 128), load(t.reference + r * W));
   }
 
   // The highest score of each row of a vector, as the plain path sees them.
@@ -334,7 +274,7 @@ struct TileEngine {
   }
 
   // References of rows that have none yet, and of those in `left`; O and the denominator follow.
-  void rebase(Rows& t, int r, vf top, uint32_t left, State& st, int64_t tile, float* o) {
+  void rebase(Rows& t, int r, vf top, uint32_t left, State& st, const Meeting& b) {
     const vf old = load(t.reference + r * W);
     const uint32_t fresh = t.fresh >> (r * W) & 0xffff;
     const uint32_t first = fresh & above_bits(top, set1(-INFINITY));
@@ -348,17 +288,19 @@ struct TileEngine {
     t.fresh &= ~(first << (r * W));
     if (!left) return;
     const vf by = choose_bits(exp_of(old - now), set1(1.f), left);
-    float* l = st.l + tile * kTileRows + r * W;
+    float *l = st.l + b.tile * kTileRows + r * W, *o = b.o + r * W;
     store(l, load(l) * by);
-    o += r * W;
     for (int64_t c = 0; c < prepared.wide; ++c, o += kTileRows) store(o, load(o) * by);
   }
 
-  // How a score becomes the argument of the exponential: raw scores in one step; so but for the rows that are wild; or
-  // finished ones, floats.
-  enum class Scores { plain, wild, floats };
-
-  // P of 64 keys for one or both vectors of rows, and its sums. `most` gets the largest words of each pair of keys.
+  // P of 64 keys for one or both vectors of rows, its sums and its largest words.
+  template <Scores kScores>
+  void weights(const Rows& t, uint32_t wild, Meeting& b) const {
+    if (b.vecs == 2)
+      weights<kScores, 2>(t, b.factor, wild, b.most, b.sum);
+    else
+      weights<kScores, 1>(t, b.factor, wild, b.most, b.sum);
+  }
   template <Scores kScores, int R>
   void weights(const Rows& t, const vf* factor, uint32_t wild, vi* most, vf* sum) const {
     const vi magic = bits_of(set1(kMagic)), low7 = _mm512_set1_epi16(0x7f);
@@ -420,27 +362,6 @@ struct TileEngine {
     for (int64_t i = part.keys * kTileRows; i < kKeys * kTileRows; i += W) store(x + i, set1(-INFINITY));
     finish_scores(a, it, sight, it.i0, it.rows, part.j0, part.keys, x, seen);
     for (int r = 0; r < kVecs; ++r) top[r] = column_max(x, part.keys, r);
-  }
-
-  // A hidden value that is NaN or infinite would leak through 0 * NaN. The tiles get a zero for it, and the rows that
-  // do see it get it afterwards: a row's output is the same whatever it does not see.
-  const uint16_t* finite_values(const uint16_t* value) const {
-    for (int64_t i = 0; i < prepared.wide * kKeys; i += 32) {
-      const vi x = loadi(value + i), exponent = _mm512_set1_epi16(0x7f80);
-      const __mmask32 broken = _mm512_cmpeq_epi16_mask(_mm512_and_si512(x, exponent), exponent);
-      storei(value_copy + i, _mm512_mask_mov_epi16(x, broken, _mm512_setzero_si512()));
-    }
-    return value_copy;
-  }
-  void add_broken_values(const uint16_t* value, float* o, uint32_t moving, int64_t keys) const {
-    for (int64_t c = 0; c < a.value_dim; ++c)
-      for (int64_t j = 0; j < keys; ++j) {
-        const uint16_t v = value[c * kKeys + j];
-        if ((v & 0x7f80) != 0x7f80) continue;
-        for (int i = 0; i < kTileRows; ++i)
-          if (seen[j] >> i & 1 && moving >> (i / W) & 1)
-            o[c * kTileRows + i] += bf16_to_float(p[(j / 2 * kTileRows + i) * 2 + j % 2]) * bf16_to_float(v);
-      }
   }
 
   void finish(const Item& it, State& st) {

@@ -2,6 +2,7 @@
 // [wide channels][64 keys] for each 64 keys, zero beyond the last key and channel.
 #pragma once
 #include "prepare.h"
+#include "softmax.h"
 
 static inline __m256i to_bf16(vf x) { return (__m256i)_mm512_cvtneps_pbh(x); }
 // The same in the upper halves of 32 bits, which makes them floats.
@@ -100,4 +101,28 @@ static int prepare_tiles(const tamis_attend_args& a, const Prepared& p) {
     free(rows);
   }
   return error;
+}
+
+// A hidden value that is NaN or infinite would leak through 0 * NaN. The tiles get a zero for it, and the rows that do see
+// it get it afterwards: a row's output is the same whatever it does not see.
+static const uint16_t* finite_values(const uint16_t* value, int64_t wide, uint16_t* copy) {
+  const vi exponent = _mm512_set1_epi16(0x7f80);
+  for (int64_t i = 0; i < wide * 64; i += 32) {
+    const vi x = loadi(value + i);
+    const __mmask32 broken = _mm512_cmpeq_epi16_mask(_mm512_and_si512(x, exponent), exponent);
+    storei(copy + i, _mm512_mask_mov_epi16(x, broken, _mm512_setzero_si512()));
+  }
+  return copy;
+}
+// Bit i of seen[j]: row i of the tile sees key j; bit r of `moving`: the rows of vector r take part.
+static void add_broken_values(const uint16_t* value, int64_t value_dim, int64_t keys, const uint32_t* seen,
+                              const uint16_t* p, uint32_t moving, float* o) {
+  for (int64_t c = 0; c < value_dim; ++c)
+    for (int64_t j = 0; j < keys; ++j) {
+      const uint16_t v = value[c * 64 + j];
+      if ((v & 0x7f80) != 0x7f80) continue;
+      for (int i = 0; i < kTileRows; ++i)
+        if (seen[j] >> i & 1 && moving >> (i / W) & 1)
+          o[c * kTileRows + i] += bf16_to_float(p[(j / 2 * kTileRows + i) * 2 + j % 2]) * bf16_to_float(v);
+    }
 }
