@@ -10,8 +10,8 @@
 // above it. O is seldom rescaled (and exactly then), and no maximum has to be known before the exponentials.
 //
 // The exponential is integer arithmetic on 32 lanes of 16 bits. With y = 128 x + 127 * 128 rounded, x to the base of 2,
-// the word y read as a bf16 is 2^floor(x) (1 + frac(x)), since its low 7 bits are the fraction; a table of 128 bytes turns that into
-// 2^floor(x) 2^frac(x). Rounding y costs 2^(1/256), .27%, at most, the mantissa half a unit of 2^-7, .39%.
+// the word y read as a bf16 is 2^floor(x) (1 + frac(x)), since its low 7 bits are the fraction; a table of 128 bytes
+// turns that into 2^floor(x) 2^frac(x). Rounding y costs 2^(1/256), .27%, at most, the mantissa half a unit of 2^-7, .39%.
 //
 // That takes scores of a moderate size. Rows beyond ("wild", which each row is on its own, whatever its neighbours are)
 // have it done in steps that cost more, and so have blocks with masks or a softcap.
@@ -22,15 +22,15 @@
 #include "state.h"
 #include "tile_products.h"
 
-constexpr int kHeadroom = 8;        // powers of two that P may exceed 1 by; values keep as many fewer below infinity
+constexpr int kHeadroom = 8;  // powers of two that P may exceed 1 by; values keep as many fewer below infinity
 constexpr float kMostPower = 3e4f;  // beyond, 128 times it leaves the integers that fp32 has beside kMagic
 // Scores of more, natural logarithm, might lie so far below a reference that y's bits less those of kMagic wrap around:
 // at -2 kMagic, 98,304 powers. References take up to kMostPower of that.
 constexpr float kMostScore = 4e4f;
-constexpr float kMostWords = 80.f;    // a score so far below its reference, natural logarithm, still has a word above 0
+constexpr float kMostWords = 80.f;  // a score so far below its reference, natural logarithm, still has a word above 0
 constexpr float kMostFactor = 1e30f;  // what a score is multiplied with must stay finite
 constexpr float kMagic = 12582912.f;  // 1.5 * 2^23: a float of it plus n has n in its low bits
-constexpr int kOne = 127 * 128;        // the bits of 1.0 in bf16
+constexpr int kOne = 127 * 128;       // the bits of 1.0 in bf16
 
 // 128 (2^(i / 128) - 1) for i < 128, rounded. Made by the compiler: code that runs when the library is loaded
 // would run on any processor.
@@ -70,7 +70,7 @@ struct TileEngine {
   char* s;                  // [64][32] scores: int32, or floats
   uint16_t* p;              // [32][32][2]
   char* q;                  // [tiles][key_bytes / 4][32][4]
-  char* key_copy;           // a block in whole tiles where it is not
+  char* key_copy;           // the last key block where it is not a whole one
   uint16_t* value_copy;     // a block without what is not finite
   char* row_bytes;
   Rows* state;
@@ -92,7 +92,6 @@ struct TileEngine {
     key_copy = q + kMostRows * key_bytes;
     value_copy = (uint16_t*)(key_copy + kKeys * key_bytes);
     row_bytes = (char*)(value_copy + kKeys * round_up(a.value_dim, 16));
-    if (scratch) memset(key_copy, 0, kKeys * key_bytes);
   }
 
   void set_queries(const Item& it, int64_t tile, float* rows, int64_t ld, int64_t n) {
@@ -126,8 +125,7 @@ struct TileEngine {
       Item mine = it;
       mine.i0 += tile * kTileRows, mine.rows = least(kTileRows, it.rows - tile * kTileRows);
       for (int64_t n = 0; n < count; ++n)
-        done += (double)(parts[n].sights[tile] == Sight::none ? mine.rows : visit(mine, st, tile, parts[n], parts[n].sights[tile])) *
-                parts[n].weight;
+        done += (double)visit(mine, st, tile, parts[n]) * parts[n].weight;
     }
     return done;
   }
@@ -175,7 +173,9 @@ struct TileEngine {
   };
 
   // Returns the rows whose PV product is done.
-  int64_t visit(const Item& it, State& st, int64_t tile, const Part& part, Sight sight) {
+  int64_t visit(const Item& it, State& st, int64_t tile, const Part& part) {
+    const Sight sight = part.sights[tile];
+    if (sight == Sight::none) return it.rows;
     Rows& t = state[tile];
     Meeting b;
     b.tile = tile, b.at = (it.b * a.kv_heads + it.kv_head) * prepared.parts + part.j0 / kKeys;

@@ -1,5 +1,7 @@
-// Value as the first operand of tile products, O[channel][row] += V[channel][key] . P[key][row]: bf16,
-// [wide channels][64 keys] for each 64 keys, zero beyond the last key and channel.
+// Value and key as the first operands of tile products, made once a call.
+//
+// Value, in O[channel][row] += V[channel][key] . P[key][row], is bf16, [wide channels][64 keys] for each 64 keys, zero beyond
+// the last key and channel. Key is copied only where its rows are not whole tiles of 64 bytes.
 #pragma once
 #include "prepare.h"
 #include "softmax.h"
@@ -22,7 +24,8 @@ static bool turn_values(const tamis_attend_args& a, int64_t b, int64_t h, int64_
   for (int64_t c = 0; c < padded; c += W) {
     for (int64_t j = 0; j < 64; j += 2) {
       const vi low = turned_bits(load(rows + j * padded + c)), high = turned_bits(load(rows + (j + 1) * padded + c));
-      broken = fma(as_float(low), set1(0.f), fma(as_float(high), set1(0.f), broken));  // rounding may have made infinities
+      // Of the rounded ones, since rounding may have made infinities.
+      broken = fma(as_float(low), set1(0.f), fma(as_float(high), set1(0.f), broken));
       storei(words + j / 2 * W, either(_mm512_srli_epi32(low, 16), high));
     }
     transpose(words, W, 32, W, turned, 32);
@@ -45,7 +48,7 @@ static bool scale_values(const tamis_attend_args& a, int64_t at, int64_t wide, u
   memset(to + a.value_dim * 64, 0, (wide - a.value_dim) * 64 * 2);
   return finite;
 }
-// The largest absolute entry of some keys, NaN where one is; infinite where one is.
+// The largest absolute entry of some keys; NaN where one is not finite.
 static float key_size(const tamis_attend_args& a, int64_t b, int64_t h, int64_t j0, int64_t n, float* row) {
   vf top = set1(0.f), broken = set1(0.f);
   const int64_t padded = round_up(a.head_dim, 16);
@@ -103,8 +106,8 @@ static int prepare_tiles(const tamis_attend_args& a, const Prepared& p) {
   return error;
 }
 
-// A hidden value that is NaN or infinite would leak through 0 * NaN. The tiles get a zero for it, and the rows that do see
-// it get it afterwards: a row's output is the same whatever it does not see.
+// A hidden value that is NaN or infinite would leak through 0 * NaN. The tiles get a zero for it, and the rows that do
+// see it get it afterwards: a row's output is the same whatever it does not see.
 static const uint16_t* finite_values(const uint16_t* value, int64_t wide, uint16_t* copy) {
   const vi exponent = _mm512_set1_epi16(0x7f80);
   for (int64_t i = 0; i < wide * 64; i += 32) {

@@ -226,13 +226,13 @@ def test_thresholds_of_any_size(engine: Engine, threshold: float) -> None:
 
 
 def test_a_future_query_changes_nothing(engine: Engine) -> None:
-    """Whatever arithmetic a wild row needs, its neighbours keep theirs."""
-    q, k, v = inputs(heads=8, q_len=1000, kv_len=1000, dim=64)
+    """Whatever arithmetic a wild row needs, its neighbours keep theirs; one weight in some hundred blocks would show."""
+    q, k, v = inputs(heads=8, q_len=2048, kv_len=2048, dim=64)
     before = engine.attend(q, k, v, causal=True)
     for factor in (1e4, NAN, 1e16):
         new = [x.clone() for x in (q, k, v)]
         for x in new:
-            x[:, :, 980] *= factor
+            x[:, :, 2036] *= factor
         after = engine.attend(*new, causal=True)
-        assert torch.equal(after.output[:, :, :980], before.output[:, :, :980])
-        assert torch.equal(after.lse[:, :, :980], before.lse[:, :, :980])
+        assert torch.equal(after.output[:, :, :2036], before.output[:, :, :2036])
+        assert torch.equal(after.lse[:, :, :2036], before.lse[:, :, :2036])

@@ -351,11 +351,14 @@ def test_window_predictor(engine: Engine, causal: bool) -> None:
 def test_one_op_is_its_steps(engine: Engine, trim: bool, padded: bool) -> None:
     """`predict` chooses what key_mean, summarize and select choose one after another."""
     q, k, _ = qkv(batch=2, heads=4, kv_heads=2, q_len=500, kv_len=700, dim=40)
+    # A mean that hides the differences if it stays, and padding that moves it if it counts.
+    k = k + 2 * torch.randn(40)
+    k[:, :, 650:] *= 50
     segments = torch.zeros(2, 700, dtype=torch.int64)
     segments[:, 650:] = -1
     kv_segments = segments if padded else None
-    topk, similarity = torch.tensor([0.2, 0.4, 0.6, 1.0]), torch.full((4,), 0.1)
-    choice = (0.2, None, topk, similarity, True, True, None)
+    topk, similarity = torch.tensor([0.2, 0.4, 0.6, 1.0]), torch.tensor([-1.0, 0.01, 0.016, 0.1])
+    choice = (0.2, None, topk, similarity, True, False, None)  # not causal: no row keeps the padded block as its own
     rest = (None, None, None, None, trim)
     together = engine.op("predict", q, k, None, kv_segments, *choice, 128, 64, *rest)
     mean = engine.op("key_mean", k, kv_segments, None)

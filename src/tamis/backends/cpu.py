@@ -393,10 +393,8 @@ def attend(
         return output.reshape(batch, heads, 1, output.shape[-1]), lse.reshape(batch, heads, 1), counts
     args = native.Attend()
     args.batch, args.heads, args.head_dim, args.query = batch, heads, head_dim, native.tensor(query)
-    args.int8, args.bf16_products = (
-        precision == "int8",
-        q_len >= geometry.TILE_ROWS if bf16_products is None else bf16_products,
-    )
+    args.int8 = precision == "int8"
+    args.bf16_products = q_len >= geometry.TILE_ROWS if bf16_products is None else bf16_products
     if packed:
         packed = [t.contiguous() for t in packed]
         args.packed = _packed_struct(packed)
