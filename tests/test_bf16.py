@@ -226,7 +226,7 @@ def test_thresholds_of_any_size(engine: Engine, threshold: float) -> None:
 
 
 def test_a_future_query_changes_nothing(engine: Engine) -> None:
-    """Whatever arithmetic a wild row needs, its neighbours keep theirs; one weight in some hundred blocks would show."""
+    """Whatever a wild row needs, its neighbours keep theirs; a weight in some hundred blocks would show."""
     q, k, v = inputs(heads=8, q_len=2048, kv_len=2048, dim=64)
     before = engine.attend(q, k, v, causal=True)
     for factor in (1e4, NAN, 1e16):
