@@ -19,7 +19,7 @@ from tamis.call import LARGEST, SMALLEST, Call
 from tamis.errors import unsupported
 from tamis.stats import Formats
 
-BACKENDS = ("cpu", "reference")
+BACKENDS = ("cpu", "triton", "reference")
 
 
 class Backend(Protocol):
@@ -30,11 +30,11 @@ class Backend(Protocol):
     def reasons(self, call: Call) -> list[str]:
         """Why this backend can't serve the call; empty if it can."""
 
-    def target(self) -> str | None:
-        """The instruction set or device in use, if there is a choice."""
+    def target(self, device: torch.device) -> str | None:
+        """The instruction set or kind of device in use, if there is a choice."""
 
-    def formats(self, precision: str, bf16: bool) -> Formats:
-        """Number formats of the two products; `bf16`: whether query, key and value all are."""
+    def formats(self, precision: str, dtype: torch.dtype, packed: bool, device: torch.device) -> Formats:
+        """Number formats of the two products; `dtype` is that of the query, `packed` whether key is a `PackedKV`."""
 
     def key_mean(self, key: Tensor, segments: Tensor | None, used: Tensor | None) -> Tensor: ...
 
@@ -149,14 +149,17 @@ def choose(call: Call, backend: str | None) -> str:
 
 def description(name: str, call: Call) -> tuple[str | None, Formats]:
     """The backend's target and the number formats of its two products; fixed in a compiled graph."""
-    tensors = [t for t in (call.query, call.key, call.value) if t is not None]
-    bf16 = all(t.dtype == torch.bfloat16 for t in tensors)
-    return cast(tuple[str | None, Formats], _description(name, call.precision, bf16))
+    device = call.query.device
+    made = _description(name, call.precision, call.query.dtype, bool(call.packed), device.type, device.index)
+    return cast(tuple[str | None, Formats], made)
 
 
 @torch.compiler.assume_constant_result  # type: ignore[untyped-decorator]
-def _description(name: str, precision: str, bf16: bool) -> tuple[str | None, Formats]:
-    return load(name).target(), load(name).formats(precision, bf16)
+def _description(
+    name: str, precision: str, dtype: torch.dtype, packed: bool, kind: str, index: int | None
+) -> tuple[str | None, Formats]:
+    device = torch.device(kind) if index is None else torch.device(kind, index)
+    return load(name).target(device), load(name).formats(precision, dtype, packed, device)
 
 
 def key_mean(key: Tensor, segments: Tensor | None, used: Tensor | None, backend: str) -> Tensor:

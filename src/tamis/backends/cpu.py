@@ -77,7 +77,7 @@ def force_target(name: str) -> Iterator[None]:
         _forced.pop()
 
 
-def target() -> str | None:
+def target(device: torch.device | None = None) -> str | None:
     """The instruction set in use: the forced one, or the best this processor has.
 
     Raises:
@@ -92,10 +92,10 @@ def target() -> str | None:
     return wanted or available[0]
 
 
-def formats(precision: str, bf16: bool) -> Formats:
+def formats(precision: str, dtype: torch.dtype, packed: bool, device: torch.device) -> Formats:
     """Number formats of the two products."""
     few = ("int8", "uint8 x int8") if precision == "int8" else ("float32", "float32")
-    if target() != "amx" or not (bf16 or precision == "int8"):
+    if target() != "amx" or not (dtype == torch.bfloat16 or precision == "int8"):
         return Formats(few, few)
     return Formats(few, ("int8" if precision == "int8" else "bfloat16", "bfloat16"))
 

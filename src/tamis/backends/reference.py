@@ -37,12 +37,12 @@ def reasons(call: Call) -> list[str]:
     return ["precision 'fp8' needs a GPU backend"] if call.precision == "fp8" else []
 
 
-def target() -> str | None:
+def target(device: torch.device) -> str | None:
     """Plain torch has no targets of its own."""
     return None
 
 
-def formats(precision: str, bf16: bool) -> Formats:
+def formats(precision: str, dtype: torch.dtype, packed: bool, device: torch.device) -> Formats:
     """Number formats of the two products."""
     both = ("int8", "int8") if precision == "int8" else ("float32", "float32")
     return Formats(both, both)

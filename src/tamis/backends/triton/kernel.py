@@ -1,0 +1,651 @@
+"""Block-sparse attention, one program for a tile of query rows of one head.
+
+Over the key tiles of the kept blocks, ascending, with scores in units of log 2:
+
+    s       = scale * log2(e) * q k^T     (softcap, + mask, -inf where not visible)
+    m_local = row max of s,  m' = max(m, m_local)
+    p       = 2^(s - m'),  l = l * 2^(m - m') + rowsum(p),  o = o * 2^(m - m') + p v
+    output  = o / l,  lse = (m + log2 l) / log2(e)
+
+The list of kept blocks falls into three runs: blocks at the edge of what is visible, blocks seen whole, and blocks at
+the other edge. Only the edges pay for masks. Where visibility is no interval (positions, segments, attn_mask) every
+block is an edge, and those that hold nothing visible are passed over.
+
+In fp8, p is 2^(s - m_local + HEADROOM) and p v is brought to m' afterwards: against the running maximum, long flat rows
+would lose their mass. Stage 2 leaves out p v of a tile if m_local - m' <= -pv_threshold in all of its rows.
+"""
+
+from __future__ import annotations
+
+import triton
+import triton.language as tl
+
+LOG2E = tl.constexpr(1.4426950408889634)
+_EVERY = tl.constexpr(2147483647)
+
+
+@triton.jit
+def _tile(at, row_ok, d_ok, ROWS_EVEN: tl.constexpr, DIM_EVEN: tl.constexpr):
+    """Load a tile; what lies outside is 0."""
+    if ROWS_EVEN:
+        if DIM_EVEN:
+            return tl.load(at)
+        else:
+            return tl.load(at, mask=d_ok[None, :], other=0.0)
+    else:
+        if DIM_EVEN:
+            return tl.load(at, mask=row_ok[:, None], other=0.0)
+        else:
+            return tl.load(at, mask=row_ok[:, None] & d_ok[None, :], other=0.0)
+
+
+@triton.jit
+def _count_below(indices, num, limit, CHUNK: tl.constexpr):
+    """How many of the first `num` indices, which ascend, are below `limit`."""
+    total = tl.zeros([CHUNK], tl.int32)
+    for first in range(0, num, CHUNK):
+        at = first + tl.arange(0, CHUNK)
+        total += (tl.load(indices + at, mask=at < num, other=_EVERY) < limit).to(tl.int32)
+    return tl.sum(total, 0)
+
+
+@triton.jit
+def _tanh(x):
+    """In fp32 to its last digits: a series where 1 - 2^-y would cancel."""
+    square = x * x
+    series = x * (1 + square * (-1 / 3 + square * (2 / 15 + square * (-17 / 315 + square * (62 / 2835)))))
+    fall = tl.exp2(tl.abs(x) * (-2 * LOG2E))
+    far = (1 - fall) / (1 + fall)
+    return tl.where(tl.abs(x) < 0.25, series, tl.where(x < 0, -far, far))
+
+
+@triton.jit
+def _ahead_less(this, other, window):
+    """this - other < window, right even where the difference does not fit 64 bits."""
+    difference = this - other
+    wrapped = ((this ^ other) & (this ^ difference)) < 0
+    return tl.where(wrapped, this < other, difference < window)
+
+
+@triton.jit
+def _meets(q_bounds, kv_bounds, block, window, CAUSAL: tl.constexpr, WINDOW: tl.constexpr):
+    """Whether a query block may see key block(s): arithmetic on minima and maxima of positions and segments."""
+    q_min, q_max = tl.load(q_bounds), tl.load(q_bounds + 1)
+    k_min, k_max = tl.load(kv_bounds + block * 4), tl.load(kv_bounds + block * 4 + 1)
+    seen = (q_min <= q_max) & (k_min <= k_max)
+    seen = seen & (tl.load(q_bounds + 2) <= tl.load(kv_bounds + block * 4 + 3))
+    seen = seen & (tl.load(kv_bounds + block * 4 + 2) <= tl.load(q_bounds + 3))
+    if CAUSAL:
+        seen = seen & (q_max >= k_min)
+    if WINDOW:
+        seen = seen & _ahead_less(q_min, k_max, window) & _ahead_less(k_min, q_max, window)
+    return seen
+
+
+@triton.jit
+def _broken_values(p, seen, v):
+    """What infinities and NaN in v add to p v, for the rows that see them; 0 elsewhere.
+
+    The rows that meet +inf, -inf and NaN (0 * inf is one) are counted in one product by weights 1, 2^8 and 2^16: a
+    tile has at most 128 keys, so that the sums stay apart, and exact.
+    """
+    kind = tl.where(v != v, 65536.0, tl.where(v == float("inf"), 1.0, tl.where(v == float("-inf"), 256.0, 0.0)))
+    lost = tl.where(kind > 0, 65536.0, 0.0)
+    met = tl.dot((seen & (p > 0)).to(tl.bfloat16), kind.to(tl.bfloat16))
+    met = tl.dot((seen & (p == 0)).to(tl.bfloat16), lost.to(tl.bfloat16), met)
+    minus = met >= 256
+    plus = met - tl.floor(met * (1 / 256)) * 256 > 0
+    infinite = tl.where(plus, float("inf"), tl.where(minus, float("-inf"), 0.0))
+    return tl.where((met >= 65536) | (plus & minus), float("nan"), infinite)
+
+
+@triton.jit
+def _visit(
+    o,
+    m,
+    total,
+    skipped,
+    first,
+    last,
+    q,
+    q_factor,
+    q_shift,
+    q_positions,
+    q_segments,
+    rows,
+    row_ok,
+    d_ok,
+    dv_ok,
+    k_at,
+    v_at,
+    k_scale,
+    v_scale,
+    indices,
+    mask_at,
+    kv_positions,
+    kv_segments,
+    q_bounds,
+    kv_bounds,
+    visible,
+    stride_kn,
+    stride_vn,
+    stride_maskn,
+    kv_len,
+    kv_blocks,
+    window,
+    factor,
+    softcap,
+    threshold,
+    EDGE: tl.constexpr,
+    CAUSAL: tl.constexpr,
+    WINDOW: tl.constexpr,
+    QK8: tl.constexpr,
+    PV: tl.constexpr,
+    K_EVEN: tl.constexpr,
+    DV_EVEN: tl.constexpr,
+    VALUE_DIM: tl.constexpr,
+    BLOCK_KV: tl.constexpr,
+    TILE_K: tl.constexpr,
+    DOT32: tl.constexpr,
+    HEADROOM: tl.constexpr,
+):
+    """Take in the entries first .. last - 1 of the list."""
+    PER_BLOCK: tl.constexpr = BLOCK_KV // TILE_K
+    n = tl.arange(0, TILE_K)
+    following = first
+    if indices is not None:
+        following = tl.load(indices + first, mask=first < last, other=0)
+    for step in range(first * PER_BLOCK, last * PER_BLOCK):
+        # The next index is fetched a turn ahead, or else the address of every tile would wait for it.
+        block = following
+        entry = (step + 1) // PER_BLOCK
+        if indices is not None:
+            following = tl.load(indices + entry, mask=entry < last, other=0)
+            block = tl.minimum(tl.maximum(block, 0), kv_blocks - 1)
+        else:
+            following = entry
+        start = block * BLOCK_KV + (step % PER_BLOCK) * TILE_K
+        columns = start + n
+        here = start.to(tl.int64)
+        wanted = True
+        if kv_bounds is not None:
+            wanted = _meets(q_bounds, kv_bounds, block, window, CAUSAL, WINDOW)
+        if visible is not None:
+            wanted = wanted & (tl.load(visible + block) != 0)
+        if wanted:
+            column_ok = columns < kv_len
+            k = _tile(k_at + here * stride_kn, column_ok, d_ok, not EDGE, K_EVEN)  # [TILE_K, D]
+            if QK8:
+                s = tl.dot(q, tl.trans(k)).to(tl.float32)  # [TILE_Q, TILE_K]
+                GRAINS: tl.constexpr = TILE_K // 64
+                if GRAINS == 1:
+                    s = s * (q_factor * tl.load(k_scale + start // 64))[:, None]
+                else:
+                    s = s * q_factor[:, None] * tl.load(k_scale + start // 64 + n // 64)[None, :]
+                if q_shift is not None:
+                    s = s + q_shift[:, None]
+            else:
+                s = tl.dot(q, tl.trans(k), input_precision=DOT32) * factor
+            if softcap is not None:
+                # Up to here scores are natural, divided by the cap; from here on in units of log 2.
+                s = _tanh(s) * (softcap * LOG2E)
+            if EDGE:
+                seen = row_ok[:, None] & column_ok[None, :]
+                seen = _seen(
+                    seen, columns, column_ok, q_positions, q_segments, kv_positions, kv_segments, window, CAUSAL, WINDOW
+                )
+                if mask_at is not None:
+                    tile = tl.load(mask_at + here * stride_maskn, mask=seen, other=0)
+                    seen = seen & _shows(tile)
+                    if mask_at.dtype.element_ty.is_floating():
+                        s = s + tile.to(tl.float32) * LOG2E
+                s = tl.where(seen, s, float("-inf"))
+
+            m_local = tl.max(s, 1)
+            m_next = tl.maximum(m, m_local)
+            # A row that has seen nothing yet has maximum -inf: less 0 its scores stay at -inf, and 2^-inf at 0.
+            reference = tl.where(m_next == float("-inf"), 0.0, m_next)
+            decay = tl.exp2(m - reference)
+            if PV == "fp8":
+                m_own = tl.where(m_local == float("-inf"), 0.0, m_local)
+                p = tl.exp2(s - m_own[:, None] + HEADROOM)
+                gain = tl.exp2(m_local - reference)
+                total = total * decay + tl.sum(p, 1) * gain
+            else:
+                p = tl.exp2(s - reference[:, None])
+                gain = decay
+                total = total * decay + tl.sum(p, 1)
+            m = m_next
+
+            taken = True
+            if threshold is not None:
+                behind = tl.where(row_ok, m_local - reference, float("-inf"))
+                nearest = tl.max(tl.where(behind == behind, behind, 0.0), 0)
+                taken = nearest > -threshold
+                if EDGE:
+                    # With no key seen there is nothing to leave out.
+                    taken = taken | (tl.max(m_local, 0) == float("-inf"))
+                of_block = tl.minimum((kv_len - block * BLOCK_KV + TILE_K - 1) // TILE_K, PER_BLOCK)
+                skipped += tl.where(taken, 0.0, 1.0 / of_block)
+            # Loaded in any case: a load that may not happen is not fetched ahead.
+            if PV == "packed":
+                v = tl.load(v_at + here * VALUE_DIM, mask=column_ok[:, None] & dv_ok[None, :], other=0)
+            else:
+                v = _tile(v_at + here * stride_vn, column_ok, dv_ok, not EDGE, DV_EVEN or PV == "fp8")
+            if taken:
+                if PV == "packed":
+                    v_step = tl.load(v_scale + (start // 64) * VALUE_DIM, mask=dv_ok, other=0.0)
+                    o = o * decay[:, None] + tl.dot(p.to(tl.bfloat16), v.to(tl.bfloat16)) * v_step[None, :]
+                elif PV == "fp8":
+                    o = o * decay[:, None] + tl.dot(p.to(v.dtype), v) * gain[:, None]
+                elif PV == "bf16":
+                    o = tl.dot(p.to(tl.bfloat16), v.to(tl.bfloat16), o * decay[:, None])
+                elif EDGE:
+                    broken = tl.max(tl.max(((v - v) != 0).to(tl.int32), 1), 0) > 0
+                    sound = tl.where((v - v) == 0, v, 0.0).to(v.dtype)
+                    o = tl.dot(p.to(v.dtype), sound, o * decay[:, None], input_precision=DOT32)
+                    if broken:
+                        # Found out again: kept for so rare a case, it would cost registers in every other.
+                        seen = row_ok[:, None] & column_ok[None, :]
+                        seen = _seen(
+                            seen,
+                            columns,
+                            column_ok,
+                            q_positions,
+                            q_segments,
+                            kv_positions,
+                            kv_segments,
+                            window,
+                            CAUSAL,
+                            WINDOW,
+                        )
+                        if mask_at is not None:
+                            seen = seen & _shows(tl.load(mask_at + here * stride_maskn, mask=seen, other=0))
+                        again = _tile(v_at + here * stride_vn, column_ok, dv_ok, False, DV_EVEN)
+                        o += _broken_values(p, seen, again.to(tl.float32))
+                else:
+                    o = tl.dot(p.to(v.dtype), v, o * decay[:, None], input_precision=DOT32)
+    return o, m, total, skipped
+
+
+@triton.jit
+def _shows(mask):
+    """Pairs that a tile of attn_mask, bool or added to the scores, leaves visible."""
+    if mask.dtype.is_floating():
+        return mask.to(tl.float32) != float("-inf")
+    else:
+        return mask != 0
+
+
+@triton.jit
+def _seen(
+    seen,
+    columns,
+    column_ok,
+    q_positions,
+    q_segments,
+    kv_positions,
+    kv_segments,
+    window,
+    CAUSAL: tl.constexpr,
+    WINDOW: tl.constexpr,
+):
+    """Visible pairs of a tile, bool [TILE_Q, TILE_K]."""
+    if CAUSAL or WINDOW:
+        if kv_positions is not None:
+            at = tl.load(kv_positions + columns, mask=column_ok, other=0)
+        else:
+            at = columns
+        if CAUSAL:
+            seen = seen & (q_positions[:, None] >= at[None, :])
+        if WINDOW:
+            if kv_positions is not None:
+                seen = seen & _ahead_less(q_positions[:, None], at[None, :], window)
+                seen = seen & _ahead_less(at[None, :], q_positions[:, None], window)
+            else:
+                seen = seen & (tl.abs(q_positions[:, None] - at[None, :]) < window)
+    if kv_segments is not None:
+        of_key = tl.load(kv_segments + columns, mask=column_ok, other=-1)
+        seen = seen & (q_segments[:, None] == of_key[None, :]) & (of_key >= 0)[None, :]
+    return seen
+
+
+@triton.jit
+def _interval(low, high, kv_len, window, CAUSAL: tl.constexpr, WINDOW: tl.constexpr, BLOCK_KV: tl.constexpr):
+    """Blocks that rows at the positions low .. high see: first and last + 1 of those seen, and of those seen whole."""
+    low, high, window = low.to(tl.int64), high.to(tl.int64), window.to(tl.int64)
+    zero = low * 0
+    end, whole_end = zero + kv_len, zero + kv_len
+    begin, whole_begin = zero, zero
+    if CAUSAL:
+        end, whole_end = tl.minimum(end, high + 1), tl.minimum(whole_end, low + 1)
+    if WINDOW:
+        end, whole_end = tl.minimum(end, high + window), tl.minimum(whole_end, low + window)
+        begin, whole_begin = tl.maximum(zero, low - window + 1), tl.maximum(zero, high - window + 1)
+    begin = begin // BLOCK_KV
+    end = tl.maximum((tl.maximum(end, 0) + BLOCK_KV - 1) // BLOCK_KV, begin)
+    whole_begin = tl.minimum((whole_begin + BLOCK_KV - 1) // BLOCK_KV, end)
+    # The last block of the sequence is whole only if it is full.
+    whole_end = tl.minimum(tl.maximum(tl.maximum(whole_end, 0) // BLOCK_KV, whole_begin), end)
+    return begin.to(tl.int32), whole_begin.to(tl.int32), whole_end.to(tl.int32), end.to(tl.int32)
+
+
+@triton.jit
+def _count_seen(
+    q_bounds,
+    kv_bounds,
+    visible,
+    indices,
+    num,
+    kv_blocks,
+    window,
+    CAUSAL: tl.constexpr,
+    WINDOW: tl.constexpr,
+    CHUNK: tl.constexpr,
+):
+    """How many blocks a query block may see: of all, or of the `num` that are listed."""
+    total = tl.zeros([CHUNK], tl.int32)
+    for first in range(0, num, CHUNK):
+        at = first + tl.arange(0, CHUNK)
+        ok = at < num
+        block = at
+        if indices is not None:
+            block = tl.load(indices + at, mask=ok, other=0)
+            ok = ok & (block >= 0) & (block < kv_blocks)
+        block = tl.where(ok, block, 0)
+        seen = ok
+        if kv_bounds is not None:
+            seen = seen & _meets(q_bounds, kv_bounds, block, window, CAUSAL, WINDOW)
+        if visible is not None:
+            seen = seen & (tl.load(visible + block) != 0)
+        total += seen.to(tl.int32)
+    return tl.sum(total, 0)
+
+
+@triton.jit(
+    do_not_specialize=[
+        "q_len",
+        "kv_len",
+        "heads",
+        "kv_heads",
+        "q_tiles",
+        "q_blocks",
+        "kv_blocks",
+        "kv_tiles",
+        "max_blocks",
+        "window",
+        "factor",
+        "softcap",
+    ]
+)
+def attend_kernel(
+    q,
+    k,
+    v,
+    output,
+    lse,
+    counts,
+    q_scale,
+    k_scale,
+    v_scale,
+    q_shift,
+    kv_num,
+    kv_indices,
+    sink_logits,
+    pv_threshold,
+    attn_mask,
+    q_positions,
+    kv_positions,
+    q_segments,
+    kv_segments,
+    q_bounds,
+    kv_bounds,
+    visible,
+    stride_qb,
+    stride_qh,
+    stride_qn,
+    stride_qd,
+    stride_kb,
+    stride_kh,
+    stride_kn,
+    stride_kd,
+    stride_vb,
+    stride_vh,
+    stride_vn,
+    stride_vd,
+    stride_numb,
+    stride_numh,
+    stride_numq,
+    stride_idxb,
+    stride_idxh,
+    stride_idxq,
+    stride_maskb,
+    stride_maskh,
+    stride_maskq,
+    stride_maskn,
+    stride_q_position,
+    stride_kv_position,
+    stride_q_segment,
+    stride_kv_segment,
+    stride_q_bound,
+    stride_kv_bound,
+    stride_visibleb,
+    stride_visibleh,
+    q_len,
+    kv_len,
+    heads,
+    kv_heads,
+    q_tiles,
+    q_blocks,
+    kv_blocks,
+    kv_tiles,
+    max_blocks,
+    window,
+    factor,
+    softcap,
+    HEAD_DIM: tl.constexpr,
+    VALUE_DIM: tl.constexpr,
+    D: tl.constexpr,
+    DV: tl.constexpr,
+    K_EVEN: tl.constexpr,
+    BLOCK_Q: tl.constexpr,
+    BLOCK_KV: tl.constexpr,
+    TILE_Q: tl.constexpr,
+    TILE_K: tl.constexpr,
+    CAUSAL: tl.constexpr,
+    WINDOW: tl.constexpr,
+    QK8: tl.constexpr,
+    PV: tl.constexpr,
+    DOT32: tl.constexpr,
+    HEADROOM: tl.constexpr,
+    CHUNK: tl.constexpr,
+):
+    """One tile of query rows; grid (q_tiles * heads * batch,).
+
+    factor: scale * log2(e), or scale / softcap where there is a cap. In 8 bits q, k (and v in fp8) come from pool.py.
+    `counts` is fp64 `[batch * heads, q_tiles, 3]`: block products visible and done; of a block's tiles the first
+    writes the whole, the others what they skipped.
+    """
+    place = tl.program_id(0)
+    # Late rows see most under causality: they start first, and the short ones fill the gaps at the end.
+    tile = q_tiles - 1 - place % q_tiles
+    head_at = (place // q_tiles).to(tl.int64)
+    batch, head = head_at // heads, head_at % heads
+    kv_head = head // (heads // kv_heads)
+    kv_at = batch * kv_heads + kv_head
+    q_block = tile * TILE_Q // BLOCK_Q
+    rows = tile * TILE_Q + tl.arange(0, TILE_Q)
+    row_ok = rows < q_len
+    n, d, dv = tl.arange(0, TILE_K), tl.arange(0, D), tl.arange(0, DV)
+    d_ok, dv_ok = d < HEAD_DIM, dv < VALUE_DIM
+    wide_rows = rows.to(tl.int64)
+
+    q_at = q + batch * stride_qb + head * stride_qh + wide_rows[:, None] * stride_qn + d[None, :] * stride_qd
+    q_tile = _tile(q_at, row_ok, d_ok, False, HEAD_DIM == D or QK8)
+    k_at = k + batch * stride_kb + kv_head * stride_kh + n.to(tl.int64)[:, None] * stride_kn + d[None, :] * stride_kd
+    v_at = v + batch * stride_vb + kv_head * stride_vh
+    if PV == "packed":
+        v_at += n[:, None] + dv[None, :] * 64
+    else:
+        v_at += n.to(tl.int64)[:, None] * stride_vn + dv.to(tl.int64)[None, :] * stride_vd
+    row_factor, score_shift = None, None
+    if QK8:
+        row_factor = tl.load(q_scale + head_at * q_len + wide_rows, mask=row_ok, other=0.0) * factor
+        k_scale += kv_at * kv_tiles
+        if softcap is not None:
+            score_shift = tl.load(q_shift + head_at * q_len + wide_rows, mask=row_ok, other=0.0) * factor
+    if PV == "packed":
+        v_scale += kv_at * kv_tiles * VALUE_DIM + dv
+    threshold = None
+    if pv_threshold is not None:
+        threshold = tl.load(pv_threshold + head) * LOG2E
+
+    q_at_positions, q_at_segments = rows + (kv_len - q_len), None
+    if q_positions is not None:
+        q_at_positions = tl.load(q_positions + batch * stride_q_position + wide_rows, mask=row_ok, other=0)
+        kv_positions += batch * stride_kv_position
+    if q_segments is not None:
+        q_at_segments = tl.load(q_segments + batch * stride_q_segment + wide_rows, mask=row_ok, other=-1)
+        kv_segments += batch * stride_kv_segment
+    mask_at = None
+    if attn_mask is not None:
+        mask_at = attn_mask + batch * stride_maskb + head * stride_maskh
+        mask_at += wide_rows[:, None] * stride_maskq + n[None, :] * stride_maskn
+    if q_bounds is not None:
+        q_bounds += batch * stride_q_bound + q_block * 4
+        kv_bounds += batch * stride_kv_bound
+    if visible is not None:
+        visible += batch * stride_visibleb + head * stride_visibleh + q_block.to(tl.int64) * kv_blocks
+
+    num = kv_blocks
+    indices = None
+    if kv_indices is not None:
+        num = tl.load(kv_num + batch * stride_numb + head * stride_numh + q_block * stride_numq)
+        num = tl.minimum(tl.maximum(num, 0), max_blocks)
+        indices = kv_indices + batch * stride_idxb + head * stride_idxh + q_block.to(tl.int64) * stride_idxq
+
+    o = tl.zeros([TILE_Q, DV], tl.float32)
+    m = tl.full([TILE_Q], float("-inf"), tl.float32)
+    total = tl.zeros([TILE_Q], tl.float32)
+    skipped = 0.0
+    # Nothing is an interval where positions, segments or a mask say who sees whom; bounds are then given.
+    REGULAR: tl.constexpr = (q_bounds is None) and (visible is None)
+    if REGULAR:
+        offset = kv_len - q_len
+        block_low = q_block * BLOCK_Q + offset
+        block_high = tl.minimum(q_len, (q_block + 1) * BLOCK_Q) - 1 + offset
+        begin, _, _, end = _interval(block_low, block_high, kv_len, window, CAUSAL, WINDOW, BLOCK_KV)
+        visible_blocks = end - begin
+        kept_blocks = visible_blocks
+        if indices is not None:
+            kept_blocks = _count_below(indices, num, end, CHUNK) - _count_below(indices, num, begin, CHUNK)
+        if TILE_Q < BLOCK_Q:
+            low = tile * TILE_Q + offset
+            high = tl.minimum(q_len, (tile + 1) * TILE_Q) - 1 + offset
+            begin, whole_begin, whole_end, end = _interval(low, high, kv_len, window, CAUSAL, WINDOW, BLOCK_KV)
+        else:
+            begin, whole_begin, whole_end, end = _interval(
+                block_low, block_high, kv_len, window, CAUSAL, WINDOW, BLOCK_KV
+            )
+        if tile * TILE_Q >= q_len:
+            end = begin
+            whole_begin = begin
+            whole_end = begin
+        if indices is not None:
+            begin = _count_below(indices, num, begin, CHUNK) if WINDOW else begin
+            whole_begin = _count_below(indices, num, whole_begin, CHUNK) if WINDOW else whole_begin
+            whole_end = _count_below(indices, num, whole_end, CHUNK)
+            end = _count_below(indices, num, end, CHUNK) if CAUSAL or WINDOW else num
+    else:
+        visible_blocks = _count_seen(
+            q_bounds, kv_bounds, visible, None, kv_blocks, kv_blocks, window, CAUSAL, WINDOW, CHUNK
+        )
+        kept_blocks = visible_blocks
+        if indices is not None:
+            kept_blocks = _count_seen(
+                q_bounds, kv_bounds, visible, indices, num, kv_blocks, window, CAUSAL, WINDOW, CHUNK
+            )
+        begin, whole_begin, whole_end, end = 0, 0, 0, num
+    count_at = counts + (head_at * q_tiles + tile) * 3
+    leads = tile * TILE_Q % BLOCK_Q == 0
+    tl.store(count_at, tl.where(leads, visible_blocks.to(tl.float64), 0.0))
+    tl.store(count_at + 1, tl.where(leads, kept_blocks.to(tl.float64), 0.0))
+    for run in tl.static_range(3):
+        # Edge, whole, edge; without a window there is no edge at the beginning.
+        if (run == 1 and REGULAR) or run == 2 or (run == 0 and REGULAR and WINDOW):
+            first = begin if run == 0 else (whole_begin if run == 1 else whole_end)
+            last = whole_begin if run == 0 else (whole_end if run == 1 else end)
+            o, m, total, skipped = _visit(
+                o,
+                m,
+                total,
+                skipped,
+                first,
+                last,
+                q_tile,
+                row_factor,
+                score_shift,
+                q_at_positions,
+                q_at_segments,
+                rows,
+                row_ok,
+                d_ok,
+                dv_ok,
+                k_at,
+                v_at,
+                k_scale,
+                v_scale,
+                indices,
+                mask_at,
+                kv_positions,
+                kv_segments,
+                q_bounds,
+                kv_bounds,
+                visible,
+                stride_kn,
+                stride_vn,
+                stride_maskn,
+                kv_len,
+                kv_blocks,
+                window,
+                factor,
+                softcap,
+                threshold,
+                EDGE=run != 1,
+                CAUSAL=CAUSAL,
+                WINDOW=WINDOW,
+                QK8=QK8,
+                PV=PV,
+                K_EVEN=K_EVEN,
+                DV_EVEN=VALUE_DIM == DV,
+                VALUE_DIM=VALUE_DIM,
+                BLOCK_KV=BLOCK_KV,
+                TILE_K=TILE_K,
+                DOT32=DOT32,
+                HEADROOM=HEADROOM,
+            )
+
+    empty = total == 0
+    o = o * tl.where(empty, 0.0, 1.0 / total)[:, None]
+    if PV == "fp8":
+        o = o * tl.load(v_scale + kv_at * DV + dv)[None, :]
+    sum_log = m + tl.log2(total) - HEADROOM
+    if QK8 and softcap is None:
+        sum_log += tl.load(q_shift + head_at * q_len + wide_rows, mask=row_ok, other=0.0) * factor
+    sum_log = tl.where(empty, float("-inf"), sum_log)
+    if sink_logits is not None:
+        sink = tl.load(sink_logits + head) * LOG2E
+        largest = tl.maximum(sum_log, sink)
+        base = tl.where(largest == float("-inf"), 0.0, largest)
+        joined = base + tl.log2(tl.exp2(sum_log - base) + tl.exp2(sink - base))
+        o = o * tl.where(empty, 0.0, tl.exp2(sum_log - joined))[:, None]
+        sum_log = joined
+    o = tl.where(empty[:, None], 0.0, o)
+    out_at = output + (head_at * q_len + wide_rows)[:, None] * VALUE_DIM + dv[None, :]
+    tl.store(out_at, o.to(output.dtype.element_ty), mask=row_ok[:, None] & dv_ok[None, :])
+    tl.store(lse + head_at * q_len + wide_rows, sum_log / LOG2E, mask=row_ok)
+
+    count_at = counts + (head_at * q_tiles + tile) * 3
+    rows_here = tl.minimum(q_len - tile * TILE_Q, TILE_Q).to(tl.float64)
+    rows_block = tl.minimum(q_len - q_block * BLOCK_Q, BLOCK_Q).to(tl.float64)
+    tl.store(count_at + 2, tl.load(count_at + 1) - skipped * rows_here / rows_block)

@@ -1,0 +1,214 @@
+"""Compile every Triton kernel for every GPU, on a machine that needs none, and judge the machine code.
+
+The backend is called as for each architecture, on small CPU tensors; what it would have started is compiled instead,
+and taken apart. A kernel fails if it spills registers, asks for more shared memory than there is, has its wgmma
+instructions serialised by the assembler, or lacks the matrix instructions its precision promises.
+"""
+
+from __future__ import annotations
+
+import re
+import subprocess
+import tempfile
+from collections.abc import Iterator
+from concurrent.futures import ProcessPoolExecutor
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+import torch
+
+import tamis
+from tamis.backends.triton import launch
+from tamis.backends.triton import chips
+
+DIMS = (64, 128, 256)
+# Matrix instructions of a family: 16-bit, int8, e4m3 and tf32 products. Hopper has its own for whole warpgroups.
+_MATRIX = {
+    "sm_80": {"half": "HMMA.16816", "int8": "IMMA.16832", "tf32": "HMMA.1688.F32.TF32"},
+    "sm_86": {"half": "HMMA.16816", "int8": "IMMA.16832", "tf32": "HMMA.1688.F32.TF32"},
+    "sm_89": {"half": "HMMA.16816", "int8": "IMMA.16832", "fp8": "QMMA.16832", "tf32": "HMMA.1688.F32.TF32"},
+    "sm_90": {"half": "HGMMA", "int8": "IGMMA", "fp8": "QGMMA", "tf32": "HGMMA"},
+    "sm_100": {"half": "UTCHMMA", "int8": "UTCIMMA", "fp8": "UTCQMMA", "tf32": "UTCHMMA"},
+    "sm_120": {"half": "HMMA.16816", "int8": "IMMA.16832", "fp8": "QMMA.16832", "tf32": "HMMA.1688.F32.TF32"},
+    "gfx942": {"half": r"v_mfma_f32_\w*b?f16", "int8": "v_mfma_i32", "fp8": "v_mfma_f32_\\w*fp8_fp8", "tf32": "v_mfma_f32_\\w*f32"},
+}
+
+
+@dataclass
+class Row:
+    """One kernel on one architecture."""
+
+    target: str
+    kernel: str
+    what: str
+    warps: int
+    stages: int
+    registers: int = 0
+    spills: int = 0
+    shared: int = 0
+    instructions: dict[str, int] = field(default_factory=dict)
+    faults: list[str] = field(default_factory=list)
+
+
+def calls(name: str, dims: tuple[int, ...] = DIMS) -> Iterator[tuple[str, set[str], list[launch.Launch]]]:
+    """What is compiled for an architecture: a description, the kinds of product it must hold, and the launches."""
+    chip = chips.CHIPS[name]
+    precisions = ["full", *(["int8"] if chip.int8 else []), *(["fp8"] if chip.fp8 and chip.int8 else [])]
+    for dim in dims:
+        for precision in precisions:
+            for extra in ("", "causal", "stage2"):
+                if extra == "stage2" and precision == "full":
+                    continue
+                kinds = {"half"} if precision == "full" else {"int8", "half" if precision == "int8" else "fp8"}
+                options: dict[str, Any] = {"causal": extra != "", "precision": precision}
+                if extra == "stage2":
+                    options["pv_threshold"] = 5.0
+                yield f"{precision} d={dim} {extra}".strip(), kinds, _noted(name, dim, torch.bfloat16, **options)
+        yield f"full fp32 d={dim}", {"tf32"}, _noted(name, dim, torch.float32)
+    for dim in dims[:2]:
+        yield f"predict d={dim}", {"tf32"}, _predicted(name, dim)
+
+
+def _inputs(dim: int, dtype: torch.dtype) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
+    return (
+        torch.randn(1, 4, 256, dim, dtype=dtype),
+        torch.randn(1, 2, 256, dim, dtype=dtype),
+        torch.randn(1, 2, 256, dim, dtype=dtype),
+    )
+
+
+def _noted(name: str, dim: int, dtype: torch.dtype, **options: Any) -> list[launch.Launch]:
+    query, key, value = _inputs(dim, dtype)
+    mask = tamis.BlockMask.from_dense(torch.ones(1, 4, 2, 4, dtype=torch.bool), seq_lens=(256, 256))
+    with chips.assume(name), launch.note() as launches:
+        tamis.attend(query, key, value, mask, backend="triton", **options)
+    return launches
+
+
+def _predicted(name: str, dim: int) -> list[launch.Launch]:
+    query, key, _ = _inputs(dim, torch.bfloat16)
+    with chips.assume(name), launch.note() as launches:
+        tamis.Sparge()(query, key, causal=True, backend="triton")
+    return launches
+
+
+def compile_launch(item: launch.Launch, name: str) -> Any:
+    """Triton's compiled kernel for an architecture."""
+    import triton
+    from triton.backends.compiler import BaseBackend, GPUTarget
+    from triton.compiler import ASTSource, make_backend
+
+    kind = chips.CHIPS[name].kind
+    target = GPUTarget("hip", name, 64) if kind == "hip" else GPUTarget("cuda", int(name[3:]), 32)
+    backend = make_backend(target)
+    assert isinstance(backend, BaseBackend)
+    specialize = triton.runtime.jit.native_specialize_impl
+    signature: dict[str, str] = {}
+    constants: dict[str, Any] = {}
+    attributes: dict[tuple[int, ...], Any] = {}
+    values = [*item.arguments]
+    for index, parameter in enumerate(item.kernel.params):
+        if parameter.is_constexpr:
+            signature[parameter.name] = "constexpr"
+            constants[parameter.name] = item.constants[parameter.name]
+            continue
+        value = values.pop(0)
+        form, key = specialize(type(backend), value, False, not parameter.do_not_specialize, True)
+        signature[parameter.name] = form
+        if form == "constexpr":
+            constants[parameter.name] = value if key is None else key
+        elif isinstance(key, str):
+            attributes[(index,)] = backend.parse_attr(key)
+    source = ASTSource(item.kernel, signature, constants, attributes)
+    options = {"num_warps": item.warps, "num_stages": item.stages}
+    return triton.compile(source, target=target, options=options)
+
+
+def judge(item: launch.Launch, name: str, what: str, kinds: set[str]) -> Row:
+    """Compile one launch and look at what came out."""
+    chip = chips.CHIPS[name]
+    row = Row(name, item.kernel.fn.__name__, what, item.warps, item.stages)
+    try:
+        made = compile_launch(item, name)
+    except Exception as error:
+        row.faults.append(f"does not compile: {str(error).strip().splitlines()[-1][:200]}")
+        return row
+    row.shared = made.metadata.shared
+    if row.shared > chip.shared:
+        row.faults.append(f"{row.shared} bytes of shared memory, there are {chip.shared}")
+    code = _amd(made, row) if chip.kind == "hip" else _nvidia(made, row, name)
+    if row.spills:
+        row.faults.append(f"{row.spills} bytes of spills")
+    for kind, pattern in _MATRIX[name].items():
+        if found := len(re.findall(rf"\b{pattern}", code)):
+            row.instructions[kind] = found
+    if row.kernel == "attend_kernel":
+        row.faults += [f"no {kind} matrix instructions" for kind in sorted(kinds - set(row.instructions))]
+    return row
+
+
+def _nvidia(made: Any, row: Row, name: str) -> str:
+    """Registers and spills as the assembler tells them, and the machine code."""
+    import triton
+
+    tools = Path(triton.__file__).parent / "backends" / "nvidia" / "bin"
+    architecture = re.search(r"\.target\s+(\w+)", made.asm["ptx"])
+    assert architecture is not None
+    assembler = tools / ("ptxas-blackwell" if int(name[3:]) >= 100 else "ptxas")
+    with tempfile.TemporaryDirectory() as folder:
+        ptx, cubin = Path(folder) / "kernel.ptx", Path(folder) / "kernel.cubin"
+        ptx.write_text(made.asm["ptx"])
+        command = [str(assembler), "-v", f"--gpu-name={architecture[1]}", str(ptx), "-o", str(cubin)]
+        log = subprocess.run(command, capture_output=True, text=True, check=True).stderr
+        code = subprocess.run([str(tools / "nvdisasm"), str(cubin)], capture_output=True, text=True, check=True).stdout
+    row.registers = max(int(n) for n in re.findall(r"Used (\d+) registers", log))
+    row.spills = sum(int(n) for n in re.findall(r"(\d+) bytes spill", log))
+    if re.search(r"C75(11|15|14|10)|wgmma.*serializ", log):
+        row.faults.append("the assembler serialises wgmma")
+    return code
+
+
+def _amd(made: Any, row: Row) -> str:
+    code: str = made.asm["amdgcn"]
+    row.registers = max(int(n) for n in re.findall(r"\.vgpr_count:\s+(\d+)", code))
+    row.spills = sum(4 * int(n) for n in re.findall(r"\.[sv]gpr_spill_count:\s+(\d+)", code))
+    return code
+
+
+def _all_of(name: str, dims: tuple[int, ...]) -> list[Row]:
+    rows, done = [], set()
+    for what, kinds, launches in calls(name, dims):
+        for item in launches:
+            key = (item.kernel.fn.__name__, str(sorted(item.constants.items())), item.warps, _forms(item))
+            if key not in done:
+                done.add(key)
+                rows.append(judge(item, name, what, kinds))
+    return rows
+
+
+def _forms(item: launch.Launch) -> str:
+    return str([str(x.dtype) if isinstance(x, torch.Tensor) else type(x).__name__ for x in item.arguments])
+
+
+def run(names: list[str] | None = None, dims: tuple[int, ...] = DIMS, workers: int = 2) -> list[Row]:
+    """All kernels of the architectures named, or of all."""
+    names = names or [name for name, chip in chips.CHIPS.items() if chip.kind != "cpu"]
+    if workers == 1:
+        return [row for name in names for row in _all_of(name, dims)]
+    with ProcessPoolExecutor(workers) as pool:
+        return [row for rows in pool.map(_all_of, names, [dims] * len(names)) for row in rows]
+
+
+def table(rows: list[Row]) -> str:
+    """The rows as text."""
+    head = f"{'target':8} {'kernel':18} {'call':24} {'warps':>5} {'stages':>6} {'regs':>5} {'spills':>6} {'shared':>7}  matrix instructions"
+    lines = [head]
+    for row in rows:
+        found = " ".join(f"{kind}:{number}" for kind, number in row.instructions.items())
+        fault = f"  FAILS: {'; '.join(row.faults)}" if row.faults else ""
+        lines.append(
+            f"{row.target:8} {row.kernel.removesuffix('_kernel'):18} {row.what:24} {row.warps:5} {row.stages:6} "
+            f"{row.registers:5} {row.spills:6} {row.shared:7}  {found}{fault}"
+        )
+    return "\n".join(lines)
