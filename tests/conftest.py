@@ -2,9 +2,11 @@
 
 from __future__ import annotations
 
+import os
 from collections.abc import Iterator
 
 import hypothesis
+import interpreter
 import pytest
 import torch
 from engines import Engine, engines
@@ -14,6 +16,8 @@ hypothesis.settings.load_profile("tamis")
 
 
 def pytest_configure(config: pytest.Config) -> None:
+    if os.environ.get("TRITON_INTERPRET") == "1":
+        interpreter.install()
     config.addinivalue_line("filterwarnings", "error")
     config.addinivalue_line("markers", "real_memory: leave torch.empty as it is")
 

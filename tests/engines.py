@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import contextlib
 import importlib
+import os
 from collections.abc import Iterator
 from dataclasses import dataclass
 from typing import Any
@@ -28,12 +29,17 @@ class Engine:
     @contextlib.contextmanager
     def selected(self) -> Iterator[None]:
         """Whatever runs on the cpu backend inside runs on this target."""
-        if self.target is None:
+        if self.backend != "cpu":
             yield
             return
         cpu = importlib.import_module("tamis.backends.cpu")
         with cpu.force_target(self.target):
             yield
+
+    @property
+    def row_group(self) -> int:
+        """Query rows that stage 2 skips together; the whole tile, which the interpreter's settings have at 64."""
+        return 64 if self.backend == "triton" else 16
 
     def _ran(self, stats: Any) -> None:
         assert (stats.backend, stats.target) == (self.backend, self.target)
@@ -91,7 +97,7 @@ class Engine:
         # The lse is fp32 whatever the inputs are, and so are its scores: the yardstick is plain torch in fp32, and
         # where weights are bf16 their formulas.
         plains = [oracle.attention(query, key, value, **masks, dtype=torch.float32)]
-        if result.stats.pv_dtype == "bfloat16":
+        if result.stats.pv_dtype == "bfloat16" and self.backend == "cpu":
             plains.append(oracle.attention_bf16(query, key, value, **masks, rounds=False))
         oracle.assert_within(result.lse, expected.lse, *(p.lse for p in plains), what="lse")
         return result
@@ -130,6 +136,10 @@ def int8_formulas(
     stats: Any, query: Tensor, key: Tensor, value: Tensor, *, packed: bool = False, **options: Any
 ) -> oracle.Result:
     """The formulas of what ran, in fp64."""
+    if stats.backend == "triton":
+        weights, *_ = stats.pv_dtype.split(" x ")
+        form = getattr(torch, weights)
+        return oracle.attention_gpu(query, key, value, weights=form, values=form, packed=packed, **options)
     if stats.pv_dtype == "bfloat16":
         return oracle.attention_bf16(query, key, value, packed=packed, **options)
     return oracle.attention_int8(query, key, value, **options)
@@ -142,5 +152,7 @@ def cpu_targets() -> list[str]:
 
 
 def engines() -> list[Engine]:
-    """From the plainest to the fastest."""
+    """From the plainest to the fastest; under Triton's interpreter, or on a GPU, the triton backend alone."""
+    if os.environ.get("TRITON_INTERPRET") == "1":
+        return [Engine("triton", "interpreter")]
     return [Engine("reference", None), *(Engine("cpu", target) for target in cpu_targets())]

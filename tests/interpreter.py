@@ -93,7 +93,7 @@ def _bits(tensor: torch.Tensor, dtype: np.dtype) -> np.ndarray:
 
 def _check(pointers: Any, mask: Any, verb: str) -> None:
     """Raise IndexError unless every pointer that is not masked lies in a tensor the kernel was given."""
-    used = pointers.data[np.broadcast_to(mask.data, pointers.data.shape)]
+    used = pointers.data[np.broadcast_to(mask.data.astype(bool), pointers.data.shape)]
     if used.size == 0:
         return
     spans = _spans[-1]

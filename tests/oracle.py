@@ -335,6 +335,45 @@ def attention_bf16(
     return Result((weights @ values) * scaled[..., None], lse + shift)
 
 
+def attention_gpu(
+    query: Tensor,
+    key: Tensor,
+    value: Tensor,
+    *,
+    weights: torch.dtype,
+    values: torch.dtype,
+    rounds: bool = True,
+    packed: bool = False,
+    sink_logits: Tensor | None = None,
+    **options: Any,
+) -> Result:
+    """The algorithms of GPU kernels in fp64.
+
+    Steps: Q and K as in `attention_int8` if `rounds`, else as they are. P in the type `weights` against its row's
+    maximum, which e4m3 takes over the 64 keys alone and brings to 256. V in the type `values`: e4m3 has 448 steps of
+    the largest entry of a channel; a `packed` one is as in `attention_int8`. The denominator is not rounded.
+    """
+    scores, shift, v = _int8_scores(query, key, value, rounds=rounds, **options)
+    if packed:
+        value_int, value_step = _quantise(_key_blocks(v), (-2,))
+        v = (value_int * value_step).flatten(2, 3)[:, :, : key.shape[2]]
+    elif values == torch.float8_e4m3fn:
+        step = v.abs().amax(-2, keepdim=True) / 448
+        v = (v / torch.where(step == 0, 1.0, step)).float().to(values).double() * step
+    else:
+        v = v.to(values).double()
+    per_block = torch.unflatten(F.pad(scores, (0, -key.shape[2] % KEY_BLOCK), value=-torch.inf), -1, (-1, KEY_BLOCK))
+    local = per_block.amax(-1, keepdim=True)
+    top = local if weights == torch.float8_e4m3fn else local.amax(-2, keepdim=True)
+    top = torch.where(top == -torch.inf, 0.0, top)
+    size = 256 if weights == torch.float8_e4m3fn else 1
+    p = (size * torch.exp(per_block - top)).float().to(weights).double() / size
+    lse = _lse(scores, shift, sink_logits)
+    share = torch.exp(top - lse.masked_fill(lse == -torch.inf, 0)[..., None, None])
+    p = (p * share).flatten(-2)[..., : key.shape[2]]
+    return Result(p @ v, lse + shift)
+
+
 def attention_stage2(
     query: Tensor,
     key: Tensor,

@@ -428,42 +428,53 @@ def attend(
     cut = tiles(chip, kind, pad, value_pad, block_q, block_kv, q_len)
     q_tiles = geometry.num_blocks(q_len, cut.rows)
     counts = torch.empty((batch, heads, q_tiles, 3), dtype=torch.float64, device=device)
-    launch.run(
-        kernel.attend_kernel,
-        (q_tiles * heads * batch,),
-        *(q, k, v, output, lse, counts, q_scale, k_scale, v_scale, q_shift, *lists),
-        *(None if t is None else t.to(torch.float32).contiguous() for t in (sink_logits, pv_threshold)),
-        *(attn_mask, q_positions, kv_positions, q_segments, kv_segments, *seen[:3]),
-        *(*_strides(q), *_strides(k), *_strides(v)[:4], *list_strides),
-        *((0,) * 4 if attn_mask is None else attn_mask.stride()),
-        *(_batch_stride(t) for t in (q_positions, kv_positions, q_segments, kv_segments)),
-        *seen[3:],
-        *(q_len, kv_len, heads, kv_heads, q_tiles, q_blocks, kv_blocks, kv_tiles),
-        0 if lists[1] is None else lists[1].shape[-1],
-        _small(window),
-        scale * kernel.LOG2E.value if softcap is None else scale / softcap,
-        softcap,
-        device=device,
-        warps=cut.warps,
-        stages=cut.stages,
-        HEAD_DIM=dim,
-        VALUE_DIM=value_dim,
-        D=pad,
-        DV=value_pad,
-        K_EVEN=k_even,
-        BLOCK_Q=block_q,
-        BLOCK_KV=block_kv,
-        TILE_Q=cut.rows,
-        TILE_K=cut.keys,
-        CAUSAL=causal,
-        WINDOW=window is not None,
-        QK8=precision != "full",
-        PV=products,
-        DOT32=chip.dot32,
-        # P in e4m3 has 17 powers of two below its largest number.
-        HEADROOM=0 if products != "fp8" else 8 if chip.fp8 == torch.float8_e4m3fn else 7,
-        CHUNK=256,
-    )
+    regular = q_bounds is None and visible is None
+    # Without an edge there is no pair that is not seen, and 0 * NaN is what it should be.
+    edges = not regular or causal or window is not None or kv_len % block_kv != 0
+    flags = query.new_empty((batch, heads, q_tiles), dtype=torch.int32)
+    passes = [(cut, 0)]
+    if precision == "full" and edges:
+        passes.append((tiles(chip, "mend", pad, value_pad, block_q, block_kv, q_len), cut.rows))
+    for part, flag_rows in passes:
+        part_tiles = geometry.num_blocks(q_len, part.rows)
+        launch.run(
+            kernel.attend_kernel,
+            (part_tiles * heads * batch,),
+            *(q, k, v, output, lse, counts, flags, q_scale, k_scale, v_scale, q_shift, *lists),
+            *(None if t is None else t.to(torch.float32).contiguous() for t in (sink_logits, pv_threshold)),
+            *(attn_mask, q_positions, kv_positions, q_segments, kv_segments, *seen[:3]),
+            *(*_strides(q), *_strides(k), *_strides(v)[:4], *list_strides),
+            *((0,) * 4 if attn_mask is None else attn_mask.stride()),
+            *(_batch_stride(t) for t in (q_positions, kv_positions, q_segments, kv_segments)),
+            *seen[3:],
+            *(q_len, kv_len, heads, kv_heads, part_tiles, q_blocks, kv_blocks, kv_tiles),
+            0 if lists[1] is None else lists[1].shape[-1],
+            _small(window),
+            scale * kernel.LOG2E.value if softcap is None else scale / softcap,
+            softcap,
+            device=device,
+            warps=part.warps,
+            stages=part.stages,
+            HEAD_DIM=dim,
+            VALUE_DIM=value_dim,
+            D=pad,
+            DV=value_pad,
+            SLICE=64 if kind == "fp32" and pad > 64 else 0,
+            K_EVEN=k_even,
+            BLOCK_Q=block_q,
+            BLOCK_KV=block_kv,
+            TILE_Q=part.rows,
+            TILE_K=part.keys,
+            CAUSAL=causal,
+            WINDOW=window is not None,
+            QK8=precision != "full",
+            PV=products,
+            DOT32=chip.dot32,
+            # P in e4m3 has 17 powers of two below its largest number.
+            HEADROOM=0 if products != "fp8" else 8 if chip.fp8 == torch.float8_e4m3fn else 7,
+            CHUNK=256,
+            FLAG_ROWS=flag_rows,
+        )
     return output, lse, _by_block(counts, q_blocks, block_q // cut.rows)
 
 

@@ -105,6 +105,7 @@ def _visit(
     m,
     total,
     skipped,
+    broken,
     first,
     last,
     q,
@@ -127,7 +128,9 @@ def _visit(
     q_bounds,
     kv_bounds,
     visible,
+    stride_qd,
     stride_kn,
+    stride_kd,
     stride_vn,
     stride_maskn,
     kv_len,
@@ -137,19 +140,28 @@ def _visit(
     softcap,
     threshold,
     EDGE: tl.constexpr,
+    MENDS: tl.constexpr,
     CAUSAL: tl.constexpr,
     WINDOW: tl.constexpr,
     QK8: tl.constexpr,
     PV: tl.constexpr,
     K_EVEN: tl.constexpr,
     DV_EVEN: tl.constexpr,
+    HEAD_DIM: tl.constexpr,
     VALUE_DIM: tl.constexpr,
+    D: tl.constexpr,
+    SLICE: tl.constexpr,
     BLOCK_KV: tl.constexpr,
+    TILE_Q: tl.constexpr,
     TILE_K: tl.constexpr,
     DOT32: tl.constexpr,
     HEADROOM: tl.constexpr,
 ):
-    """Take in the entries first .. last - 1 of the list."""
+    """Take in the entries first .. last - 1 of the list.
+
+    0 * NaN is NaN, so at the edges values that are not finite count as 0 here, and `broken` tells of them. With MENDS,
+    m is final, and o gathers what such values add to the output.
+    """
     PER_BLOCK: tl.constexpr = BLOCK_KV // TILE_K
     n = tl.arange(0, TILE_K)
     following = first
@@ -174,7 +186,8 @@ def _visit(
             wanted = wanted & (tl.load(visible + block) != 0)
         if wanted:
             column_ok = columns < kv_len
-            k = _tile(k_at + here * stride_kn, column_ok, d_ok, not EDGE, K_EVEN)  # [TILE_K, D]
+            if SLICE == 0:
+                k = _tile(k_at + here * stride_kn, column_ok, d_ok, not EDGE, K_EVEN)  # [TILE_K, D]
             if QK8:
                 s = tl.dot(q, tl.trans(k)).to(tl.float32)  # [TILE_Q, TILE_K]
                 GRAINS: tl.constexpr = TILE_K // 64
@@ -184,8 +197,17 @@ def _visit(
                     s = s * q_factor[:, None] * tl.load(k_scale + start // 64 + n // 64)[None, :]
                 if q_shift is not None:
                     s = s + q_shift[:, None]
-            else:
+            elif SLICE == 0:
                 s = tl.dot(q, tl.trans(k), input_precision=DOT32) * factor
+            else:
+                s = tl.zeros([TILE_Q, TILE_K], tl.float32)
+                k_here = k_at + here * stride_kn
+                for part in tl.static_range(D // SLICE):
+                    part_ok = part * SLICE + tl.arange(0, SLICE) < HEAD_DIM
+                    q_part = _tile(q + part * SLICE * stride_qd, row_ok, part_ok, False, K_EVEN)
+                    k_part = _tile(k_here + part * SLICE * stride_kd, column_ok, part_ok, not EDGE, K_EVEN)
+                    s = tl.dot(q_part, tl.trans(k_part), s, input_precision=DOT32)
+                s = s * factor
             if softcap is not None:
                 # Up to here scores are natural, divided by the cap; from here on in units of log 2.
                 s = _tanh(s) * (softcap * LOG2E)
@@ -201,71 +223,58 @@ def _visit(
                         s = s + tile.to(tl.float32) * LOG2E
                 s = tl.where(seen, s, float("-inf"))
 
-            m_local = tl.max(s, 1)
-            m_next = tl.maximum(m, m_local)
-            # A row that has seen nothing yet has maximum -inf: less 0 its scores stay at -inf, and 2^-inf at 0.
-            reference = tl.where(m_next == float("-inf"), 0.0, m_next)
-            decay = tl.exp2(m - reference)
-            if PV == "fp8":
-                m_own = tl.where(m_local == float("-inf"), 0.0, m_local)
-                p = tl.exp2(s - m_own[:, None] + HEADROOM)
-                gain = tl.exp2(m_local - reference)
-                total = total * decay + tl.sum(p, 1) * gain
+            if MENDS:
+                p = tl.exp2(s - tl.where(m == float("-inf"), 0.0, m)[:, None])
+                v = _tile(v_at + here * stride_vn, column_ok, dv_ok, False, DV_EVEN).to(tl.float32)
+                if tl.max(tl.max(((v - v) != 0).to(tl.int32), 1), 0) > 0:
+                    o += _broken_values(p, seen, v)
             else:
-                p = tl.exp2(s - reference[:, None])
-                gain = decay
-                total = total * decay + tl.sum(p, 1)
-            m = m_next
-
-            taken = True
-            if threshold is not None:
-                behind = tl.where(row_ok, m_local - reference, float("-inf"))
-                nearest = tl.max(tl.where(behind == behind, behind, 0.0), 0)
-                taken = nearest > -threshold
-                if EDGE:
-                    # With no key seen there is nothing to leave out.
-                    taken = taken | (tl.max(m_local, 0) == float("-inf"))
-                of_block = tl.minimum((kv_len - block * BLOCK_KV + TILE_K - 1) // TILE_K, PER_BLOCK)
-                skipped += tl.where(taken, 0.0, 1.0 / of_block)
-            # Loaded in any case: a load that may not happen is not fetched ahead.
-            if PV == "packed":
-                v = tl.load(v_at + here * VALUE_DIM, mask=column_ok[:, None] & dv_ok[None, :], other=0)
-            else:
-                v = _tile(v_at + here * stride_vn, column_ok, dv_ok, not EDGE, DV_EVEN or PV == "fp8")
-            if taken:
-                if PV == "packed":
-                    v_step = tl.load(v_scale + (start // 64) * VALUE_DIM, mask=dv_ok, other=0.0)
-                    o = o * decay[:, None] + tl.dot(p.to(tl.bfloat16), v.to(tl.bfloat16)) * v_step[None, :]
-                elif PV == "fp8":
-                    o = o * decay[:, None] + tl.dot(p.to(v.dtype), v) * gain[:, None]
-                elif PV == "bf16":
-                    o = tl.dot(p.to(tl.bfloat16), v.to(tl.bfloat16), o * decay[:, None])
-                elif EDGE:
-                    broken = tl.max(tl.max(((v - v) != 0).to(tl.int32), 1), 0) > 0
-                    sound = tl.where((v - v) == 0, v, 0.0).to(v.dtype)
-                    o = tl.dot(p.to(v.dtype), sound, o * decay[:, None], input_precision=DOT32)
-                    if broken:
-                        # Found out again: kept for so rare a case, it would cost registers in every other.
-                        seen = row_ok[:, None] & column_ok[None, :]
-                        seen = _seen(
-                            seen,
-                            columns,
-                            column_ok,
-                            q_positions,
-                            q_segments,
-                            kv_positions,
-                            kv_segments,
-                            window,
-                            CAUSAL,
-                            WINDOW,
-                        )
-                        if mask_at is not None:
-                            seen = seen & _shows(tl.load(mask_at + here * stride_maskn, mask=seen, other=0))
-                        again = _tile(v_at + here * stride_vn, column_ok, dv_ok, False, DV_EVEN)
-                        o += _broken_values(p, seen, again.to(tl.float32))
+                m_local = tl.max(s, 1)
+                m_next = tl.maximum(m, m_local)
+                # A row that has seen nothing yet has maximum -inf: less 0 its scores stay at -inf, and 2^-inf at 0.
+                reference = tl.where(m_next == float("-inf"), 0.0, m_next)
+                decay = tl.exp2(m - reference)
+                if PV == "fp8":
+                    m_own = tl.where(m_local == float("-inf"), 0.0, m_local)
+                    p = tl.exp2(s - m_own[:, None] + HEADROOM)
+                    gain = tl.exp2(m_local - reference)
+                    total = total * decay + tl.sum(p, 1) * gain
                 else:
-                    o = tl.dot(p.to(v.dtype), v, o * decay[:, None], input_precision=DOT32)
-    return o, m, total, skipped
+                    p = tl.exp2(s - reference[:, None])
+                    gain = decay
+                    total = total * decay + tl.sum(p, 1)
+                m = m_next
+
+                taken = True
+                if threshold is not None:
+                    behind = tl.where(row_ok, m_local - reference, float("-inf"))
+                    nearest = tl.max(tl.where(behind == behind, behind, 0.0), 0)
+                    taken = nearest > -threshold
+                    if EDGE:
+                        # With no key seen there is nothing to leave out.
+                        taken = taken | (tl.max(m_local, 0) == float("-inf"))
+                    of_block = tl.minimum((kv_len - block * BLOCK_KV + TILE_K - 1) // TILE_K, PER_BLOCK)
+                    skipped += tl.where(taken, 0.0, 1.0 / of_block)
+                # Loaded in any case: a load that may not happen is not fetched ahead.
+                if PV == "packed":
+                    v = tl.load(v_at + here * VALUE_DIM, mask=column_ok[:, None] & dv_ok[None, :], other=0)
+                else:
+                    v = _tile(v_at + here * stride_vn, column_ok, dv_ok, not EDGE, DV_EVEN or PV == "fp8")
+                if EDGE and PV == "input":
+                    unsound = (v - v) != 0
+                    broken += tl.max(tl.max(unsound.to(tl.int32), 1), 0)
+                    v = tl.where(unsound, 0.0, v).to(v.dtype)
+                if taken:
+                    if PV == "packed":
+                        v_step = tl.load(v_scale + (start // 64) * VALUE_DIM, mask=dv_ok, other=0.0)
+                        o = o * decay[:, None] + tl.dot(p.to(tl.bfloat16), v.to(tl.bfloat16)) * v_step[None, :]
+                    elif PV == "fp8":
+                        o = o * decay[:, None] + tl.dot(p.to(v.dtype), v) * gain[:, None]
+                    elif PV == "bf16":
+                        o = tl.dot(p.to(tl.bfloat16), v.to(tl.bfloat16), o * decay[:, None])
+                    else:
+                        o = tl.dot(p.to(v.dtype), v, o * decay[:, None], input_precision=DOT32)
+    return o, m, total, skipped, broken
 
 
 @triton.jit
@@ -385,6 +394,7 @@ def attend_kernel(
     output,
     lse,
     counts,
+    flags,
     q_scale,
     k_scale,
     v_scale,
@@ -447,6 +457,7 @@ def attend_kernel(
     VALUE_DIM: tl.constexpr,
     D: tl.constexpr,
     DV: tl.constexpr,
+    SLICE: tl.constexpr,
     K_EVEN: tl.constexpr,
     BLOCK_Q: tl.constexpr,
     BLOCK_KV: tl.constexpr,
@@ -459,10 +470,17 @@ def attend_kernel(
     DOT32: tl.constexpr,
     HEADROOM: tl.constexpr,
     CHUNK: tl.constexpr,
+    FLAG_ROWS: tl.constexpr,
 ):
     """One tile of query rows; grid (q_tiles * heads * batch,).
 
+    With SLICE > 0, for fp32, q and k are taken in pieces of so many channels: whole rows do not fit the registers.
+
     factor: scale * log2(e), or scale / softcap where there is a cap. In 8 bits q, k (and v in fp8) come from pool.py.
+    A call in full precision is two kernels: the first notes in `flags`, int32 `[batch * heads, q_tiles]`, which tiles met
+    values that are not finite at an edge. The second, FLAG_ROWS > 0 being the rows of the first's tiles, mends those,
+    where there are any: in one kernel, so rare a case would take registers from every other.
+
     `counts` is fp64 `[batch * heads, q_tiles, 3]`: block products visible and done; of a block's tiles the first
     writes the whole, the others what they skipped.
     """
@@ -474,14 +492,20 @@ def attend_kernel(
     kv_head = head // (heads // kv_heads)
     kv_at = batch * kv_heads + kv_head
     q_block = tile * TILE_Q // BLOCK_Q
+    MENDS: tl.constexpr = FLAG_ROWS > 0
+    if MENDS:
+        if tl.load(flags + head_at * tl.cdiv(q_len, FLAG_ROWS) + tile * TILE_Q // FLAG_ROWS) == 0:
+            return
     rows = tile * TILE_Q + tl.arange(0, TILE_Q)
     row_ok = rows < q_len
-    n, d, dv = tl.arange(0, TILE_K), tl.arange(0, D), tl.arange(0, DV)
+    n, d, dv = tl.arange(0, TILE_K), tl.arange(0, D if SLICE == 0 else SLICE), tl.arange(0, DV)
     d_ok, dv_ok = d < HEAD_DIM, dv < VALUE_DIM
     wide_rows = rows.to(tl.int64)
 
     q_at = q + batch * stride_qb + head * stride_qh + wide_rows[:, None] * stride_qn + d[None, :] * stride_qd
-    q_tile = _tile(q_at, row_ok, d_ok, False, HEAD_DIM == D or QK8)
+    q_tile = q_at
+    if SLICE == 0:
+        q_tile = _tile(q_at, row_ok, d_ok, False, HEAD_DIM == D or QK8)
     k_at = k + batch * stride_kb + kv_head * stride_kh + n.to(tl.int64)[:, None] * stride_kn + d[None, :] * stride_kd
     v_at = v + batch * stride_vb + kv_head * stride_vh
     if PV == "packed":
@@ -566,22 +590,25 @@ def attend_kernel(
                 q_bounds, kv_bounds, visible, indices, num, kv_blocks, window, CAUSAL, WINDOW, CHUNK
             )
         begin, whole_begin, whole_end, end = 0, 0, 0, num
-    count_at = counts + (head_at * q_tiles + tile) * 3
-    leads = tile * TILE_Q % BLOCK_Q == 0
-    tl.store(count_at, tl.where(leads, visible_blocks.to(tl.float64), 0.0))
-    tl.store(count_at + 1, tl.where(leads, kept_blocks.to(tl.float64), 0.0))
+    if MENDS:
+        m = tl.load(lse + head_at * q_len + wide_rows, mask=row_ok, other=0.0) * LOG2E
+    else:
+        count_at = counts + (head_at * q_tiles + tile) * 3
+        leads = tile * TILE_Q % BLOCK_Q == 0
+        tl.store(count_at, tl.where(leads, visible_blocks.to(tl.float64), 0.0))
+        tl.store(count_at + 1, tl.where(leads, kept_blocks.to(tl.float64), 0.0))
+    broken = 0
     for run in tl.static_range(3):
         # Edge, whole, edge; without a window there is no edge at the beginning.
-        if (run == 1 and REGULAR) or run == 2 or (run == 0 and REGULAR and WINDOW):
-            first = begin if run == 0 else (whole_begin if run == 1 else whole_end)
-            last = whole_begin if run == 0 else (whole_end if run == 1 else end)
-            o, m, total, skipped = _visit(
+        if (run == 1 and REGULAR and not MENDS) or run == 2 or (run == 0 and REGULAR and WINDOW):
+            o, m, total, skipped, broken = _visit(
                 o,
                 m,
                 total,
                 skipped,
-                first,
-                last,
+                broken,
+                begin if run == 0 else (whole_begin if run == 1 else whole_end),
+                whole_begin if run == 0 else (whole_end if run == 1 else end),
                 q_tile,
                 row_factor,
                 score_shift,
@@ -602,7 +629,9 @@ def attend_kernel(
                 q_bounds,
                 kv_bounds,
                 visible,
+                stride_qd,
                 stride_kn,
+                stride_kd,
                 stride_vn,
                 stride_maskn,
                 kv_len,
@@ -612,19 +641,30 @@ def attend_kernel(
                 softcap,
                 threshold,
                 EDGE=run != 1,
+                MENDS=MENDS,
                 CAUSAL=CAUSAL,
                 WINDOW=WINDOW,
                 QK8=QK8,
                 PV=PV,
                 K_EVEN=K_EVEN,
                 DV_EVEN=VALUE_DIM == DV,
+                HEAD_DIM=HEAD_DIM,
                 VALUE_DIM=VALUE_DIM,
+                D=D,
+                SLICE=SLICE,
                 BLOCK_KV=BLOCK_KV,
+                TILE_Q=TILE_Q,
                 TILE_K=TILE_K,
                 DOT32=DOT32,
                 HEADROOM=HEADROOM,
             )
 
+    out_at = output + (head_at * q_len + wide_rows)[:, None] * VALUE_DIM + dv[None, :]
+    if MENDS:
+        inside = row_ok[:, None] & dv_ok[None, :]
+        o += tl.load(out_at, mask=inside, other=0.0).to(tl.float32)
+        tl.store(out_at, o.to(output.dtype.element_ty), mask=inside)
+        return
     empty = total == 0
     o = o * tl.where(empty, 0.0, 1.0 / total)[:, None]
     if PV == "fp8":
@@ -641,9 +681,10 @@ def attend_kernel(
         o = o * tl.where(empty, 0.0, tl.exp2(sum_log - joined))[:, None]
         sum_log = joined
     o = tl.where(empty[:, None], 0.0, o)
-    out_at = output + (head_at * q_len + wide_rows)[:, None] * VALUE_DIM + dv[None, :]
     tl.store(out_at, o.to(output.dtype.element_ty), mask=row_ok[:, None] & dv_ok[None, :])
     tl.store(lse + head_at * q_len + wide_rows, sum_log / LOG2E, mask=row_ok)
+    if PV == "input":
+        tl.store(flags + head_at * q_tiles + tile, broken)
 
     count_at = counts + (head_at * q_tiles + tile) * 3
     rows_here = tl.minimum(q_len - tile * TILE_Q, TILE_Q).to(tl.float64)
