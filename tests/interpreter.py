@@ -1,7 +1,8 @@
 """Triton's interpreter, mended and watched, so that a kernel's numbers can be believed on a machine without a GPU.
 
 Mended, for Triton 3.6: products and casts of bf16 and e4m3 (wrong, or rounded otherwise than torch and the hardware do),
-loop bounds under numpy 2.4 (an error), 8-bit products (exact, but by a loop instead of BLAS). Watched: an access outside
+loop bounds under numpy 2.4 (an error), 8-bit products (exact, but by a loop instead of BLAS), and what it does again and
+again to no effect. Watched: an access outside
 of the kernel's own tensors, which would read whatever lies there, raises and names the kernel.
 """
 
@@ -22,10 +23,12 @@ _TORCH = {
     "fp8e4b8": torch.float8_e4m3fnuz,
 }
 _spans: list[np.ndarray] = []
+_patched: list[set[frozenset[str]]] = []
 
 
 def install() -> None:
     """Mend and watch; `TRITON_INTERPRET=1` must have been set before Triton was imported."""
+    import triton.language as tl
     from triton.runtime import interpreter
 
     builder, executor = interpreter.InterpreterBuilder, interpreter.GridExecutor
@@ -61,15 +64,34 @@ def install() -> None:
         tensors = [x for x in (*arguments, *options.values()) if isinstance(x, torch.Tensor)]
         spans = [(t.untyped_storage().data_ptr(), t.untyped_storage().nbytes()) for t in tensors]
         _spans.append(np.array(sorted({(start, start + size) for start, size in spans}), dtype=np.uint64))
+        _patched.append(set())
         try:
             with np.errstate(all="ignore"), warnings.catch_warnings():
                 warnings.simplefilter("ignore", RuntimeWarning)  # of the maximum of nothing but NaN
                 plain_call(self, *arguments, **options)
         finally:
             _spans.pop()
+            _patched.pop()
 
+    def patch_once(function: Any) -> Any:
+        # Triton patches its language anew for every call of a device function, which takes a third of the time.
+        seen = frozenset(name for name, value in function.__globals__.items() if value is tl or value is tl.core)
+        if seen in _patched[-1]:
+            return None
+        _patched[-1].add(seen)
+        return plain_patch_lang(function)
+
+    def quick_dtype(kind: Any) -> Any:
+        if isinstance(kind, tl.pointer_type) or kind.is_block():
+            return numpy_dtype(kind)
+        if kind.name not in sizes:
+            sizes[kind.name] = numpy_dtype(kind)
+        return sizes[kind.name]
+
+    sizes: dict[str, Any] = {}
     plain_load, plain_store = builder.create_masked_load, builder.create_masked_store
     plain_patch, plain_call = interpreter._patch_lang_tensor, executor.__call__
+    plain_patch_lang = interpreter._patch_lang
     for name, made in {
         "cast_impl": lambda self, src, to: cast(src, to),
         "create_fp_to_fp": lambda self, src, to, rounding: cast(src, to),
@@ -79,6 +101,7 @@ def install() -> None:
     }.items():
         setattr(builder, name, made)
     interpreter._patch_lang_tensor, executor.__call__ = patch, call
+    interpreter._patch_lang, interpreter._get_np_dtype = patch_once, quick_dtype
 
 
 def _numbers(data: np.ndarray, name: str) -> torch.Tensor:

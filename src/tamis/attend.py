@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from typing import TypeAlias
+from dataclasses import replace
+from typing import TypeAlias, TypedDict
 
 import torch
 from torch import Tensor
@@ -10,7 +11,7 @@ from torch.nn.attention.bias import CausalBias, CausalVariant
 
 from tamis.backends import base
 from tamis.block_mask import BlockMask
-from tamis.call import DTYPES, Call, PerHead, flatten, make_call, refuse_gradients
+from tamis.call import DTYPES, Call, PerHead, Prepared, flatten, make_call, refuse_gradients
 from tamis.errors import UnsupportedError
 from tamis.packed import PackedKV, check_layout, check_tensor, length_tensor, tails
 from tamis.predictors.base import Predictor
@@ -18,6 +19,17 @@ from tamis.predictors.sparge import Sparge
 from tamis.stats import AttentionOutput, AttentionStats
 
 IntPair: TypeAlias = "tuple[Tensor | None, Tensor | None]"
+
+
+class Seen(TypedDict):
+    """What a predictor and the engine must be told alike."""
+
+    causal: bool
+    attn_mask: Tensor | None
+    scale: float | None
+    positions: IntPair | None
+    backend: str | None
+
 
 # 3.5 would do for the language model of `tamis bench defaults`, but costs an image model a percent (docs/defaults.md).
 DEFAULT_PV_THRESHOLD = 5.0
@@ -88,6 +100,47 @@ def attend(
         >>> output.shape, lse.shape, stats.density < 1
         (torch.Size([1, 8, 1000, 64]), torch.Size([1, 8, 1000]), True)
     """
+    return _attend(
+        query,
+        key,
+        value,
+        block_mask,
+        causal=causal,
+        window=window,
+        scale=scale,
+        attn_mask=attn_mask,
+        positions=positions,
+        segments=segments,
+        softcap=softcap,
+        sink_logits=sink_logits,
+        precision=precision,
+        pv_threshold=pv_threshold,
+        compensate=compensate,
+        backend=backend,
+    )
+
+
+def _attend(
+    query: Tensor,
+    key: Tensor | PackedKV,
+    value: Tensor | None,
+    block_mask: BlockMask | None,
+    *,
+    causal: bool = False,
+    window: int | None = None,
+    scale: float | None = None,
+    attn_mask: Tensor | None = None,
+    positions: IntPair | None = None,
+    segments: IntPair | None = None,
+    softcap: float | None = None,
+    sink_logits: Tensor | None = None,
+    precision: str = "full",
+    pv_threshold: PerHead | None = None,
+    compensate: str | None = None,
+    backend: str | None = None,
+    prepared: Prepared | None = None,
+) -> AttentionOutput:
+    """`attend`, with what a prediction on the same inputs has prepared."""
     packed = key if isinstance(key, PackedKV) else None
     if packed is not None and value is not None:
         raise ValueError("value must be None when key is a PackedKV, which holds it")
@@ -120,13 +173,17 @@ def attend(
         pv_threshold=pv_threshold,
         compensate=compensate,
     )
-    output, lse, stats = _run(call, backend)
+    output, lse, stats = _run(call, backend, prepared)
     lead = query.shape[:-1]
     return AttentionOutput(output.reshape(*lead, output.shape[-1]), lse.reshape(lead), stats)
 
 
-def _run(call: Call, backend: str | None) -> tuple[Tensor, Tensor, AttentionStats]:
+def _run(
+    call: Call, backend: str | None, prepared: Prepared | None
+) -> tuple[Tensor, Tensor, AttentionStats]:
     name = base.choose(call, backend)
+    if prepared is not None and prepared.backend == name:
+        call = replace(call, prepared=prepared.tensors)
     output, lse, counts = base.attend(call, name)
     target, formats = base.description(name, call)
     stats = AttentionStats(
@@ -314,22 +371,28 @@ def sparse_attention(
         )
     if not callable(predictor):
         raise TypeError(f"predictor must be callable as Sparge() is, got {type(predictor).__name__}")
-    block_mask = predictor(
-        query, key, causal=causal, attn_mask=attn_mask, scale=scale, positions=positions, backend=backend
-    )
-    output, _, stats = attend(
+    seen: Seen = {
+        "causal": causal,
+        "attn_mask": attn_mask,
+        "scale": scale,
+        "positions": positions,
+        "backend": backend,
+    }
+    prepared = None
+    if isinstance(predictor, Sparge):
+        block_mask, prepared = predictor.prepare(query, key, **seen, precision=precision)
+    else:
+        block_mask = predictor(query, key, **seen)
+    output, _, stats = _attend(
         query,
         key,
         value,
         block_mask,
-        causal=causal,
-        scale=scale,
-        attn_mask=attn_mask,
-        positions=positions,
+        **seen,
         precision=precision,
         pv_threshold=pv_threshold,
         compensate=compensate,
-        backend=backend,
+        prepared=prepared,
     )
     assert stats is not None
     return (output, stats) if return_stats else output

@@ -9,7 +9,7 @@ from __future__ import annotations
 import math
 from collections.abc import Sequence
 from dataclasses import dataclass
-from typing import Protocol, TypeAlias
+from typing import NamedTuple, Protocol, TypeAlias
 
 import torch
 from torch import Tensor
@@ -48,6 +48,13 @@ class PackedLike(Protocol):
     def length(self) -> int: ...
 
 
+class Prepared(NamedTuple):
+    """What a backend's prediction leaves for its `attend` on the same inputs: they are read and rounded once."""
+
+    backend: str
+    tensors: tuple[Tensor, ...]
+
+
 @dataclass(frozen=True, eq=False)
 class Call:
     """One validated attention call; every tensor 4-D, `[batch, heads, seq, dim]`.
@@ -55,6 +62,7 @@ class Call:
     Exactly one of `key` and `packed` is filled. `value` is None when a predictor asks. Positions, segments and bounds
     (int64, `[batch | 1, ..]`) are given for both sides or for none; without them queries are aligned to the end of
     the keys. `visible` is bool `[batch | 1, heads | 1, q_blocks, kv_blocks]`: what attn_mask leaves visible, by block.
+    `prepared` is what the backend's prediction left for the same inputs, if anything.
     """
 
     query: Tensor
@@ -83,6 +91,7 @@ class Call:
     precision: str
     pv_threshold: Tensor | None
     compensate: str | None
+    prepared: tuple[Tensor, ...] = ()
 
     @property
     def q_len(self) -> int:

@@ -93,7 +93,9 @@ class Backend(Protocol):
         sink_logits: Tensor | None,
         precision: str,
         pv_threshold: Tensor | None,
-    ) -> tuple[Tensor, Tensor, Tensor]: ...
+        prepared: list[Tensor],
+    ) -> tuple[Tensor, Tensor, Tensor]:
+        """`prepared` is what this backend's own `predict` returned for the same inputs, or empty."""
 
 
 _SCHEMAS = (
@@ -105,12 +107,14 @@ _SCHEMAS = (
     "str backend) -> (Tensor, Tensor)",
     "predict(Tensor query, Tensor key, Tensor? q_segments, Tensor? kv_segments, float scale, Tensor? cdf, "
     "Tensor? topk, Tensor similarity, bool sink, bool causal, SymInt? window, int block_q, int block_kv, "
-    "Tensor? q_bounds, Tensor? kv_bounds, Tensor? visible, Tensor? must, bool trim, str backend) -> (Tensor, Tensor)",
+    "Tensor? q_bounds, Tensor? kv_bounds, Tensor? visible, Tensor? must, bool trim, str precision, str backend) "
+    "-> (Tensor, Tensor, Tensor[])",
     "pack_kv(Tensor key, Tensor value, Tensor mean, Tensor? segments, str backend) -> Tensor[]",
     "attend(Tensor query, Tensor? key, Tensor? value, Tensor[] packed, Tensor? kv_num_blocks, Tensor? kv_indices, "
     "int block_q, int block_kv, bool causal, SymInt? window, float scale, Tensor? attn_mask, Tensor? q_positions, "
     "Tensor? kv_positions, Tensor? q_segments, Tensor? kv_segments, Tensor? q_bounds, Tensor? kv_bounds, "
-    "Tensor? visible, float? softcap, Tensor? sink_logits, str precision, Tensor? pv_threshold, str backend) "
+    "Tensor? visible, float? softcap, Tensor? sink_logits, str precision, Tensor? pv_threshold, Tensor[] prepared, "
+    "str backend) "
     "-> (Tensor output, Tensor lse, Tensor counts)",
 )
 _ATTEND_NAMES = re.findall(r"(\w+)(?:,|\))", _SCHEMAS[-1].split(" -> ")[0])
@@ -179,9 +183,9 @@ def select(*arguments: object) -> tuple[Tensor, Tensor]:
     return cast("tuple[Tensor, Tensor]", _ops.select(*arguments))
 
 
-def predict(*arguments: object) -> tuple[Tensor, Tensor]:
-    """Both summaries and the selection in one op, for callers who want nothing in between."""
-    return cast("tuple[Tensor, Tensor]", _ops.predict(*arguments))
+def predict(*arguments: object) -> tuple[Tensor, Tensor, list[Tensor]]:
+    """Both summaries and the selection in one op: the lists, and what `attend` in `precision` need not read again."""
+    return cast("tuple[Tensor, Tensor, list[Tensor]]", _ops.predict(*arguments))
 
 
 def pack_kv(key: Tensor, value: Tensor, mean: Tensor, segments: Tensor | None, backend: str) -> list[Tensor]:
@@ -214,6 +218,7 @@ def attend(call: Call, backend: str) -> tuple[Tensor, Tensor, Tensor]:
         call.sink_logits,
         call.precision,
         call.pv_threshold,
+        list(call.prepared),
         backend,
     )
     return cast("tuple[Tensor, Tensor, Tensor]", result)
@@ -245,11 +250,13 @@ def _fake_select(q_means: Tensor, *arguments: object) -> tuple[Tensor, Tensor]:
     )
 
 
-def _fake_predict(query: Tensor, key: Tensor, *arguments: object) -> tuple[Tensor, Tensor]:
-    block_q, block_kv, trim = cast(int, arguments[9]), cast(int, arguments[10]), arguments[-2]
+def _fake_predict(query: Tensor, key: Tensor, *arguments: object) -> tuple[Tensor, Tensor, list[Tensor]]:
+    block_q, block_kv, trim = cast(int, arguments[9]), cast(int, arguments[10]), arguments[-3]
+    precision, module = cast(str, arguments[-2]), cast(Any, load(cast(str, arguments[-1])))
     lead = (query.shape[0], query.shape[1], geometry.traced_blocks(query.shape[2], block_q))
     width = torch.library.get_ctx().new_dynamic_size() if trim else geometry.traced_blocks(key.shape[2], block_kv)
-    return query.new_empty(lead, dtype=torch.int32), query.new_empty((*lead, width), dtype=torch.int32)
+    prepared = module.room(query, key, block_kv, precision) if hasattr(module, "room") else []
+    return query.new_empty(lead, dtype=torch.int32), query.new_empty((*lead, width), dtype=torch.int32), prepared
 
 
 def _fake_pack_kv(key: Tensor, value: Tensor, mean: Tensor, segments: Tensor | None, backend: str) -> list[Tensor]:
@@ -311,17 +318,15 @@ def _check_values(*arguments: object) -> None:
         raise ValueError(f"pv_threshold must be > 0 (None turns it off), got {threshold.tolist()}")
 
 
-def _predict_in_steps(module: Any, *arguments: Any) -> tuple[Tensor, Tensor]:
+def _predict_in_steps(module: Any, *arguments: Any) -> tuple[Tensor, Tensor, list[Tensor]]:
     """`predict` of a backend that has the three functions and no shortcut through them."""
     query, key, q_segments, kv_segments, *choice, block_q, block_kv = arguments[:13]
     mean = module.key_mean(key, kv_segments, None)
     q_summary = module.summarize(query, block_q, None, q_segments)
     k_summary = module.summarize(key, block_kv, mean, kv_segments)
     lengths = (query.shape[2], key.shape[2])
-    return cast(
-        "tuple[Tensor, Tensor]",
-        module.select(*q_summary, *k_summary, *choice, *lengths, block_q, block_kv, *arguments[13:]),
-    )
+    lists = module.select(*q_summary, *k_summary, *choice, *lengths, block_q, block_kv, *arguments[13:-1])
+    return *cast("tuple[Tensor, Tensor]", lists), []
 
 
 def _register() -> None:

@@ -282,7 +282,8 @@ def predict(
     visible: Tensor | None,
     must: Tensor | None,
     trim: bool,
-) -> tuple[Tensor, Tensor]:
+    precision: str,
+) -> tuple[Tensor, Tensor, list[Tensor]]:
     """All of a prediction in one native call; see `tamis.backends.base`."""
     args = native.Predict()
     args.key_mean, args.query, args.key = _summarize_args(key), _summarize_args(query), _summarize_args(key)
@@ -298,7 +299,7 @@ def predict(
     _run("predict", args)
     kv_blocks = summaries[2].shape[2]
     width = max(1, args.max_blocks) if trim else kv_blocks
-    return num, _expand(bits, num, kv_blocks, width, args.select.threads)
+    return num, _expand(bits, num, kv_blocks, width, args.select.threads), []
 
 
 def _packed_struct(packed: list[Tensor]) -> native.Packed:
@@ -364,6 +365,7 @@ def attend(
     sink_logits: Tensor | None,
     precision: str,
     pv_threshold: Tensor | None,
+    prepared: list[Tensor],
     bf16_products: bool | None = None,
 ) -> tuple[Tensor, Tensor, Tensor]:
     """Run attention; see `tamis.backends.base`. `bf16_products`: whether they are allowed, None: by the rows."""
@@ -387,6 +389,7 @@ def attend(
             "scale": scale,
             "softcap": softcap,
             "precision": precision,
+            "prepared": [],
         }
         output, lse, counts = attend(rows, key, value, packed, causal=False, **options, **none)  # type: ignore[arg-type]
         counts = counts[:, :, :1].repeat_interleave(heads // kv_heads, 1)

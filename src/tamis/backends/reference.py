@@ -191,6 +191,7 @@ def attend(
     sink_logits: Tensor | None,
     precision: str,
     pv_threshold: Tensor | None,
+    prepared: list[Tensor],
 ) -> tuple[Tensor, Tensor, Tensor]:
     """Block-sparse attention: output, log-sum-exp, counts of visible, QK and PV block products per query block."""
     batch, heads, q_len, _ = query.shape

@@ -11,7 +11,7 @@ from torch import Tensor
 from tamis import geometry
 from tamis.backends import base as backends
 from tamis.block_mask import BlockMask, may_trim
-from tamis.call import Call, make_call, per_head
+from tamis.call import Call, Prepared, make_call, per_head
 from tamis.predictors.base import Keep, Range, as_keep, detached, must_blocks
 
 Setting: TypeAlias = "float | Sequence[float] | Tensor"
@@ -87,6 +87,36 @@ class Sparge:
         backend: str | None = None,
     ) -> BlockMask:
         """Predict a `BlockMask` for every query head; the arguments are those of `attend`."""
+        return self.prepare(
+            query,
+            key,
+            causal=causal,
+            window=window,
+            attn_mask=attn_mask,
+            scale=scale,
+            block_size=block_size,
+            positions=positions,
+            segments=segments,
+            backend=backend,
+            precision="full",
+        )[0]
+
+    def prepare(
+        self,
+        query: Tensor,
+        key: Tensor,
+        *,
+        causal: bool = False,
+        window: int | None = None,
+        attn_mask: Tensor | None = None,
+        scale: float | None = None,
+        block_size: tuple[int, int] | None = None,
+        positions: tuple[Tensor | None, Tensor | None] | None = None,
+        segments: tuple[Tensor | None, Tensor | None] | None = None,
+        backend: str | None = None,
+        precision: str,
+    ) -> tuple[BlockMask, Prepared]:
+        """Predict, and keep of query and key what an `attend` in `precision` on the same inputs need not read again."""
         call = make_call(
             detached(query, "query"),
             detached(key, "key"),
@@ -103,7 +133,7 @@ class Sparge:
         assert call.key is not None
         block_q, block_kv = call.block_size
         counted = geometry.without_hidden(call.attn_mask, call.kv_segments)
-        lists = backends.predict(
+        num, indices, left = backends.predict(
             call.query,
             call.key,
             call.q_segments,
@@ -120,9 +150,10 @@ class Sparge:
             call.visible,
             self._must(call),
             may_trim(call.query.device),
+            precision,
             name,
         )
-        return BlockMask(*lists, call.block_size, (call.q_len, call.kv_len))
+        return BlockMask(num, indices, call.block_size, (call.q_len, call.kv_len)), Prepared(name, tuple(left))
 
     def _settings(self, call: Call) -> tuple[Tensor | None, Tensor | None, Tensor]:
         heads, device = call.num_heads, call.query.device

@@ -257,6 +257,57 @@ def _bounds(q_bounds: Tensor | None, kv_bounds: Tensor | None, visible: Tensor |
     )
 
 
+def room(query: Tensor, key: Tensor, block_kv: int, precision: str) -> list[Tensor]:
+    """Where `predict` puts query and key in 8 bits: query, its scales, its products with the mean, key, its scales."""
+    if precision == "full":
+        return []
+    batch, heads, q_len, dim = query.shape
+    lead = (batch, key.shape[1], geometry.traced_blocks(key.shape[2], block_kv) * (block_kv // TILE))
+    width = launch.power(dim, 32)
+    return [
+        query.new_empty((batch, heads, q_len, width), dtype=torch.int8),
+        query.new_empty((batch, heads, q_len), dtype=torch.float32),
+        query.new_empty((batch, heads, q_len), dtype=torch.float32),
+        query.new_empty((*lead, TILE, width), dtype=torch.int8),
+        query.new_empty(lead, dtype=torch.float32),
+    ]
+
+
+def predict(
+    query: Tensor,
+    key: Tensor,
+    q_segments: Tensor | None,
+    kv_segments: Tensor | None,
+    scale: float,
+    cdf: Tensor | None,
+    topk: Tensor | None,
+    similarity: Tensor,
+    sink: bool,
+    causal: bool,
+    window: int | None,
+    block_q: int,
+    block_kv: int,
+    q_bounds: Tensor | None,
+    kv_bounds: Tensor | None,
+    visible: Tensor | None,
+    must: Tensor | None,
+    trim: bool,
+    precision: str,
+) -> tuple[Tensor, Tensor, list[Tensor]]:
+    """A prediction in one pass over query and two over key; in 8 bits the same pass rounds them for `attend`."""
+    mean = key_mean(key, kv_segments, None)
+    prepared = room(query, key, block_kv, precision)
+    q8, q_scale, shift, k8, k_scale = prepared or (None,) * 5
+    q_mean = mean if prepared else None
+    q_summary = _read(
+        query, block_q, None, q_segments, pools=True, x8=q8, scales=q_scale, shifts=shift, shift_mean=q_mean
+    )
+    k_summary = _read(key, block_kv, mean, kv_segments, pools=True, x8=k8, scales=k_scale, grain=TILE)
+    choice = (scale, cdf, topk, similarity, sink, causal, window, query.shape[2], key.shape[2], block_q, block_kv)
+    lists = select(*q_summary, *k_summary, *choice, q_bounds, kv_bounds, visible, must, trim)
+    return *lists, prepared
+
+
 def pack_kv(key: Tensor, value: Tensor, mean: Tensor, segments: Tensor | None) -> list[Tensor]:
     """Quantise key (less its mean) and value by 64-key blocks, in the layout of `PackedKV`."""
     from tamis.backends.triton import pack
@@ -369,6 +420,7 @@ def attend(
     sink_logits: Tensor | None,
     precision: str,
     pv_threshold: Tensor | None,
+    prepared: list[Tensor],
 ) -> tuple[Tensor, Tensor, Tensor]:
     """Run attention; see `tamis.backends.base`."""
     from tamis.backends.triton import kernel
@@ -405,13 +457,19 @@ def attend(
     pad, value_pad = launch.power(dim, 16 if precision == "full" else 32), launch.power(value_dim)
     k_even = pad == dim
     if precision != "full":
+        mean = None
         if key is not None and value is not None:
             counted = geometry.without_hidden(attn_mask, kv_segments)
             counted = None if counted is None else counted.contiguous()
-            sizes = (q_len, kv_len, heads, kv_heads, q_blocks, kv_blocks)
-            used = _used(output, lists, list_strides, seen, sizes, (block_q, block_kv), causal, window)
-            mean = key_mean(key, counted, used)
-            key8, k_scale = _int8_keys(key, mean, counted, pad)
+            used = None
+            if not prepared or precision == "fp8":
+                sizes = (q_len, kv_len, heads, kv_heads, q_blocks, kv_blocks)
+                used = _used(output, lists, list_strides, seen, sizes, (block_q, block_kv), causal, window)
+            if prepared:
+                q, q_scale, q_shift, key8, k_scale = prepared
+            else:
+                mean = key_mean(key, counted, used)
+                key8, k_scale = _int8_keys(key, mean, counted, pad)
             k, kv_tiles, k_even = key8.flatten(2, 3), key8.shape[2], True
             kind, products = precision, "fp8" if precision == "fp8" else "bf16"
             if precision == "fp8":
@@ -423,7 +481,8 @@ def attend(
             packed = [t.contiguous() for t in packed]
             k, k_scale, v, v_scale, mean = packed[0].flatten(2, 3), packed[1], packed[3], packed[4], packed[6]
             kind, products, kv_tiles, k_even = "packed", "packed", packed[0].shape[2], packed[0].shape[4] == pad
-        q, q_scale, q_shift = _int8_queries(query, mean)
+        if mean is not None:
+            q, q_scale, q_shift = _int8_queries(query, mean)
     assert k is not None and v is not None
     cut = tiles(chip, kind, pad, value_pad, block_q, block_kv, q_len)
     q_tiles = geometry.num_blocks(q_len, cut.rows)
@@ -432,6 +491,8 @@ def attend(
     # Without an edge there is no pair that is not seen, and 0 * NaN is what it should be.
     edges = not regular or causal or window is not None or kv_len % block_kv != 0
     flags = query.new_empty((batch, heads, q_tiles), dtype=torch.int32)
+    # Of an address the 64-bit start of a tile is one number, and the places inside it one for every element.
+    wide = max(128 * abs(x.stride(2)) + 256 * abs(x.stride(3)) for x in (k, v)) >= 2**31
     passes = [(cut, 0)]
     if precision == "full" and edges:
         passes.append((tiles(chip, "mend", pad, value_pad, block_q, block_kv, q_len), cut.rows))
@@ -473,6 +534,7 @@ def attend(
             # P in e4m3 has 17 powers of two below its largest number.
             HEADROOM=0 if products != "fp8" else 8 if chip.fp8 == torch.float8_e4m3fn else 7,
             CHUNK=256,
+            WIDE=wide,
             FLAG_ROWS=flag_rows,
         )
     return output, lse, _by_block(counts, q_blocks, block_q // cut.rows)

@@ -119,6 +119,8 @@ def _visit(
     dv_ok,
     k_at,
     v_at,
+    k_in,
+    v_in,
     k_scale,
     v_scale,
     indices,
@@ -187,11 +189,10 @@ def _visit(
         if wanted:
             column_ok = columns < kv_len
             if SLICE == 0:
-                k = _tile(k_at + here * stride_kn, column_ok, d_ok, not EDGE, K_EVEN)  # [TILE_K, D]
+                k = _tile((k_at + here * stride_kn) + k_in, column_ok, d_ok, not EDGE, K_EVEN)  # [TILE_K, D]
             if QK8:
                 s = tl.dot(q, tl.trans(k)).to(tl.float32)  # [TILE_Q, TILE_K]
-                GRAINS: tl.constexpr = TILE_K // 64
-                if GRAINS == 1:
+                if TILE_K <= 64:
                     s = s * (q_factor * tl.load(k_scale + start // 64))[:, None]
                 else:
                     s = s * q_factor[:, None] * tl.load(k_scale + start // 64 + n // 64)[None, :]
@@ -201,7 +202,7 @@ def _visit(
                 s = tl.dot(q, tl.trans(k), input_precision=DOT32) * factor
             else:
                 s = tl.zeros([TILE_Q, TILE_K], tl.float32)
-                k_here = k_at + here * stride_kn
+                k_here = (k_at + here * stride_kn) + k_in
                 for part in tl.static_range(D // SLICE):
                     part_ok = part * SLICE + tl.arange(0, SLICE) < HEAD_DIM
                     q_part = _tile(q + part * SLICE * stride_qd, row_ok, part_ok, False, K_EVEN)
@@ -225,7 +226,7 @@ def _visit(
 
             if MENDS:
                 p = tl.exp2(s - tl.where(m == float("-inf"), 0.0, m)[:, None])
-                v = _tile(v_at + here * stride_vn, column_ok, dv_ok, False, DV_EVEN).to(tl.float32)
+                v = _tile((v_at + here * stride_vn) + v_in, column_ok, dv_ok, False, DV_EVEN).to(tl.float32)
                 if tl.max(tl.max(((v - v) != 0).to(tl.int32), 1), 0) > 0:
                     o += _broken_values(p, seen, v)
             else:
@@ -257,9 +258,9 @@ def _visit(
                     skipped += tl.where(taken, 0.0, 1.0 / of_block)
                 # Loaded in any case: a load that may not happen is not fetched ahead.
                 if PV == "packed":
-                    v = tl.load(v_at + here * VALUE_DIM, mask=column_ok[:, None] & dv_ok[None, :], other=0)
+                    v = tl.load((v_at + here * VALUE_DIM) + v_in, mask=column_ok[:, None] & dv_ok[None, :], other=0)
                 else:
-                    v = _tile(v_at + here * stride_vn, column_ok, dv_ok, not EDGE, DV_EVEN or PV == "fp8")
+                    v = _tile((v_at + here * stride_vn) + v_in, column_ok, dv_ok, not EDGE, DV_EVEN or PV == "fp8")
                 if EDGE and PV == "input":
                     unsound = (v - v) != 0
                     broken += tl.max(tl.max(unsound.to(tl.int32), 1), 0)
@@ -470,10 +471,12 @@ def attend_kernel(
     DOT32: tl.constexpr,
     HEADROOM: tl.constexpr,
     CHUNK: tl.constexpr,
+    WIDE: tl.constexpr,
     FLAG_ROWS: tl.constexpr,
 ):
     """One tile of query rows; grid (q_tiles * heads * batch,).
 
+    WIDE: whether places inside a tile of keys or values need 64 bits; where a tile starts always has them.
     With SLICE > 0, for fp32, q and k are taken in pieces of so many channels: whole rows do not fit the registers.
 
     factor: scale * log2(e), or scale / softcap where there is a cap. In 8 bits q, k (and v in fp8) come from pool.py.
@@ -506,12 +509,15 @@ def attend_kernel(
     q_tile = q_at
     if SLICE == 0:
         q_tile = _tile(q_at, row_ok, d_ok, False, HEAD_DIM == D or QK8)
-    k_at = k + batch * stride_kb + kv_head * stride_kh + n.to(tl.int64)[:, None] * stride_kn + d[None, :] * stride_kd
+    k_at = k + batch * stride_kb + kv_head * stride_kh
     v_at = v + batch * stride_vb + kv_head * stride_vh
-    if PV == "packed":
-        v_at += n[:, None] + dv[None, :] * 64
-    else:
-        v_at += n.to(tl.int64)[:, None] * stride_vn + dv.to(tl.int64)[None, :] * stride_vd
+    k_in, v_in = n[:, None] * stride_kn + d[None, :] * stride_kd, n[:, None] + dv[None, :] * 64
+    if PV != "packed":
+        v_in = n[:, None] * stride_vn + dv[None, :] * stride_vd
+    if WIDE:
+        k_in = n.to(tl.int64)[:, None] * stride_kn + d.to(tl.int64)[None, :] * stride_kd
+        if PV != "packed":
+            v_in = n.to(tl.int64)[:, None] * stride_vn + dv.to(tl.int64)[None, :] * stride_vd
     row_factor, score_shift = None, None
     if QK8:
         row_factor = tl.load(q_scale + head_at * q_len + wide_rows, mask=row_ok, other=0.0) * factor
@@ -620,6 +626,8 @@ def attend_kernel(
                 dv_ok,
                 k_at,
                 v_at,
+                k_in,
+                v_in,
                 k_scale,
                 v_scale,
                 indices,
