@@ -36,9 +36,10 @@ def install() -> None:
 
     def cast(src: Any, to: Any) -> Any:
         source, goal = src.dtype.scalar, to.scalar
-        if source.name not in _TORCH or goal.name not in _TORCH:
-            return handle(src.data.astype(numpy_dtype(to)), goal)
-        return handle(_bits(_numbers(src.data, source.name).to(_TORCH[goal.name]), numpy_dtype(to)), goal)
+        numbers = _numbers(src.data, source.name)
+        if goal.name in _TORCH:
+            return handle(_bits(numbers.to(_TORCH[goal.name]), numpy_dtype(to)), goal)
+        return handle(numbers.numpy().astype(numpy_dtype(to)), goal)
 
     def dot(self: Any, a: Any, b: Any, d: Any, precision: Any, imprecise: Any) -> Any:
         if a.dtype.is_floating():
@@ -105,9 +106,11 @@ def install() -> None:
 
 
 def _numbers(data: np.ndarray, name: str) -> torch.Tensor:
-    """What bits in numpy's nearest type stand for."""
+    """What bits in numpy's nearest type stand for; the result of a comparison carries the type of what it compared."""
     tensor = torch.from_numpy(np.ascontiguousarray(data))
-    return tensor.view(_TORCH[name]) if tensor.dtype != _TORCH[name] else tensor
+    if name not in _TORCH or tensor.dtype in (torch.bool, _TORCH[name]):
+        return tensor
+    return tensor.view(_TORCH[name])
 
 
 def _bits(tensor: torch.Tensor, dtype: np.dtype) -> np.ndarray:

@@ -350,7 +350,7 @@ def attention_gpu(
     """The algorithms of GPU kernels in fp64.
 
     Steps: Q and K as in `attention_int8` if `rounds`, else as they are. P in the type `weights` against its row's
-    maximum, which e4m3 takes over the 64 keys alone and brings to 256. V in the type `values`: e4m3 has 448 steps of
+    maximum so far, 64 keys at a time, which e4m3 takes over the 64 keys alone and brings to 256. V in the type `values`: e4m3 has 448 steps of
     the largest entry of a channel; a `packed` one is as in `attention_int8`. The denominator is not rounded.
     """
     scores, shift, v = _int8_scores(query, key, value, rounds=rounds, **options)
@@ -364,7 +364,7 @@ def attention_gpu(
         v = v.to(values).double()
     per_block = torch.unflatten(F.pad(scores, (0, -key.shape[2] % KEY_BLOCK), value=-torch.inf), -1, (-1, KEY_BLOCK))
     local = per_block.amax(-1, keepdim=True)
-    top = local if weights == torch.float8_e4m3fn else local.amax(-2, keepdim=True)
+    top = local if weights == torch.float8_e4m3fn else local.cummax(-2).values
     top = torch.where(top == -torch.inf, 0.0, top)
     size = 256 if weights == torch.float8_e4m3fn else 1
     p = (size * torch.exp(per_block - top)).float().to(weights).double() / size

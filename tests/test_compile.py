@@ -211,7 +211,7 @@ def test_opcheck_select(backend: str) -> None:
 def test_opcheck_predict(backend: str, trim: bool) -> None:
     q, k, _ = qkv(heads=4, kv_heads=2, q_len=300, kv_len=300, dim=8)
     heads = torch.full((4,), 0.5)
-    options = (0.3, heads, None, heads, True, True, None, 128, 64, None, None, None, None, trim, backend)
+    options = (0.3, heads, None, heads, True, True, None, 128, 64, None, None, None, None, trim, "int8", backend)
     # A width that depends on the data cannot be traced with dynamic shapes; callers trim only outside of traced graphs.
     checks = {"test_utils": ("test_schema", "test_faketensor")} if trim else {}
     torch.library.opcheck(torch.ops.tamis.predict.default, (q, k, None, None, *options), **checks)
@@ -256,6 +256,7 @@ def test_opcheck_attend(backend: str, precision: str) -> None:
                 torch.randn(4),
                 precision,
                 None if dense else torch.full((4,), 3.0),
+                [],
                 backend,
             ),
         )

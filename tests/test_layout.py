@@ -52,6 +52,7 @@ PUBLIC = {
     "apply",
     "UnsupportedError",
 }
+KERNELS = {f"backends.triton.{name}" for name in ("choose", "kernel", "pack", "pool")}
 LATER = {"tune", "sdpa", "Profile"}
 
 
@@ -127,7 +128,8 @@ def test_the_walk_finds_a_breach(tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 
 def test_backends_and_predictors_keep_apart() -> None:
     """Predictors know backends/base and no backend; a backend knows neither another backend nor a predictor."""
-    names = {path.stem for path in (ROOT / "backends").glob("*.py")} - {"__init__", "base"}
+    names = {path.stem for path in (ROOT / "backends").iterdir() if path.suffix == ".py" or (path / "__init__.py").exists()}
+    names -= {"__init__", "base"}
     helpers = {"native": {"cpu"}}  # a helper module, and who may use it
     for path in modules():
         name = name_of(path)
@@ -145,7 +147,15 @@ def test_backends_and_predictors_keep_apart() -> None:
 @pytest.mark.parametrize("path", [p for p in modules() if name_of(p).split(".")[0] not in LAZY_ROOMS], ids=name_of)
 def test_torch_is_the_only_dependency_of_the_core(path: Path) -> None:
     outside = {target.split(".")[0] for target in imports(path, module_level=True)}
-    assert outside - set(sys.stdlib_module_names) <= {"torch", "tamis"}
+    allowed = {"torch", "tamis"} | ({"triton"} if name_of(path) in KERNELS else set())
+    assert outside - set(sys.stdlib_module_names) <= allowed
+
+
+def test_kernels_are_loaded_where_they_are_used() -> None:
+    """What imports Triton is imported inside functions, by its own backend alone."""
+    for path in modules():
+        found = {target for target in imports(path, module_level=True) for kernel in KERNELS if kernel in target}
+        assert not found or name_of(path) in KERNELS, name_of(path)
 
 
 def test_import_loads_no_other_package() -> None:
@@ -156,7 +166,7 @@ def test_import_loads_no_other_package() -> None:
     )
     result = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
     loaded = set(ast.literal_eval(result.stdout)) - set(sys.stdlib_module_names)
-    torchs_own = {"torch", "numpy", "sympy", "mpmath", "cython_runtime"}  # what registering an op makes torch load
+    torchs_own = {"torch", "numpy", "sympy", "mpmath", "cython_runtime", "triton"}  # what ops make torch load
     assert {name for name in loaded if not name.startswith("_")} <= {"tamis", *torchs_own}
 
 

@@ -172,7 +172,8 @@ def _nvidia(made: Any, row: Row, name: str) -> str:
 def _amd(made: Any, row: Row) -> str:
     code: str = made.asm["amdgcn"]
     row.registers = max(int(n) for n in re.findall(r"\.vgpr_count:\s+(\d+)", code))
-    row.spills = sum(4 * int(n) for n in re.findall(r"\.[sv]gpr_spill_count:\s+(\d+)", code))
+    # Scalar registers spill into vector ones, which costs no memory access; those that spill go to scratch memory.
+    row.spills = sum(4 * int(n) for n in re.findall(r"\.vgpr_spill_count:\s+(\d+)", code))
     return code
 
 

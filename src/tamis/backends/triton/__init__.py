@@ -158,7 +158,7 @@ def _read(
         device=x.device,
         warps=4 if block * dim <= 8192 else 8,
         DIM=dim,
-        DIM_PAD=launch.power(dim),
+        DIM_PAD=launch.power(max(dim, 0 if x8 is None else x8.shape[-1])),
         WIDTH=0 if x8 is None else x8.shape[-1],
         BLOCK=block,
         GRAIN=grain,
@@ -493,8 +493,9 @@ def attend(
     flags = query.new_empty((batch, heads, q_tiles), dtype=torch.int32)
     # Of an address the 64-bit start of a tile is one number, and the places inside it one for every element.
     wide = max(128 * abs(x.stride(2)) + 256 * abs(x.stride(3)) for x in (k, v)) >= 2**31
+    natural = attn_mask is not None and attn_mask.dtype != torch.bool
     passes = [(cut, 0)]
-    if precision == "full" and edges:
+    if products in ("input", "bf16") and edges:
         passes.append((tiles(chip, "mend", pad, value_pad, block_q, block_kv, q_len), cut.rows))
     for part, flag_rows in passes:
         part_tiles = geometry.num_blocks(q_len, part.rows)
@@ -511,7 +512,7 @@ def attend(
             *(q_len, kv_len, heads, kv_heads, part_tiles, q_blocks, kv_blocks, kv_tiles),
             0 if lists[1] is None else lists[1].shape[-1],
             _small(window),
-            scale * kernel.LOG2E.value if softcap is None else scale / softcap,
+            scale / softcap if softcap is not None else scale if natural else scale * kernel.LOG2E.value,
             softcap,
             device=device,
             warps=part.warps,
@@ -534,6 +535,7 @@ def attend(
             # P in e4m3 has 17 powers of two below its largest number.
             HEADROOM=0 if products != "fp8" else 8 if chip.fp8 == torch.float8_e4m3fn else 7,
             CHUNK=256,
+            NATURAL=natural,
             WIDE=wide,
             FLAG_ROWS=flag_rows,
         )

@@ -1,6 +1,6 @@
 """Block-sparse attention, one program for a tile of query rows of one head.
 
-Over the key tiles of the kept blocks, ascending, with scores in units of log 2:
+Over the key tiles of the kept blocks, ascending, with scores in units of log 2 (natural ones with an added mask):
 
     s       = scale * log2(e) * q k^T     (softcap, + mask, -inf where not visible)
     m_local = row max of s,  m' = max(m, m_local)
@@ -47,6 +47,16 @@ def _count_below(indices, num, limit, CHUNK: tl.constexpr):
         at = first + tl.arange(0, CHUNK)
         total += (tl.load(indices + at, mask=at < num, other=_EVERY) < limit).to(tl.int32)
     return tl.sum(total, 0)
+
+
+@triton.jit
+def _power(x, NATURAL: tl.constexpr, HEADROOM: tl.constexpr = 0):
+    """e^x or 2^x, times 2^HEADROOM."""
+    if NATURAL:
+        x = x * LOG2E
+    if HEADROOM > 0:
+        x = x + HEADROOM
+    return tl.exp2(x)
 
 
 @triton.jit
@@ -158,6 +168,7 @@ def _visit(
     TILE_K: tl.constexpr,
     DOT32: tl.constexpr,
     HEADROOM: tl.constexpr,
+    NATURAL: tl.constexpr,
 ):
     """Take in the entries first .. last - 1 of the list.
 
@@ -210,8 +221,8 @@ def _visit(
                     s = tl.dot(q_part, tl.trans(k_part), s, input_precision=DOT32)
                 s = s * factor
             if softcap is not None:
-                # Up to here scores are natural, divided by the cap; from here on in units of log 2.
-                s = _tanh(s) * (softcap * LOG2E)
+                # Up to here scores are natural and divided by the cap.
+                s = _tanh(s) * (softcap if NATURAL else softcap * LOG2E)
             if EDGE:
                 seen = row_ok[:, None] & column_ok[None, :]
                 seen = _seen(
@@ -221,11 +232,11 @@ def _visit(
                     tile = tl.load(mask_at + here * stride_maskn, mask=seen, other=0)
                     seen = seen & _shows(tile)
                     if mask_at.dtype.element_ty.is_floating():
-                        s = s + tile.to(tl.float32) * LOG2E
+                        s = s + tile.to(tl.float32)
                 s = tl.where(seen, s, float("-inf"))
 
             if MENDS:
-                p = tl.exp2(s - tl.where(m == float("-inf"), 0.0, m)[:, None])
+                p = _power(s - tl.where(m == float("-inf"), 0.0, m)[:, None], NATURAL)
                 v = _tile((v_at + here * stride_vn) + v_in, column_ok, dv_ok, False, DV_EVEN).to(tl.float32)
                 if tl.max(tl.max(((v - v) != 0).to(tl.int32), 1), 0) > 0:
                     o += _broken_values(p, seen, v)
@@ -234,14 +245,14 @@ def _visit(
                 m_next = tl.maximum(m, m_local)
                 # A row that has seen nothing yet has maximum -inf: less 0 its scores stay at -inf, and 2^-inf at 0.
                 reference = tl.where(m_next == float("-inf"), 0.0, m_next)
-                decay = tl.exp2(m - reference)
+                decay = _power(m - reference, NATURAL)
                 if PV == "fp8":
                     m_own = tl.where(m_local == float("-inf"), 0.0, m_local)
-                    p = tl.exp2(s - m_own[:, None] + HEADROOM)
-                    gain = tl.exp2(m_local - reference)
+                    p = _power(s - m_own[:, None], NATURAL, HEADROOM)
+                    gain = _power(m_local - reference, NATURAL)
                     total = total * decay + tl.sum(p, 1) * gain
                 else:
-                    p = tl.exp2(s - reference[:, None])
+                    p = _power(s - reference[:, None], NATURAL)
                     gain = decay
                     total = total * decay + tl.sum(p, 1)
                 m = m_next
@@ -261,8 +272,8 @@ def _visit(
                     v = tl.load((v_at + here * VALUE_DIM) + v_in, mask=column_ok[:, None] & dv_ok[None, :], other=0)
                 else:
                     v = _tile((v_at + here * stride_vn) + v_in, column_ok, dv_ok, not EDGE, DV_EVEN or PV == "fp8")
-                if EDGE and PV == "input":
-                    unsound = (v - v) != 0
+                if EDGE and (PV == "input" or PV == "bf16"):
+                    unsound = (v.to(tl.float32) - v.to(tl.float32)) != 0
                     broken += tl.max(tl.max(unsound.to(tl.int32), 1), 0)
                     v = tl.where(unsound, 0.0, v).to(v.dtype)
                 if taken:
@@ -470,6 +481,7 @@ def attend_kernel(
     PV: tl.constexpr,
     DOT32: tl.constexpr,
     HEADROOM: tl.constexpr,
+    NATURAL: tl.constexpr,
     CHUNK: tl.constexpr,
     WIDE: tl.constexpr,
     FLAG_ROWS: tl.constexpr,
@@ -479,7 +491,8 @@ def attend_kernel(
     WIDE: whether places inside a tile of keys or values need 64 bits; where a tile starts always has them.
     With SLICE > 0, for fp32, q and k are taken in pieces of so many channels: whole rows do not fit the registers.
 
-    factor: scale * log2(e), or scale / softcap where there is a cap. In 8 bits q, k (and v in fp8) come from pool.py.
+    NATURAL: scores are not in units of log 2, in which the most negative number of an added mask would be -inf.
+    factor: scale * log2(e), or scale where NATURAL, or scale / softcap where there is a cap. In 8 bits q, k (and v in fp8) come from pool.py.
     A call in full precision is two kernels: the first notes in `flags`, int32 `[batch * heads, q_tiles]`, which tiles met
     values that are not finite at an edge. The second, FLAG_ROWS > 0 being the rows of the first's tiles, mends those,
     where there are any: in one kernel, so rare a case would take registers from every other.
@@ -526,9 +539,10 @@ def attend_kernel(
             score_shift = tl.load(q_shift + head_at * q_len + wide_rows, mask=row_ok, other=0.0) * factor
     if PV == "packed":
         v_scale += kv_at * kv_tiles * VALUE_DIM + dv
+    UNIT: tl.constexpr = 1.0 if NATURAL else LOG2E
     threshold = None
     if pv_threshold is not None:
-        threshold = tl.load(pv_threshold + head) * LOG2E
+        threshold = tl.load(pv_threshold + head) * UNIT
 
     q_at_positions, q_at_segments = rows + (kv_len - q_len), None
     if q_positions is not None:
@@ -569,9 +583,12 @@ def attend_kernel(
         kept_blocks = visible_blocks
         if indices is not None:
             kept_blocks = _count_below(indices, num, end, CHUNK) - _count_below(indices, num, begin, CHUNK)
-        if TILE_Q < BLOCK_Q:
-            low = tile * TILE_Q + offset
-            high = tl.minimum(q_len, (tile + 1) * TILE_Q) - 1 + offset
+        # What was an edge to the first kernel's larger tile is one here.
+        OF_TILE: tl.constexpr = FLAG_ROWS if MENDS else TILE_Q
+        if OF_TILE < BLOCK_Q:
+            wide_tile = tile * TILE_Q // OF_TILE
+            low = wide_tile * OF_TILE + offset
+            high = tl.minimum(q_len, (wide_tile + 1) * OF_TILE) - 1 + offset
             begin, whole_begin, whole_end, end = _interval(low, high, kv_len, window, CAUSAL, WINDOW, BLOCK_KV)
         else:
             begin, whole_begin, whole_end, end = _interval(
@@ -597,7 +614,7 @@ def attend_kernel(
             )
         begin, whole_begin, whole_end, end = 0, 0, 0, num
     if MENDS:
-        m = tl.load(lse + head_at * q_len + wide_rows, mask=row_ok, other=0.0) * LOG2E
+        m = tl.load(lse + head_at * q_len + wide_rows, mask=row_ok, other=0.0) * UNIT
     else:
         count_at = counts + (head_at * q_tiles + tile) * 3
         leads = tile * TILE_Q % BLOCK_Q == 0
@@ -665,6 +682,7 @@ def attend_kernel(
                 TILE_K=TILE_K,
                 DOT32=DOT32,
                 HEADROOM=HEADROOM,
+                NATURAL=NATURAL,
             )
 
     out_at = output + (head_at * q_len + wide_rows)[:, None] * VALUE_DIM + dv[None, :]
@@ -677,21 +695,22 @@ def attend_kernel(
     o = o * tl.where(empty, 0.0, 1.0 / total)[:, None]
     if PV == "fp8":
         o = o * tl.load(v_scale + kv_at * DV + dv)[None, :]
-    sum_log = m + tl.log2(total) - HEADROOM
+    sum_log = m + (tl.log2(total) - HEADROOM) * (UNIT / LOG2E)
     if QK8 and softcap is None:
         sum_log += tl.load(q_shift + head_at * q_len + wide_rows, mask=row_ok, other=0.0) * factor
     sum_log = tl.where(empty, float("-inf"), sum_log)
     if sink_logits is not None:
-        sink = tl.load(sink_logits + head) * LOG2E
+        sink = tl.load(sink_logits + head) * UNIT
         largest = tl.maximum(sum_log, sink)
         base = tl.where(largest == float("-inf"), 0.0, largest)
-        joined = base + tl.log2(tl.exp2(sum_log - base) + tl.exp2(sink - base))
-        o = o * tl.where(empty, 0.0, tl.exp2(sum_log - joined))[:, None]
+        both = _power(sum_log - base, NATURAL) + _power(sink - base, NATURAL)
+        joined = base + tl.log2(both) * (UNIT / LOG2E)
+        o = o * tl.where(empty, 0.0, _power(sum_log - joined, NATURAL))[:, None]
         sum_log = joined
     o = tl.where(empty[:, None], 0.0, o)
     tl.store(out_at, o.to(output.dtype.element_ty), mask=row_ok[:, None] & dv_ok[None, :])
-    tl.store(lse + head_at * q_len + wide_rows, sum_log / LOG2E, mask=row_ok)
-    if PV == "input":
+    tl.store(lse + head_at * q_len + wide_rows, sum_log / UNIT, mask=row_ok)
+    if PV == "input" or PV == "bf16":
         tl.store(flags + head_at * q_tiles + tile, broken)
 
     count_at = counts + (head_at * q_tiles + tile) * 3
