@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import functools
 import importlib
 import os
 from collections.abc import Iterator
@@ -14,6 +15,9 @@ import torch
 from torch import Tensor
 
 import tamis
+
+
+DEVICE = os.environ.get("TAMIS_TEST_DEVICE", "cpu")  # "cuda": the triton backend on a GPU
 
 
 @dataclass(frozen=True)
@@ -36,40 +40,47 @@ class Engine:
         with cpu.force_target(self.target):
             yield
 
-    @property
-    def row_group(self) -> int:
-        """Query rows that stage 2 skips together; the whole tile, which the interpreter's settings have at 64."""
-        return 64 if self.backend == "triton" else 16
+    def grain(self, query: Tensor, value: Tensor, block_size: tuple[int, int] = (128, 64)) -> dict[str, int]:
+        """Query rows and keys of which stage 2 skips the product together: on a GPU the whole tile."""
+        if self.backend != "triton":
+            return {"group": 16, "keys": 64}
+        from tamis.backends.triton import chips, launch, settings
+
+        kind = "fp32" if query.dtype == torch.float32 else "half"
+        dims = launch.power(query.shape[-1]), launch.power(value.shape[-1])
+        tiles = settings.tiles(chips.of(torch.device(DEVICE)), kind, *dims, *block_size, query.shape[-2])
+        return {"group": tiles.rows, "keys": tiles.keys}
 
     def _ran(self, stats: Any) -> None:
         assert (stats.backend, stats.target) == (self.backend, self.target)
 
     def attend(self, query: Tensor, key: Any, value: Tensor | None = None, *args: Any, **options: Any) -> Any:
-        with self.selected():
-            result = tamis.attend(query, key, value, *args, backend=self.backend, **options)
-        self._ran(result.stats)
-        return result
+        return self._run(tamis.attend, query, key, value, *args, backend=self.backend, **options)
 
     def attend_varlen(self, *args: Any, **options: Any) -> Any:
-        with self.selected():
-            result = tamis.attend_varlen(*args, backend=self.backend, **options)
-        self._ran(result.stats)
-        return result
+        return self._run(tamis.attend_varlen, *args, backend=self.backend, **options)
 
     def sparse_attention(self, *args: Any, **options: Any) -> tuple[Tensor, Any]:
-        with self.selected():
-            output, stats = tamis.sparse_attention(*args, backend=self.backend, return_stats=True, **options)
-        self._ran(stats)
+        run = functools.partial(tamis.sparse_attention, return_stats=True, backend=self.backend)
+        output, stats = self._run(run, *args, **options)
         return output, stats
 
     def predict(self, predictor: Any, query: Tensor, key: Tensor, **options: Any) -> Any:
-        with self.selected():
-            return predictor(query, key, backend=self.backend, **options)
+        return self._run(predictor, query, key, backend=self.backend, **options)
 
     def op(self, name: str, *args: Any, **kwargs: Any) -> Any:
         """One of the `tamis::` ops, by name."""
+        return self._run(getattr(torch.ops.tamis, name), *args, **kwargs, backend=self.backend)
+
+    def _run(self, function: Any, *args: Any, **options: Any) -> Any:
+        """Call with everything on the device, and bring what comes back to the CPU."""
+        device = DEVICE if self.backend == "triton" else "cpu"
         with self.selected():
-            return getattr(torch.ops.tamis, name)(*args, **kwargs, backend=self.backend)
+            result = moved(function(*moved(args, device), **moved(options, device)), "cpu")
+        for part in result if isinstance(result, tuple) else ():
+            if isinstance(part, tamis.AttentionStats):
+                self._ran(part)
+        return result
 
     def check(
         self,
@@ -145,6 +156,27 @@ def int8_formulas(
     return oracle.attention_int8(query, key, value, **options)
 
 
+def moved(what: Any, device: str) -> Any:
+    """The same with its tensors on a device; what lies there already is left alone."""
+    if isinstance(what, Tensor):
+        return what if what.device.type == device else what.to(device)
+    if isinstance(what, tamis.BlockMask):
+        lists = (moved(what.kv_num_blocks, device), moved(what.kv_indices, device))
+        return tamis.BlockMask(*lists, what.block_size, what.seq_lens)
+    if isinstance(what, tamis.PackedKV) and what.tensors[0].device.type != device:
+        tensors = (*(moved(t, device) for t in what.tensors[:7]), what.tensors[7])
+        return tamis.PackedKV(tensors, what.length, moved(what._tail, device), "triton")
+    if isinstance(what, tamis.AttentionStats):
+        what.counts = moved(what.counts, device)
+    if isinstance(what, tamis.AttentionOutput):
+        return tamis.AttentionOutput(*(moved(part, device) for part in what))
+    if isinstance(what, (tuple, list)):
+        return type(what)(moved(part, device) for part in what)
+    if isinstance(what, dict):
+        return {name: moved(part, device) for name, part in what.items()}
+    return what
+
+
 def value_step(stats: Any) -> float:
     """Relative error of a value by itself: 8 bits have a scale of their own, 16 bits round what comes in fp32."""
     return 2**-8 if stats.pv_dtype.startswith("bfloat16") and stats.backend == "triton" else 4e-7
@@ -160,4 +192,7 @@ def engines() -> list[Engine]:
     """From the plainest to the fastest; under Triton's interpreter, or on a GPU, the triton backend alone."""
     if os.environ.get("TRITON_INTERPRET") == "1":
         return [Engine("triton", "interpreter")]
+    if DEVICE != "cpu":
+        chips = importlib.import_module("tamis.backends.triton.chips")
+        return [Engine("triton", chips.of(torch.device(DEVICE)).name)]
     return [Engine("reference", None), *(Engine("cpu", target) for target in cpu_targets())]

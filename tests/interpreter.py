@@ -106,11 +106,9 @@ def install() -> None:
 
 
 def _numbers(data: np.ndarray, name: str) -> torch.Tensor:
-    """What bits in numpy's nearest type stand for; the result of a comparison carries the type of what it compared."""
+    """What numpy's bits stand for. The name is not to be trusted: a comparison carries that of what it compared."""
     tensor = torch.from_numpy(np.ascontiguousarray(data))
-    if name not in _TORCH or tensor.dtype in (torch.bool, _TORCH[name]):
-        return tensor
-    return tensor.view(_TORCH[name])
+    return tensor.view(_TORCH[name]) if name in _TORCH and data.dtype.kind == "u" else tensor
 
 
 def _bits(tensor: torch.Tensor, dtype: np.dtype) -> np.ndarray:

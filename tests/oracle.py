@@ -384,9 +384,10 @@ def attention_stage2(
     block_size: tuple[int, int],
     scale: float | None = None,
     group: int = 16,
+    keys: int = KEY_BLOCK,
     **masks: Any,
 ) -> Skipped:
-    """Attention without P V of a row group and 64 keys if every row scores `pv_threshold` below its maximum so far.
+    """Attention without P V of a row group and `keys` keys if all rows score `pv_threshold` below their maxima so far.
 
     Groups are `group` consecutive rows inside a query block; the denominator keeps every key. A group that sees none of
     the keys has nothing to skip and counts as done. `pv_density` is per batch and head, `margin` the distance of the
@@ -403,10 +404,10 @@ def attention_stage2(
     running = torch.full(query.shape[:3], -torch.inf, dtype=torch.float64)
     margin = torch.inf
     done = kept.double()
-    for j in range(-(-kv_len // KEY_BLOCK)):
-        columns = slice(j * KEY_BLOCK, min(kv_len, (j + 1) * KEY_BLOCK))
+    for j in range(-(-kv_len // keys)):
+        columns = slice(j * keys, min(kv_len, (j + 1) * keys))
         block = columns.start // block_size[1]
-        tiles = -(-(min(kv_len, (block + 1) * block_size[1]) - block * block_size[1]) // KEY_BLOCK)
+        tiles = -(-(min(kv_len, (block + 1) * block_size[1]) - block * block_size[1]) // keys)
         local = scores[..., columns].amax(-1)
         running = torch.maximum(running, local)
         below = torch.where(local == -torch.inf, torch.inf, running - local)  # [batch, heads, q_len]

@@ -53,6 +53,8 @@ def test_dtypes(engine: Engine, dtype: torch.dtype, dim: int) -> None:
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16], ids=str)
 def test_half_is_rounded_once(engine: Engine, dtype: torch.dtype) -> None:
     """Sums are fp32 inside: the output is the exact one rounded to nearest, give or take the fp32 error before."""
+    if engine.backend == "triton":
+        pytest.skip("weights are rounded with the inputs' type; test_triton.py has the formulas")
     q, k, v = qkv(q_len=130, kv_len=300, dtype=dtype)
     truth = oracle.attention(q, k, v, causal=True).output
     before = 4 * float((oracle.attention(q, k, v, causal=True, dtype=torch.float32).output - truth).abs().max())
@@ -232,9 +234,10 @@ def test_stats_name_what_ran(engine: Engine) -> None:
     assert "int8" not in dense.qk_dtype
     int8 = engine.attend(q, k, v, precision="int8").stats
     few = engine.attend(q[:, :, :3], k, v).stats
-    assert (few.qk_dtype, few.pv_dtype) == ("float32", "float32")
     assert int8.qk_dtype == "int8"
-    if engine.target == "amx":
+    if engine.backend != "triton":
+        assert (few.qk_dtype, few.pv_dtype) == ("float32", "float32")
+    if engine.target == "amx" or engine.backend == "triton":
         assert (dense.qk_dtype, dense.pv_dtype, int8.pv_dtype) == ("bfloat16",) * 3
     else:
         assert "8" in int8.pv_dtype

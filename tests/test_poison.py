@@ -227,8 +227,14 @@ def test_corrupt_masks_raise(engine: Engine, kind: str, precision: str) -> None:
     counts = torch.tensor([[[2, 2], [2, *count]]], dtype=torch.int32)
     indices = torch.tensor([[[[0, 1], [2, 4]], [[1, 3], *index]]], dtype=torch.int32)
     mask = tamis.BlockMask(counts, indices, (64, 64), (120, 300))
-    with pytest.raises(ValueError, match=r"block_mask|kv_indices|kv_num_blocks"):
+    if engine.backend == "triton":
+        # Reading the lists would synchronise the device: what comes out is undefined, but nothing outside is touched
+        # (the interpreter watches), and the next call is fine.
         engine.attend(q, k, v, mask, precision=precision)
+        assert engine.attend(q, k, v, precision=precision).output.isfinite().all()
+    else:
+        with pytest.raises(ValueError, match=r"block_mask|kv_indices|kv_num_blocks"):
+            engine.attend(q, k, v, mask, precision=precision)
     with pytest.raises(ValueError, match=r"block_mask|kv_indices|kv_num_blocks"):
         mask.validate()
 

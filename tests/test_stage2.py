@@ -38,8 +38,8 @@ def test_skips_by_the_book(
     q, k, v = steep(300, 400, heads=4, kv_heads=2)
     mask = block_mask((300, 400), heads=4, block_size=block_size, density=0.8)
     blocks = oracle.blocks_of(mask)
-    thresholds = torch.full((4,), threshold)
-    expected = oracle.attention_stage2(q, k, v, pv_threshold=thresholds, group=engine.row_group, blocks=blocks, block_size=block_size, **masks)
+    thresholds, grain = torch.full((4,), threshold), engine.grain(q, v, block_size)
+    expected = oracle.attention_stage2(q, k, v, **grain, pv_threshold=thresholds, blocks=blocks, block_size=block_size, **masks)
     assert expected.margin > MARGIN
     result = engine.attend(q, k, v, mask, pv_threshold=threshold, **masks)
     unskipped = engine.attend(q, k, v, mask, **masks)
@@ -50,7 +50,9 @@ def test_skips_by_the_book(
     oracle.assert_within(result.output + room.float(), truth.output, plain.output)
     assert torch.equal(result.lse, unskipped.lse)
     torch.testing.assert_close(result.stats.pv_density_per_head, expected.pv_density.mean(0), rtol=0, atol=1e-9)
-    assert float(expected.pv_density.mean()) < unskipped.stats.pv_density == unskipped.stats.qk_density
+    assert unskipped.stats.pv_density == unskipped.stats.qk_density
+    if threshold < 1 or grain["group"] == 16:  # a large tile is rarely that far below in all of its rows
+        assert float(expected.pv_density.mean()) < unskipped.stats.pv_density
     assert result.stats.qk_density == unskipped.stats.qk_density
     assert result.stats.density == pytest.approx((result.stats.qk_density + result.stats.pv_density) / 2)
 
@@ -85,7 +87,8 @@ def test_threshold_per_head(engine: Engine) -> None:
             assert result.stats.pv_density_per_head[head] == alone.stats.pv_density_per_head[head]
     per_head = result.stats.pv_density_per_head
     assert per_head[0] == per_head[3] == 1.0
-    assert per_head[1] < per_head[2] < 1.0
+    assert per_head[1] <= per_head[2] < 1.0
+    assert per_head[1] < per_head[2] or engine.grain(q, v)["group"] > 16
 
 
 def test_rows_without_a_key_so_far(engine: Engine) -> None:
@@ -112,6 +115,7 @@ def test_rows_without_a_key_so_far(engine: Engine) -> None:
         blocks=torch.ones(1, 1, 2, 5, dtype=torch.bool),
         block_size=(128, 64),
         attn_mask=mask,
+        **engine.grain(q, v),
     )
     assert expected.margin > MARGIN
     result = engine.attend(q, k, v, attn_mask=mask, pv_threshold=1.0)

@@ -204,9 +204,10 @@ def _visit(
             if QK8:
                 s = tl.dot(q, tl.trans(k)).to(tl.float32)  # [TILE_Q, TILE_K]
                 if TILE_K <= 64:
-                    s = s * (q_factor * tl.load(k_scale + start // 64))[:, None]
+                    s = s * (q_factor * tl.load(k_scale + start // 64, mask=start < kv_len, other=0.0))[:, None]
                 else:
-                    s = s * q_factor[:, None] * tl.load(k_scale + start // 64 + n // 64)[None, :]
+                    k_step = tl.load(k_scale + start // 64 + n // 64, mask=column_ok, other=0.0)
+                    s = s * q_factor[:, None] * k_step[None, :]
                 if q_shift is not None:
                     s = s + q_shift[:, None]
             elif SLICE == 0:
@@ -278,7 +279,7 @@ def _visit(
                     v = tl.where(unsound, 0.0, v).to(v.dtype)
                 if taken:
                     if PV == "packed":
-                        v_step = tl.load(v_scale + (start // 64) * VALUE_DIM, mask=dv_ok, other=0.0)
+                        v_step = tl.load(v_scale + (start // 64) * VALUE_DIM, mask=dv_ok & (start < kv_len), other=0.0)
                         o = o * decay[:, None] + tl.dot(p.to(tl.bfloat16), v.to(tl.bfloat16)) * v_step[None, :]
                     elif PV == "fp8":
                         o = o * decay[:, None] + tl.dot(p.to(v.dtype), v) * gain[:, None]

@@ -1,0 +1,187 @@
+"""The triton backend where it differs from the others: formats, tiles, packing, and what a prediction hands over.
+
+It runs under Triton's interpreter (`make test-triton`) or on a GPU (`make test-gpu`), as do the tests that all engines
+share.
+"""
+
+from __future__ import annotations
+
+from typing import Any
+
+import oracle
+import pytest
+import torch
+from engines import Engine
+from samples import block_mask, qkv
+from torch import Tensor
+
+import tamis
+from tamis.backends.triton import launch
+
+FEATURES: dict[str, dict[str, Any]] = {
+    "plain": {},
+    "causal": {"causal": True},
+    "window": {"causal": True, "window": 90},
+    "softcap, sinks": {"softcap": 2.0, "sink_logits": torch.tensor([0.5, -1.0, 2.0, 0.0])},
+    "segments, positions": {
+        "causal": True,
+        "segments": (torch.arange(150) // 60 - 1, torch.arange(200) // 80 - 1),
+        "positions": (torch.arange(150) * 3 % 200, torch.arange(200) * 7 % 200),
+    },
+}
+
+
+def check(engine: Engine, precision: str, q: Tensor, k: Tensor, v: Tensor, mask: Any = None, **options: Any) -> Any:
+    """Hold a call against its formulas in fp64, at the usual bound."""
+    result = engine.attend(q, k, v, mask, precision=precision, **options)
+    if mask is not None:
+        options |= {"blocks": oracle.blocks_of(mask), "block_size": mask.block_size}
+    truth = oracle.attention(q, k, v, **options)
+    form = getattr(torch, result.stats.pv_dtype)
+    plain = oracle.attention(q, k, v, **options, dtype=torch.float32 if precision != "full" else q.dtype)
+    formulas = oracle.attention_gpu(q, k, v, weights=form, values=form, rounds=precision != "full", **options)
+    oracle.assert_within(result.output, truth.output, formulas.output, plain.output)
+    oracle.assert_within(result.lse, truth.lse, formulas.lse, plain.lse, what="lse")
+    return result, oracle.relative_l1(result.output, truth.output)
+
+
+@pytest.mark.parametrize("features", FEATURES)
+@pytest.mark.parametrize("precision", ["full", "int8", "fp8"])
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16], ids=str)
+def test_formats(engine: Engine, dtype: torch.dtype, precision: str, features: str) -> None:
+    q, k, v = qkv(heads=4, kv_heads=2, q_len=150, kv_len=200, dim=40, value_dim=24, dtype=dtype)
+    mask = block_mask((150, 200), heads=4, density=0.7)
+    result, _ = check(engine, precision, q, k + 2, v, mask, **FEATURES[features])
+    assert result.stats.qk_dtype == (str(dtype).removeprefix("torch.") if precision == "full" else "int8")
+
+
+@pytest.mark.parametrize("block_size", [(64, 64), (64, 128), (128, 128)], ids=str)
+@pytest.mark.parametrize("precision", ["full", "int8", "fp8"])
+def test_block_sizes(engine: Engine, precision: str, block_size: tuple[int, int]) -> None:
+    """Lengths that end inside the first and inside the second tile of a block."""
+    for kv_len in (130, 250):
+        q, k, v = qkv(heads=2, q_len=100, kv_len=kv_len, dim=16)
+        mask = block_mask((100, kv_len), heads=2, block_size=block_size, density=0.6)
+        check(engine, precision, q, k, v, mask, causal=True)
+        check(engine, precision, q, k, v)
+
+
+@pytest.mark.parametrize("precision", ["full", "int8", "fp8"])
+@pytest.mark.parametrize(("dim", "value_dim"), [(1, 3), (17, 64), (96, 80), (128, 128), (256, 200)])
+def test_head_dims(engine: Engine, precision: str, dim: int, value_dim: int) -> None:
+    q, k, v = qkv(heads=1, q_len=20, kv_len=90, dim=dim, value_dim=value_dim)
+    check(engine, precision, q, k, v, causal=True)
+
+
+@pytest.mark.parametrize(("precision", "limit"), [("int8", 0.016), ("fp8", 0.05)])
+@pytest.mark.parametrize("dim", [64, 128])
+def test_error_on_normals(engine: Engine, precision: str, limit: float, dim: int) -> None:
+    q, k, v = qkv(heads=1, q_len=64, kv_len=512, dim=dim, dtype=torch.bfloat16)
+    _, error = check(engine, precision, q, k, v)
+    assert error <= limit
+
+
+def test_fp8_keeps_the_mass_of_long_flat_rows(engine: Engine) -> None:
+    """One key 14 above 500 others: against the running maximum, each of those would be 0 in e4m3."""
+    q, k = torch.zeros(1, 1, 2, 32), torch.zeros(1, 1, 64 * 9, 32)
+    q[..., 0], k[..., 0] = 14.0, -0.5
+    k[:, :, 0, 0] = 0.5
+    v = torch.ones(1, 1, 64 * 9, 16)
+    v[:, :, 64:] = 1e6
+    truth = oracle.attention(q, k, v, scale=1.0)
+    output = engine.attend(q, k, v, scale=1.0, precision="fp8").output
+    torch.testing.assert_close(output.double(), truth.output, rtol=0.1, atol=0)
+
+
+def test_fp8_broken_values(engine: Engine) -> None:
+    """A row that sees a NaN or an infinity gives NaN; what is padding or kept by nobody touches nothing."""
+    q, k, v = qkv(heads=1, q_len=70, kv_len=200, dim=16)
+    mask = tamis.BlockMask.from_dense(torch.tensor([[True, False, True, True]]), (128, 64), (70, 200))
+    segments = (torch.zeros(70, dtype=torch.int64), torch.where(torch.arange(200) < 20, -1, 0))
+    clean = engine.attend(q, k, v, mask, precision="fp8", segments=segments).output
+    for bad in (float("nan"), float("inf"), 1e30):
+        key, value = k.clone(), v.clone()
+        key[:, :, 64:128], value[:, :, 64:128], key[:, :, :20], value[:, :, :20] = bad, bad, bad, bad
+        assert torch.equal(engine.attend(q, key, value, mask, precision="fp8", segments=segments).output, clean)
+    value = v.clone()
+    value[0, 0, 150, 3] = float("inf")
+    output = engine.attend(q, k, value, mask, precision="fp8", segments=segments).output
+    assert output[..., 3].isnan().all()
+    assert output[..., :3].isfinite().all()
+
+
+@pytest.mark.parametrize("segments", [None, torch.where(torch.arange(150) % 7 == 0, -1, 0)[None]], ids=["", "padded"])
+def test_packs_as_the_reference_does(engine: Engine, segments: Tensor | None) -> None:
+    _, k, v = qkv(kv_len=150, dim=19, value_dim=21)
+    k[:, :, 70:90], v[..., 4] = 0, 0
+    mean = torch.ops.tamis.key_mean(k, segments, None, "reference")
+    ours = engine.op("pack_kv", k, v, mean, segments)
+    for mine, theirs in zip(ours, torch.ops.tamis.pack_kv(k, v, mean, segments, "reference"), strict=True):
+        assert mine.shape == theirs.shape
+        torch.testing.assert_close(mine.float(), theirs.float(), rtol=1e-6, atol=1 if mine.dtype == torch.int8 else 8)
+        assert (mine.float() - theirs.float()).abs().gt(1e-3 * theirs.float().abs()).float().mean() < 1e-3
+
+
+@pytest.mark.parametrize("precision", ["full", "int8", "fp8"])
+@pytest.mark.parametrize("block_kv", [64, 128])
+def test_a_prediction_rounds_for_attention(engine: Engine, precision: str, block_kv: int) -> None:
+    """What `predict` hands over is what `attend` would make of keys that are all kept, to the bit."""
+    q, k, v = qkv(heads=4, kv_heads=2, q_len=150, kv_len=330, dim=40, dtype=torch.bfloat16)
+    one = torch.ones(4)
+    choice = (1.0, one, None, -one, True, True, None, 128, block_kv, None, None, None, None, False)
+    num, indices, prepared = engine.op("predict", q, k, None, None, *choice, precision)
+    assert len(prepared) == (0 if precision == "full" else 5)
+    rest = (128, block_kv, True, None, 0.2, *(None,) * 10, precision, None)
+    args = (q, k, v, [], num, indices, *rest)
+    own, shared = engine.op("attend", *args, []), engine.op("attend", *args, prepared)
+    for mine, theirs in zip(own, shared, strict=True):
+        assert torch.equal(mine, theirs)
+
+
+def test_sparse_attention_reads_the_key_twice(engine: Engine) -> None:
+    """Once for its mean and once for all else, and the query once."""
+    q, k, v = (x.to("cpu") for x in qkv(q_len=200))
+    names = []
+    for precision in ("full", "int8", "fp8"):
+        with launch.note() as launches:
+            tamis.sparse_attention(q, k, v, is_causal=True, precision=precision, backend="triton")
+        names.append([item.kernel.fn.__name__ for item in launches])
+    for found in names:
+        assert found.count("key_mean_kernel") == 1
+        assert found.count("summarize_kernel") == 2
+
+
+def test_wide_offsets_are_the_same(engine: Engine, monkeypatch: pytest.MonkeyPatch) -> None:
+    """64-bit places inside a tile, which only strides of millions need, change no bit."""
+    q, k, v = qkv(q_len=100, kv_len=200, dtype=torch.float16)
+    plain = launch.run
+
+    def wide(kernel: Any, grid: Any, *arguments: Any, **options: Any) -> None:
+        plain(kernel, grid, *arguments, **(options | ({"WIDE": True} if "WIDE" in options else {})))
+
+    for precision in ("full", "int8", "fp8"):
+        narrow = engine.attend(q, k, v, causal=True, precision=precision)
+        with monkeypatch.context() as patch:
+            patch.setattr(launch, "run", wide)
+            assert torch.equal(engine.attend(q, k, v, causal=True, precision=precision).output, narrow.output)
+
+
+def test_values_broken_at_the_edge_of_a_large_tile(engine: Engine) -> None:
+    """Mending has smaller tiles than attention: a block that all rows of a small one see may be an edge of the large."""
+    q, k, v = qkv(heads=1, q_len=192, dim=16)
+    for token in (3, 70, 130):
+        value = v.clone()
+        value[:, :, token] = float("nan")
+        output = engine.attend(q, k, value, causal=True).output
+        assert output[:, :, token:].isnan().all()
+        assert torch.equal(output[:, :, :token], engine.attend(q, k, v, causal=True).output[:, :, :token])
+
+
+def test_no_queries_no_keys_no_heads(engine: Engine) -> None:
+    for q_len, kv_len, heads in ((0, 10, 2), (10, 0, 2), (10, 10, 0)):
+        q, k, v = qkv(heads=heads, q_len=q_len, kv_len=kv_len, dim=16)
+        for precision in ("full", "int8", "fp8"):
+            result = engine.attend(q, k, v, precision=precision)
+            assert (result.output == 0).all()
+            assert (result.lse == -torch.inf).all()
+            engine.sparse_attention(q, k, v, precision=precision)
