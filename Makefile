@@ -5,7 +5,7 @@ VENV := .venv
 BIN := $(VENV)/bin
 export OMP_WAIT_POLICY ?= passive
 
-.PHONY: setup demo test test-native test-arm tsan lint bench bench-check sanitize wheel clean
+.PHONY: setup demo test test-cpu test-triton test-gpu gpu-static test-native test-arm tsan lint bench bench-check sanitize wheel clean
 
 # An editable install knows the modules that existed when it was made: a new one needs a new install.
 READY := $(VENV)/.ready-$(shell find src -name '*.py' | sort | cksum | cut -d' ' -f1)
@@ -17,15 +17,33 @@ $(READY): pyproject.toml constraints.txt CMakeLists.txt $(wildcard csrc/*)
 	$(PYTHON) -m venv $(VENV)
 	$(BIN)/pip install --quiet --upgrade pip
 	$(BIN)/pip install --quiet --constraint constraints.txt torch numpy
-	$(BIN)/pip install --quiet --constraint constraints.txt --editable ".[demo,dev]"
+	$(BIN)/pip install --quiet --constraint constraints.txt --editable ".[demo,dev,triton]"
 	rm -f $(VENV)/.ready-*
 	touch $@
 
 demo: setup
 	$(BIN)/tamis demo
 
-test: setup
+test: test-cpu test-triton
+
+test-cpu: setup
 	$(BIN)/python -m pytest
+
+# The GPU's kernels in Triton's interpreter, on CPU tensors: their own tests whole, and of each test that all backends
+# share a sample, for the interpreter is slow.
+SHARED := attend masks stage2 int8 poison properties select predictors varlen pack decode sparse_attention defects regressions
+test-triton: setup
+	TRITON_INTERPRET=1 TAMIS_TEST_SAMPLE=1 $(BIN)/python -m pytest $(SHARED:%=tests/test_%.py) & shared=$$!; \
+	TRITON_INTERPRET=1 $(BIN)/python -m pytest tests/test_triton.py tests/test_bench_gpu.py; own=$$?; \
+	wait $$shared && exit $$own
+
+# Every kernel compiled for every architecture and its machine code judged, on a machine that has none of them.
+gpu-static: setup
+	$(BIN)/tamis bench gpu-static
+
+# On a machine with a GPU, torch, triton and pytest, from the source tree; nothing is installed or built.
+test-gpu:
+	PYTHONPATH=src $(PYTHON) tests/on_gpu.py
 
 # The C ABI against an oracle in C++, with no Python: here, as a 64-bit ARM program in an emulator, and watched for
 # races.

@@ -1,25 +1,52 @@
-"""Shared fixtures: fixed seeds, poisoned memory, warnings as errors, and every engine of the machine."""
+"""Shared fixtures: fixed seeds, poisoned memory, warnings as errors, and every engine of the machine.
+
+The engines are those of the CPU; with TRITON_INTERPRET=1 the triton backend in Triton's interpreter, with
+TAMIS_TEST_DEVICE=cuda the one on a GPU. TAMIS_TEST_SAMPLE=N runs N parametrisations, evenly spread, of every test.
+"""
 
 from __future__ import annotations
 
 import os
 from collections.abc import Iterator
 
-import hypothesis
-import interpreter
 import pytest
 import torch
-from engines import Engine, engines
+from engines import DEVICE, Engine, engines
 
-hypothesis.settings.register_profile("tamis", derandomize=True, deadline=None, max_examples=20, database=None)
-hypothesis.settings.load_profile("tamis")
+INTERPRETS = os.environ.get("TRITON_INTERPRET") == "1"
+collect_ignore = [] if INTERPRETS or DEVICE != "cpu" else ["test_triton.py"]
+try:
+    import hypothesis
+except ModuleNotFoundError:  # a GPU machine that has little more than torch
+    collect_ignore += ["test_block_mask.py", "test_properties.py", "test_report.py", "test_select.py", "test_varlen.py"]
+else:
+    examples = 3 if INTERPRETS else 20
+    hypothesis.settings.register_profile("tamis", derandomize=True, deadline=None, max_examples=examples, database=None)
+    hypothesis.settings.load_profile("tamis")
 
 
 def pytest_configure(config: pytest.Config) -> None:
-    if os.environ.get("TRITON_INTERPRET") == "1":
+    if INTERPRETS:
+        import interpreter
+
         interpreter.install()
-    config.addinivalue_line("filterwarnings", "error")
+    config.addinivalue_line("filterwarnings", "error" if DEVICE == "cpu" else "default")
     config.addinivalue_line("markers", "real_memory: leave torch.empty as it is")
+    config.addinivalue_line("markers", "large: takes the interpreter a minute or more; it runs everywhere else")
+
+
+def pytest_collection_modifyitems(config: pytest.Config, items: list[pytest.Item]) -> None:
+    most = int(os.environ.get("TAMIS_TEST_SAMPLE", "0"))
+    by_test: dict[str, list[pytest.Item]] = {}
+    for item in items:
+        if not (INTERPRETS and item.get_closest_marker("large")):
+            by_test.setdefault(item.nodeid.split("[")[0], []).append(item)
+    kept = set()
+    for test, found in by_test.items():
+        number = min(most, len(found)) if most and "test_triton" not in test else len(found)
+        kept.update(found[index * len(found) // number] for index in range(number))
+    config.hook.pytest_deselected(items=[item for item in items if item not in kept])
+    items[:] = [item for item in items if item in kept]
 
 
 def pytest_generate_tests(metafunc: pytest.Metafunc) -> None:
@@ -40,8 +67,8 @@ def poisoned_memory(request: pytest.FixtureRequest) -> Iterator[None]:
     if request.node.get_closest_marker("real_memory"):
         yield
         return
-    torch.use_deterministic_algorithms(True)
-    assert torch.empty(1).isnan().all()
+    torch.use_deterministic_algorithms(True, warn_only=DEVICE != "cpu")
+    assert torch.empty(1, device=DEVICE).isnan().all()
     yield
     torch.use_deterministic_algorithms(False)
 

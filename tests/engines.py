@@ -16,7 +16,6 @@ from torch import Tensor
 
 import tamis
 
-
 DEVICE = os.environ.get("TAMIS_TEST_DEVICE", "cpu")  # "cuda": the triton backend on a GPU
 
 

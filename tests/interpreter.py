@@ -1,9 +1,9 @@
 """Triton's interpreter, mended and watched, so that a kernel's numbers can be believed on a machine without a GPU.
 
-Mended, for Triton 3.6: products and casts of bf16 and e4m3 (wrong, or rounded otherwise than torch and the hardware do),
-loop bounds under numpy 2.4 (an error), 8-bit products (exact, but by a loop instead of BLAS), and what it does again and
-again to no effect. Watched: an access outside
-of the kernel's own tensors, which would read whatever lies there, raises and names the kernel.
+Mended, for Triton 3.6: products and casts of bf16 and e4m3 (wrong, or rounded otherwise than torch and the hardware
+do), loop bounds under numpy 2.4 (an error), 8-bit products (exact, but by a loop instead of BLAS), and what it does
+again and again to no effect. Watched: an access outside of the kernel's own tensors, which would read whatever lies
+there, raises and names the kernel.
 """
 
 from __future__ import annotations

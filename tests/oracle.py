@@ -350,8 +350,9 @@ def attention_gpu(
     """The algorithms of GPU kernels in fp64.
 
     Steps: Q and K as in `attention_int8` if `rounds`, else as they are. P in the type `weights` against its row's
-    maximum so far, 64 keys at a time, which e4m3 takes over the 64 keys alone and brings to 256. V in the type `values`: e4m3 has 448 steps of
-    the largest entry of a channel; a `packed` one is as in `attention_int8`. The denominator is not rounded.
+    maximum so far, 64 keys at a time, which e4m3 takes over the 64 keys alone and brings to 256. V in the type
+    `values`: e4m3 has 448 steps of the largest entry of a channel; a `packed` one is as in `attention_int8`. The
+    denominator is not rounded.
     """
     scores, shift, v = _int8_scores(query, key, value, rounds=rounds, **options)
     if packed:

@@ -241,7 +241,9 @@ def test_values_of_all_sizes(engine: Engine) -> None:
     result = engine.attend(q, k, v, scale=1.0, precision="int8").output.double()
     torch.testing.assert_close(result, exact, rtol=2e-2, atol=0)
     flat = engine.attend(q * 0, torch.zeros(1, 1, 2560, 64), torch.full((1, 1, 2560, 4), 3e33), precision="int8")
-    torch.testing.assert_close(flat.output, torch.full((1, 1, 1, 4), 3e33), rtol=max(1e-5, value_step(flat.stats)), atol=0)
+    torch.testing.assert_close(
+        flat.output, torch.full((1, 1, 1, 4), 3e33), rtol=max(1e-5, value_step(flat.stats)), atol=0
+    )
 
 
 def test_zero_keys_among_others_in_a_pack(engine: Engine) -> None:

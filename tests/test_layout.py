@@ -128,7 +128,9 @@ def test_the_walk_finds_a_breach(tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 
 def test_backends_and_predictors_keep_apart() -> None:
     """Predictors know backends/base and no backend; a backend knows neither another backend nor a predictor."""
-    names = {path.stem for path in (ROOT / "backends").iterdir() if path.suffix == ".py" or (path / "__init__.py").exists()}
+    names = {
+        path.stem for path in (ROOT / "backends").iterdir() if path.suffix == ".py" or (path / "__init__.py").exists()
+    }
     names -= {"__init__", "base"}
     helpers = {"native": {"cpu"}}  # a helper module, and who may use it
     for path in modules():

@@ -39,7 +39,9 @@ def test_skips_by_the_book(
     mask = block_mask((300, 400), heads=4, block_size=block_size, density=0.8)
     blocks = oracle.blocks_of(mask)
     thresholds, grain = torch.full((4,), threshold), engine.grain(q, v, block_size)
-    expected = oracle.attention_stage2(q, k, v, **grain, pv_threshold=thresholds, blocks=blocks, block_size=block_size, **masks)
+    expected = oracle.attention_stage2(
+        q, k, v, **grain, pv_threshold=thresholds, blocks=blocks, block_size=block_size, **masks
+    )
     assert expected.margin > MARGIN
     result = engine.attend(q, k, v, mask, pv_threshold=threshold, **masks)
     unskipped = engine.attend(q, k, v, mask, **masks)

@@ -167,7 +167,7 @@ def test_wide_offsets_are_the_same(engine: Engine, monkeypatch: pytest.MonkeyPat
 
 
 def test_values_broken_at_the_edge_of_a_large_tile(engine: Engine) -> None:
-    """Mending has smaller tiles than attention: a block that all rows of a small one see may be an edge of the large."""
+    """Mending has smaller tiles: a block that all rows of a small one see may be an edge of attention's own."""
     q, k, v = qkv(heads=1, q_len=192, dim=16)
     for token in (3, 70, 130):
         value = v.clone()

@@ -178,9 +178,7 @@ def _attend(
     return AttentionOutput(output.reshape(*lead, output.shape[-1]), lse.reshape(lead), stats)
 
 
-def _run(
-    call: Call, backend: str | None, prepared: Prepared | None
-) -> tuple[Tensor, Tensor, AttentionStats]:
+def _run(call: Call, backend: str | None, prepared: Prepared | None) -> tuple[Tensor, Tensor, AttentionStats]:
     name = base.choose(call, backend)
     if prepared is not None and prepared.backend == name:
         call = replace(call, prepared=prepared.tensors)

@@ -107,12 +107,16 @@ def _add_bench(commands: Any) -> None:
     limits.add_argument("--quick", action="store_true", help="fewer lengths and repetitions, no million tokens")
     limits.add_argument("--roofline", type=Path, metavar="FILE", help="also draw the roofline as SVG")
     limits.set_defaults(command=_bench_limits)
+    static = kinds.add_parser("gpu-static", help="compile every GPU kernel for every architecture, without a GPU")
+    static.add_argument("--target", nargs="+", metavar="NAME", help="architectures such as sm_90 (all)")
+    static.add_argument("--head-dim", type=int, nargs="+", choices=(64, 128, 256), metavar="D", help="64 128 256 (all)")
+    static.set_defaults(command=_bench_gpu_static)
     ablation = kinds.add_parser("ablation", help="what each stage does on a real model")
     ablation.add_argument("--tokens", type=_positive, default=8192, metavar="N", help="longest text (8192)")
     ablation.set_defaults(command=_bench_ablation)
     defaults = kinds.add_parser("defaults", help="the measurement that chooses the defaults")
     defaults.set_defaults(command=_bench_defaults)
-    for kind in (cpu, decode, limits, ablation, defaults):
+    for kind in (cpu, decode, limits, ablation, defaults, static):
         kind.add_argument(
             "--json", type=Path, metavar="FILE", help="result (NAME-DATE.json, under benchmarks/results if there)"
         )
@@ -194,6 +198,21 @@ def _bench_decode(options: argparse.Namespace) -> None:
     _write(options.json, "decode", result)
 
 
+def _bench_gpu_static(options: argparse.Namespace) -> None:
+    _check_folder(options.json)
+    from tamis.bench import gpu_static
+
+    known = gpu_static.architectures()
+    if wrong := [name for name in options.target or [] if name not in known]:
+        raise _UsageError(f"--target: {', '.join(wrong)} is not one of {', '.join(known)}")
+    rows = gpu_static.run(options.target or known, tuple(options.head_dim or gpu_static.DIMS))
+    print(gpu_static.table(rows))
+    if options.json is not None:
+        _write(options.json, "gpu-static", gpu_static.result(rows))
+    if faults := sum(bool(row.faults) for row in rows):
+        raise RuntimeError(f"{faults} of {len(rows)} kernels fail")
+
+
 def _bench_limits(options: argparse.Namespace) -> None:
     _check_folder(options.json)
     _check_folder(options.roofline, "--roofline")
@@ -250,6 +269,8 @@ def _info(options: argparse.Namespace) -> None:
     print(f"{found['cpu']}, {found['cores']} cores, {found['threads']} threads, {found['platform']}")
     for name, backend in found["backends"].items():
         print(f"backend {name}: {'available' if backend['available'] else '; '.join(backend['reasons'])}")
+    for gpu in found["gpus"]:
+        print(f"gpu {gpu['name']} ({gpu['target']}): {gpu['state']}")
     for name, state in found["cpu_targets"].items():
         print(f"cpu target {name}: {state}")
     packages = ", ".join(f"{name} {version or '(not installed)'}" for name, version in found["packages"].items())

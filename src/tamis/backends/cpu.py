@@ -382,7 +382,7 @@ def attend(
         )
         none: dict[str, None] = dict.fromkeys(absent)
         # However many heads there are, it is one row of each: key and value are read once, which no tile repays.
-        options = {
+        options: dict[str, object] = {
             "bf16_products": False,
             "block_q": block_q,
             "block_kv": block_kv,

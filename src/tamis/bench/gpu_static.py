@@ -12,15 +12,15 @@ import subprocess
 import tempfile
 from collections.abc import Iterator
 from concurrent.futures import ProcessPoolExecutor
-from dataclasses import dataclass, field
+from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import Any
 
 import torch
 
 import tamis
-from tamis.backends.triton import launch
-from tamis.backends.triton import chips
+from tamis.backends.triton import chips, launch
+from tamis.bench.record import commit
 
 DIMS = (64, 128, 256)
 # Matrix instructions of a family: 16-bit, int8, e4m3 and tf32 products. Hopper has its own for whole warpgroups.
@@ -31,7 +31,12 @@ _MATRIX = {
     "sm_90": {"half": "HGMMA", "int8": "IGMMA", "fp8": "QGMMA", "tf32": "HGMMA"},
     "sm_100": {"half": "UTCHMMA", "int8": "UTCIMMA", "fp8": "UTCQMMA", "tf32": "UTCHMMA"},
     "sm_120": {"half": "HMMA.16816", "int8": "IMMA.16832", "fp8": "QMMA.16832", "tf32": "HMMA.1688.F32.TF32"},
-    "gfx942": {"half": r"v_mfma_f32_\w*b?f16", "int8": "v_mfma_i32", "fp8": "v_mfma_f32_\\w*fp8_fp8", "tf32": "v_mfma_f32_\\w*f32"},
+    "gfx942": {
+        "half": r"v_mfma_f32_\w*b?f16",
+        "int8": "v_mfma_i32",
+        "fp8": "v_mfma_f32_\\w*fp8_fp8",
+        "tf32": "v_mfma_f32_\\w*f32",
+    },
 }
 
 
@@ -192,9 +197,22 @@ def _forms(item: launch.Launch) -> str:
     return str([str(x.dtype) if isinstance(x, torch.Tensor) else type(x).__name__ for x in item.arguments])
 
 
+def architectures() -> list[str]:
+    """All that tamis has settings for."""
+    return [name for name, chip in chips.CHIPS.items() if chip.kind != "cpu"]
+
+
+def result(rows: list[Row]) -> dict[str, Any]:
+    """The rows as plain values, with the versions they belong to."""
+    import triton
+
+    versions = {"torch": torch.__version__, "triton": triton.__version__, "commit": commit()}
+    return {**versions, "rows": [asdict(row) for row in rows]}
+
+
 def run(names: list[str] | None = None, dims: tuple[int, ...] = DIMS, workers: int = 2) -> list[Row]:
     """All kernels of the architectures named, or of all."""
-    names = names or [name for name, chip in chips.CHIPS.items() if chip.kind != "cpu"]
+    names = names or architectures()
     if workers == 1:
         return [row for name in names for row in _all_of(name, dims)]
     with ProcessPoolExecutor(workers) as pool:
@@ -203,7 +221,10 @@ def run(names: list[str] | None = None, dims: tuple[int, ...] = DIMS, workers: i
 
 def table(rows: list[Row]) -> str:
     """The rows as text."""
-    head = f"{'target':8} {'kernel':18} {'call':24} {'warps':>5} {'stages':>6} {'regs':>5} {'spills':>6} {'shared':>7}  matrix instructions"
+    columns = (
+        f"{'target':8} {'kernel':18} {'call':24} {'warps':>5} {'stages':>6} {'regs':>5} {'spills':>6} {'shared':>7}"
+    )
+    head = f"{columns}  matrix instructions"
     lines = [head]
     for row in rows:
         found = " ".join(f"{kind}:{number}" for kind, number in row.instructions.items())

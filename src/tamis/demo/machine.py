@@ -15,7 +15,7 @@ import torch
 from tamis.backends import base
 from tamis.call import make_call
 
-_OPTIONAL = ("transformers", "accelerate", "gguf", "onnx", "numpy", "scikit-image")
+_OPTIONAL = ("triton", "transformers", "accelerate", "gguf", "onnx", "numpy", "scikit-image")
 
 
 def machine() -> dict[str, Any]:
@@ -24,7 +24,7 @@ def machine() -> dict[str, Any]:
         "cpu": _cpu_name(),
         "cores": os.cpu_count() or 1,
         "threads": torch.get_num_threads(),
-        "target": base.load("cpu").target(),
+        "target": base.load("cpu").target(torch.device("cpu")),
         "torch": torch.__version__,
         "python": platform.python_version(),
         "tamis": _version("tamis"),
@@ -44,7 +44,8 @@ def info() -> dict[str, Any]:
         target, problem = None, str(error)
     backends = {}
     for name in base.BACKENDS:
-        token = torch.zeros(1, 1, 1, 8)
+        device = "cuda" if name == "triton" and torch.cuda.is_available() else "cpu"
+        token = torch.zeros(1, 1, 1, 8, device=device)
         reasons = base.load(name).reasons(make_call(token, token, token))
         if name == "cpu" and problem is not None:
             reasons = [*reasons, problem]
@@ -58,10 +59,31 @@ def info() -> dict[str, Any]:
         "cores": os.cpu_count() or 1,
         "threads": torch.get_num_threads(),
         "backends": backends,
+        "gpus": _gpus(),
         "cpu_target": target,
         "cpu_targets": {name: _why_not(name, target, built, runnable) for name in built},
         "packages": {name: _version(name) for name in _OPTIONAL},
     }
+
+
+def _gpus() -> list[dict[str, str]]:
+    """Name, architecture and standing of every GPU that torch sees."""
+    from tamis.backends.triton import chips
+
+    found = []
+    for index in range(torch.cuda.device_count()):
+        device = torch.device("cuda", index)
+        problem = chips.missing("cuda", index)
+        standing = problem
+        if problem is None:
+            measured = chips.of(device).measured
+            standing = (
+                "in use" if measured else "its kernels are compiled and checked, but were never run by tamis' authors"
+            )
+        found.append(
+            {"name": torch.cuda.get_device_name(device), "target": chips.name_of(device), "state": standing or ""}
+        )
+    return found
 
 
 def _why_not(name: str, target: str | None, built: list[str], runnable: list[str]) -> str:

@@ -303,8 +303,26 @@ def predict(
         query, block_q, None, q_segments, pools=True, x8=q8, scales=q_scale, shifts=shift, shift_mean=q_mean
     )
     k_summary = _read(key, block_kv, mean, kv_segments, pools=True, x8=k8, scales=k_scale, grain=TILE)
-    choice = (scale, cdf, topk, similarity, sink, causal, window, query.shape[2], key.shape[2], block_q, block_kv)
-    lists = select(*q_summary, *k_summary, *choice, q_bounds, kv_bounds, visible, must, trim)
+    lists = select(
+        *q_summary,
+        *k_summary,
+        scale=scale,
+        cdf=cdf,
+        topk=topk,
+        similarity=similarity,
+        sink=sink,
+        causal=causal,
+        window=window,
+        q_len=query.shape[2],
+        kv_len=key.shape[2],
+        block_q=block_q,
+        block_kv=block_kv,
+        q_bounds=q_bounds,
+        kv_bounds=kv_bounds,
+        visible=visible,
+        must=must,
+        trim=trim,
+    )
     return *lists, prepared
 
 
@@ -442,7 +460,7 @@ def attend(
     lists = (kv_num_blocks, kv_indices)
     if kv_indices is not None and kv_indices.stride(-1) != 1:
         lists = (kv_num_blocks, kv_indices.contiguous())
-    list_strides = (0,) * 6
+    list_strides: tuple[int, ...] = (0,) * 6
     if kv_num_blocks is not None and lists[1] is not None:
         list_strides = (*kv_num_blocks.stride(), *lists[1].stride()[:3])
     seen = _bounds(q_bounds, kv_bounds, visible)
@@ -558,7 +576,7 @@ def _used(
     if lists[1] is None and window is None and seen[0] is None and seen[2] is None:
         return None  # the last row sees every key
     batch, device = output.shape[0], output.device
-    q_len, kv_len, heads, kv_heads, q_blocks, kv_blocks = sizes
+    _, kv_len, heads, kv_heads, q_blocks, _ = sizes
     used = torch.zeros((batch, kv_heads, geometry.num_blocks(kv_len, TILE)), dtype=torch.int8, device=device)
     launch.run(
         kernels.used_kernel,
@@ -580,4 +598,5 @@ def _by_block(counts: Tensor, q_blocks: int, parts: int) -> Tensor:
     if parts == 1:
         return counts
     missing = q_blocks * parts - counts.shape[2]
-    return torch.nn.functional.pad(counts, (0, 0, 0, missing)).unflatten(2, (q_blocks, parts)).sum(3)
+    padded = torch.nn.functional.pad(counts, (0, 0, 0, missing))
+    return torch.unflatten(padded, 2, (q_blocks, parts)).sum(3)

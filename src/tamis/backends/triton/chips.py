@@ -80,7 +80,7 @@ def name_of(device: torch.device) -> str:
     if interpreting():
         return "interpreter"
     if torch.version.hip is not None:
-        return torch.cuda.get_device_properties(device).gcnArchName.split(":")[0]  # type: ignore[no-any-return]
+        return torch.cuda.get_device_properties(device).gcnArchName.split(":")[0]
     major, minor = torch.cuda.get_device_capability(device)
     return f"sm_{major}{minor}"
 
@@ -102,7 +102,9 @@ def of(device: torch.device) -> Chip:
 def _missing() -> str | None:
     if importlib.util.find_spec("triton") is None:
         return "Triton is not installed: pip install 'tamis[triton]'"
-    if not interpreting() and not any(shutil.which(name) for name in (os.environ.get("CC", "cc"), "cc", "gcc", "clang")):
+    if not interpreting() and not any(
+        shutil.which(name) for name in (os.environ.get("CC", "cc"), "cc", "gcc", "clang")
+    ):
         return "Triton needs a C compiler to start kernels: install gcc or clang, or set CC"
     return None
 

@@ -17,7 +17,7 @@ from __future__ import annotations
 import triton
 import triton.language as tl
 
-from tamis.backends.triton.kernel import LOG2E, _ahead_less, _interval
+from tamis.backends.triton.kernel import LOG2E, _ahead_less
 
 _LOWEST = tl.constexpr(-2147483648)
 
@@ -44,7 +44,9 @@ def _visible_blocks(
         seen = seen & (q_max[:, None] >= k_min[None, :])
     if WINDOW:
         wide = window.to(tl.int64)
-        seen = seen & _ahead_less(q_min[:, None], k_max[None, :], wide) & _ahead_less(k_min[None, :], q_max[:, None], wide)
+        seen = (
+            seen & _ahead_less(q_min[:, None], k_max[None, :], wide) & _ahead_less(k_min[None, :], q_max[:, None], wide)
+        )
     return seen
 
 
@@ -92,8 +94,14 @@ def scores_kernel(
     for start in range(0, DIM, SLICE):
         d = start + tl.arange(0, SLICE)
         d_ok = (d < DIM)[None, :]
-        a = tl.load(q_means + (head_at * q_blocks + row)[:, None] * DIM + d[None, :], mask=row_ok[:, None] & d_ok, other=0.0)
-        b = tl.load(k_means + (kv_at * kv_blocks + column)[:, None] * DIM + d[None, :], mask=column_ok[:, None] & d_ok, other=0.0)
+        a = tl.load(
+            q_means + (head_at * q_blocks + row)[:, None] * DIM + d[None, :], mask=row_ok[:, None] & d_ok, other=0.0
+        )
+        b = tl.load(
+            k_means + (kv_at * kv_blocks + column)[:, None] * DIM + d[None, :],
+            mask=column_ok[:, None] & d_ok,
+            other=0.0,
+        )
         score = tl.dot(a, tl.trans(b), score, input_precision=DOT32)
     score = score * scale + 0.0  # so that -0 and 0 are a tie
     if q_bounds is not None:
@@ -106,7 +114,9 @@ def scores_kernel(
     inside = row_ok[:, None] & column_ok[None, :]
     if visible is not None:
         visible += batch * stride_visibleb + head * stride_visibleh
-        seen = seen & (tl.load(visible + row.to(tl.int64)[:, None] * kv_blocks + column[None, :], mask=inside, other=0) != 0)
+        seen = seen & (
+            tl.load(visible + row.to(tl.int64)[:, None] * kv_blocks + column[None, :], mask=inside, other=0) != 0
+        )
     # Not `<`: a similarity of NaN counts as dissimilar.
     alike = tl.load(k_similarity + kv_at * kv_blocks + column, mask=column_ok, other=1.0) >= tl.load(similarity + head)
     judged = alike[None, :] & (tl.abs(score) < float("inf"))

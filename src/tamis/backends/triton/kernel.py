@@ -489,14 +489,14 @@ def attend_kernel(
 ):
     """One tile of query rows; grid (q_tiles * heads * batch,).
 
-    WIDE: whether places inside a tile of keys or values need 64 bits; where a tile starts always has them.
-    With SLICE > 0, for fp32, q and k are taken in pieces of so many channels: whole rows do not fit the registers.
+    In 8 bits q, k (and v in fp8) come from pool.py. factor: scale * log2(e), or scale where NATURAL, or scale / softcap
+    where there is a cap. NATURAL: scores are not in units of log 2, in which the most negative number of an added mask
+    would be -inf. WIDE: whether places inside a tile of keys or values need 64 bits; where a tile starts always has
+    them. SLICE > 0, for fp32: q and k are taken in pieces of so many channels, for whole rows do not fit the registers.
 
-    NATURAL: scores are not in units of log 2, in which the most negative number of an added mask would be -inf.
-    factor: scale * log2(e), or scale where NATURAL, or scale / softcap where there is a cap. In 8 bits q, k (and v in fp8) come from pool.py.
-    A call in full precision is two kernels: the first notes in `flags`, int32 `[batch * heads, q_tiles]`, which tiles met
-    values that are not finite at an edge. The second, FLAG_ROWS > 0 being the rows of the first's tiles, mends those,
-    where there are any: in one kernel, so rare a case would take registers from every other.
+    A call is two kernels where it has edges: the first notes in `flags`, int32 `[batch * heads, q_tiles]`, which tiles
+    met values there that are not finite. The second, FLAG_ROWS > 0 being the rows of the first's tiles, mends those: in
+    one kernel, so rare a case would take registers from every other.
 
     `counts` is fp64 `[batch * heads, q_tiles, 3]`: block products visible and done; of a block's tiles the first
     writes the whole, the others what they skipped.
@@ -510,7 +510,7 @@ def attend_kernel(
     kv_at = batch * kv_heads + kv_head
     q_block = tile * TILE_Q // BLOCK_Q
     MENDS: tl.constexpr = FLAG_ROWS > 0
-    if MENDS:
+    if MENDS:  # noqa: SIM102  (the first condition is the compiler's, the second the device's)
         if tl.load(flags + head_at * tl.cdiv(q_len, FLAG_ROWS) + tile * TILE_Q // FLAG_ROWS) == 0:
             return
     rows = tile * TILE_Q + tl.arange(0, TILE_Q)
