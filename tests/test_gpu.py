@@ -83,7 +83,7 @@ def test_compiled() -> None:
 
 
 def test_lengths_compile_nothing_anew() -> None:
-    from tamis.backends.triton import kernel
+    from tamis.backends.triton.kernels import attend as kernel
 
     def made() -> int:
         return sum(len(cache[0]) for cache in kernel.attend_kernel.device_caches.values())

@@ -52,7 +52,7 @@ PUBLIC = {
     "apply",
     "UnsupportedError",
 }
-KERNELS = {f"backends.triton.{name}" for name in ("choose", "kernel", "pack", "pool")}
+KERNELS = {f"backends.triton.kernels.{name}" for name in ("attend", "choose", "pack", "pool")}
 LATER = {"tune", "sdpa", "Profile"}
 
 

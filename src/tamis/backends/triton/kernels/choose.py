@@ -17,7 +17,7 @@ from __future__ import annotations
 import triton
 import triton.language as tl
 
-from tamis.backends.triton.kernel import LOG2E, _ahead_less
+from tamis.backends.triton.kernels.attend import LOG2E, _ahead_less
 
 _LOWEST = tl.constexpr(-2147483648)
 

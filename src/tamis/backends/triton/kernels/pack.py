@@ -5,7 +5,7 @@ from __future__ import annotations
 import triton
 import triton.language as tl
 
-from tamis.backends.triton.pool import _counted, _finite, _rounded
+from tamis.backends.triton.kernels.pool import _counted, _finite, _rounded
 
 
 @triton.jit(do_not_specialize=["length", "heads"])

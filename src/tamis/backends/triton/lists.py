@@ -1,0 +1,186 @@
+"""Lists of blocks: chosen by a prediction, and the tiles of keys that a call's lists visit; kernels/choose.py."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from tamis import geometry
+from tamis.backends.triton import chips, launch
+from tamis.backends.triton.arguments import bounds, small, table_strides
+from tamis.backends.triton.prepare import TILE, key_mean, read
+
+
+def select(
+    q_means: Tensor,
+    q_similarity: Tensor,
+    k_means: Tensor,
+    k_similarity: Tensor,
+    scale: float,
+    cdf: Tensor | None,
+    topk: Tensor | None,
+    similarity: Tensor,
+    sink: bool,
+    causal: bool,
+    window: int | None,
+    q_len: int,
+    kv_len: int,
+    block_q: int,
+    block_kv: int,
+    q_bounds: Tensor | None,
+    kv_bounds: Tensor | None,
+    visible: Tensor | None,
+    must: Tensor | None,
+    trim: bool,
+) -> tuple[Tensor, Tensor]:
+    """Choose key blocks from block means and similarities."""
+    from tamis.backends.triton.kernels import choose
+
+    batch, heads, q_blocks, dim = q_means.shape
+    kv_heads, kv_blocks = k_means.shape[1:3]
+    device = q_means.device
+    num = torch.zeros((batch, heads, q_blocks), dtype=torch.int32, device=device)
+    table = q_means.new_empty((batch, heads, q_blocks, kv_blocks), dtype=torch.int32)
+    if 0 in table.shape:
+        return num, table.new_zeros((*num.shape, max(1, kv_blocks)))
+    rows = 16 if q_blocks <= 16 else 64
+    grid = (geometry.num_blocks(q_blocks, rows) * geometry.num_blocks(kv_blocks, 64), batch * heads)
+    launch.run(
+        choose.scores_kernel,
+        grid,
+        *(q_means.contiguous(), k_means.contiguous(), k_similarity.contiguous(), similarity.contiguous(), table),
+        *bounds(q_bounds, kv_bounds, visible),
+        *(q_len, kv_len, heads, kv_heads, q_blocks, kv_blocks, small(window), scale),
+        device=device,
+        DIM=dim,
+        SLICE=min(64, launch.power(dim)),
+        BLOCK_Q=block_q,
+        BLOCK_KV=block_kv,
+        CAUSAL=causal,
+        WINDOW=window is not None,
+        ROWS=rows,
+        COLUMNS=64,
+        DOT32=chips.of(device).dot32,
+    )
+    if must is not None:
+        must = must.expand(-1, -1, q_blocks, kv_blocks).contiguous()
+    launch.run(
+        choose.choose_kernel,
+        (q_blocks, batch * heads),
+        *(table, num, q_similarity.contiguous(), similarity.contiguous(), cdf, topk, must, *table_strides(must)),
+        *(q_len, kv_len, heads, q_blocks, kv_blocks),
+        device=device,
+        warps=2 if kv_blocks <= 256 else 8,
+        BLOCK_Q=block_q,
+        BLOCK_KV=block_kv,
+        SINK=sink,
+        DIAGONAL=causal and q_bounds is None,
+        CHUNK=256 if kv_blocks <= 256 else 2048,
+    )
+    if trim:
+        table = table[..., : max(1, int(num.max()) if num.numel() else 1)].contiguous()
+    return num, table
+
+
+def room(query: Tensor, key: Tensor, block_kv: int, precision: str) -> list[Tensor]:
+    """Where `predict` puts query and key in 8 bits: query, its scales, its products with the mean, key, its scales."""
+    if precision == "full":
+        return []
+    batch, heads, q_len, dim = query.shape
+    lead = (batch, key.shape[1], geometry.traced_blocks(key.shape[2], block_kv) * (block_kv // TILE))
+    width = launch.power(dim, 32)
+    return [
+        query.new_empty((batch, heads, q_len, width), dtype=torch.int8),
+        query.new_empty((batch, heads, q_len), dtype=torch.float32),
+        query.new_empty((batch, heads, q_len), dtype=torch.float32),
+        query.new_empty((*lead, TILE, width), dtype=torch.int8),
+        query.new_empty(lead, dtype=torch.float32),
+    ]
+
+
+def predict(
+    query: Tensor,
+    key: Tensor,
+    q_segments: Tensor | None,
+    kv_segments: Tensor | None,
+    scale: float,
+    cdf: Tensor | None,
+    topk: Tensor | None,
+    similarity: Tensor,
+    sink: bool,
+    causal: bool,
+    window: int | None,
+    block_q: int,
+    block_kv: int,
+    q_bounds: Tensor | None,
+    kv_bounds: Tensor | None,
+    visible: Tensor | None,
+    must: Tensor | None,
+    trim: bool,
+    precision: str,
+) -> tuple[Tensor, Tensor, list[Tensor]]:
+    """A prediction in one pass over query and two over key; in 8 bits the same pass rounds them for `attend`."""
+    mean = key_mean(key, kv_segments, None)
+    prepared = room(query, key, block_kv, precision)
+    q8, q_scale, shift, k8, k_scale = prepared or (None,) * 5
+    q_mean = mean if prepared else None
+    q_summary = read(
+        query, block_q, None, q_segments, pools=True, x8=q8, scales=q_scale, shifts=shift, shift_mean=q_mean
+    )
+    k_summary = read(key, block_kv, mean, kv_segments, pools=True, x8=k8, scales=k_scale, grain=TILE)
+    lists = select(
+        *q_summary,
+        *k_summary,
+        scale=scale,
+        cdf=cdf,
+        topk=topk,
+        similarity=similarity,
+        sink=sink,
+        causal=causal,
+        window=window,
+        q_len=query.shape[2],
+        kv_len=key.shape[2],
+        block_q=block_q,
+        block_kv=block_kv,
+        q_bounds=q_bounds,
+        kv_bounds=kv_bounds,
+        visible=visible,
+        must=must,
+        trim=trim,
+    )
+    return *lists, prepared
+
+
+def used_tiles(
+    output: Tensor,
+    lists: tuple[Tensor | None, Tensor | None],
+    list_strides: tuple[int, ...],
+    seen: tuple[Any, ...],
+    sizes: tuple[int, ...],
+    block_size: tuple[int, int],
+    causal: bool,
+    window: int | None,
+) -> Tensor | None:
+    """64-key tiles that some row visits, int8 `[batch, kv_heads, tiles]`; None for all of them."""
+    from tamis.backends.triton.kernels import choose
+
+    if lists[1] is None and window is None and seen[0] is None and seen[2] is None:
+        return None  # the last row sees every key
+    batch, device = output.shape[0], output.device
+    _, kv_len, heads, kv_heads, q_blocks, _ = sizes
+    used = torch.zeros((batch, kv_heads, geometry.num_blocks(kv_len, TILE)), dtype=torch.int8, device=device)
+    launch.run(
+        choose.used_kernel,
+        (q_blocks, batch * heads),
+        *(*lists, used, *seen[:3], *list_strides, *seen[3:]),
+        *(*sizes, 0 if lists[1] is None else lists[1].shape[-1], small(window)),
+        device=device,
+        BLOCK_Q=block_size[0],
+        BLOCK_KV=block_size[1],
+        CAUSAL=causal,
+        WINDOW=window is not None,
+        CHUNK=256,
+    )
+    return used
