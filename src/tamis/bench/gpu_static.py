@@ -91,6 +91,11 @@ def _noted(name: str, dim: int, dtype: torch.dtype, **options: Any) -> list[laun
     return launches
 
 
+def attention(name: str, dim: int, dtype: torch.dtype, **options: Any) -> launch.Launch:
+    """The first pass of attention itself, among what a call would start."""
+    return next(item for item in _noted(name, dim, dtype, **options) if "FLAG_ROWS" in item.constants)
+
+
 def _predicted(name: str, dim: int) -> list[launch.Launch]:
     query, key, _ = _inputs(dim, torch.bfloat16)
     with chips.assume(name), launch.note() as launches:
@@ -186,15 +191,26 @@ def _all_of(name: str, dims: tuple[int, ...]) -> list[Row]:
     rows, done = [], set()
     for what, kinds, launches in calls(name, dims):
         for item in launches:
-            key = (item.kernel.fn.__name__, str(sorted(item.constants.items())), item.warps, _forms(item))
+            key = (item.kernel.fn.__name__, str(sorted(item.constants.items())), item.warps, forms(item))
             if key not in done:
                 done.add(key)
                 rows.append(judge(item, name, what, kinds))
     return rows
 
 
-def _forms(item: launch.Launch) -> str:
-    return str([str(x.dtype) if isinstance(x, torch.Tensor) else type(x).__name__ for x in item.arguments])
+def forms(item: launch.Launch) -> str:
+    """Types of the arguments as Triton specialises on them: some also on being 1, or a multiple of 16."""
+    import triton
+    from triton.backends.compiler import BaseBackend
+
+    specialize = triton.runtime.jit.native_specialize_impl
+    parameters = [parameter for parameter in item.kernel.params if not parameter.is_constexpr]
+    return str(
+        [
+            specialize(BaseBackend, value, False, not parameter.do_not_specialize, True)
+            for value, parameter in zip(item.arguments, parameters, strict=True)
+        ]
+    )
 
 
 def architectures() -> list[str]:

@@ -181,10 +181,10 @@ def _operands(
     dim, width = query.shape[3], launch.power(query.shape[3], 16 if precision == "full" else 32)
     if key is None or value is None:
         packed = [t.contiguous() for t in packed]
-        k, k_scale, v, v_scale, mean = packed[0].flatten(2, 3), packed[1], packed[3], packed[4], packed[6]
-        q, q_scale, q_shift = int8_queries(query, mean)
+        k, k_scale = packed[0].flatten(2, 3), packed[1]
+        q, q_scale, q_shift = int8_queries(query, packed[6])
         even = packed[0].shape[4] == width
-        return Operands(q, k, v, q_scale, k_scale, v_scale, q_shift, "packed", "packed", width, even)
+        return Operands(q, k, packed[3], q_scale, k_scale, packed[4], q_shift, "packed", "packed", width, even)
     if precision == "full":
         kind = "fp32" if query.dtype == torch.float32 else "half"
         return Operands(query, key, value, None, None, None, None, kind, "input", width, width == dim)

@@ -45,7 +45,7 @@ def select(
     table = q_means.new_empty((batch, heads, q_blocks, kv_blocks), dtype=torch.int32)
     if 0 in table.shape:
         return num, table.new_zeros((*num.shape, max(1, kv_blocks)))
-    rows = 16 if q_blocks <= 16 else 64
+    rows = 32
     grid = (geometry.num_blocks(q_blocks, rows) * geometry.num_blocks(kv_blocks, 64), batch * heads)
     launch.run(
         choose.scores_kernel,

@@ -398,6 +398,23 @@ def _count_seen(
         "window",
         "factor",
         "softcap",
+        "stride_numb",
+        "stride_numh",
+        "stride_numq",
+        "stride_idxb",
+        "stride_idxh",
+        "stride_idxq",
+        "stride_maskb",
+        "stride_maskh",
+        "stride_maskq",
+        "stride_q_position",
+        "stride_kv_position",
+        "stride_q_segment",
+        "stride_kv_segment",
+        "stride_q_bound",
+        "stride_kv_bound",
+        "stride_visibleb",
+        "stride_visibleh",
     ]
 )
 def attend_kernel(

@@ -50,7 +50,22 @@ def _visible_blocks(
     return seen
 
 
-@triton.jit(do_not_specialize=["q_len", "kv_len", "heads", "kv_heads", "q_blocks", "kv_blocks", "window", "scale"])
+@triton.jit(
+    do_not_specialize=[
+        "q_len",
+        "kv_len",
+        "heads",
+        "kv_heads",
+        "q_blocks",
+        "kv_blocks",
+        "window",
+        "scale",
+        "stride_q_bound",
+        "stride_kv_bound",
+        "stride_visibleb",
+        "stride_visibleh",
+    ]
+)
 def scores_kernel(
     q_means,
     k_means,
@@ -159,7 +174,7 @@ def _cut(row, wanted, top, kv_blocks, BY_MASS: tl.constexpr, CHUNK: tl.constexpr
     return high, _above(row, high, top, kv_blocks, BY_MASS, CHUNK)
 
 
-@triton.jit(do_not_specialize=["q_len", "kv_len", "heads", "q_blocks", "kv_blocks"])
+@triton.jit(do_not_specialize=["q_len", "kv_len", "heads", "q_blocks", "kv_blocks", "stride_mustb", "stride_musth"])
 def choose_kernel(
     table,
     kv_num,
@@ -248,7 +263,28 @@ def choose_kernel(
     tl.store(kv_num + head_at * q_blocks + q_block, kept_before)
 
 
-@triton.jit(do_not_specialize=["q_len", "kv_len", "heads", "kv_heads", "q_blocks", "kv_blocks", "max_blocks", "window"])
+@triton.jit(
+    do_not_specialize=[
+        "q_len",
+        "kv_len",
+        "heads",
+        "kv_heads",
+        "q_blocks",
+        "kv_blocks",
+        "max_blocks",
+        "window",
+        "stride_numb",
+        "stride_numh",
+        "stride_numq",
+        "stride_idxb",
+        "stride_idxh",
+        "stride_idxq",
+        "stride_q_bound",
+        "stride_kv_bound",
+        "stride_visibleb",
+        "stride_visibleh",
+    ]
+)
 def used_kernel(
     kv_num,
     kv_indices,

@@ -8,7 +8,7 @@ import triton.language as tl
 from tamis.backends.triton.kernels.pool import _counted, _finite, _rounded
 
 
-@triton.jit(do_not_specialize=["length", "heads"])
+@triton.jit(do_not_specialize=["length", "heads", "stride_segment"])
 def value_int8_kernel(
     v,
     segments,

@@ -40,7 +40,7 @@ def _rounded(x, inverse, finite):
     return tl.minimum(tl.maximum(whole, -127.0), 127.0).to(tl.int8)
 
 
-@triton.jit(do_not_specialize=["length", "heads", "tiles"])
+@triton.jit(do_not_specialize=["length", "heads", "tiles", "stride_segment"])
 def key_mean_kernel(
     x,
     segments,
@@ -102,7 +102,7 @@ def join_means_kernel(part_mean, part_count, mean, chunks, DIM: tl.constexpr, DI
     tl.store(mean + head * DIM + d, joined, mask=d < DIM)
 
 
-@triton.jit(do_not_specialize=["length", "heads", "mean_heads", "blocks"])
+@triton.jit(do_not_specialize=["length", "heads", "mean_heads", "blocks", "stride_segment"])
 def summarize_kernel(
     x,
     mean,
@@ -187,7 +187,7 @@ def summarize_kernel(
             tl.store(scales + place, tl.where(bad, float("nan"), top / 127.0))
 
 
-@triton.jit(do_not_specialize=["length", "heads", "tiles"])
+@triton.jit(do_not_specialize=["length", "heads", "tiles", "stride_segment"])
 def value_top_kernel(
     v,
     segments,
@@ -223,7 +223,7 @@ def value_top_kernel(
     tl.store(part_top + (head * tl.num_programs(0) + chunk) * DIM + d, top, mask=d < DIM)
 
 
-@triton.jit(do_not_specialize=["length", "heads", "chunks"])
+@triton.jit(do_not_specialize=["length", "heads", "chunks", "stride_segment"])
 def value_fp8_kernel(
     v,
     segments,

@@ -1,0 +1,139 @@
+"""The triton backend without a GPU and without its interpreter: refusals, settings, machine code, signatures."""
+
+from __future__ import annotations
+
+import dataclasses
+from collections.abc import Iterator
+from typing import Any
+
+import pytest
+import torch
+
+import tamis
+from tamis.backends.triton import chips, launch, settings
+from tamis.bench import gpu_static
+
+
+@pytest.fixture
+def fresh() -> Iterator[None]:
+    """What is missing is found out once; here anew."""
+    chips._missing.cache_clear()
+    yield
+    chips._missing.cache_clear()
+
+
+def reasons() -> str:
+    token = torch.zeros(1, 1, 4, 8)
+    with pytest.raises(tamis.UnsupportedError) as error:
+        tamis.attend(token, token, token, backend="triton")
+    return str(error.value)
+
+
+def test_cpu_tensors_are_refused(fresh: None) -> None:
+    assert "triton: it runs on GPU tensors" in reasons()
+
+
+def test_no_triton_names_the_remedy(fresh: None, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(chips.importlib.util, "find_spec", lambda name: None)
+    assert "pip install 'tamis[triton]'" in reasons()
+
+
+def test_no_compiler_names_the_remedy(fresh: None, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(chips.shutil, "which", lambda name: None)
+    assert "C compiler" in reasons()
+
+
+def test_an_unknown_gpu_is_refused_by_name(fresh: None, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(chips, "name_of", lambda device: "sm_75")
+    assert "this GPU is sm_75" in str(chips.missing("cuda", 0))
+    with pytest.raises(RuntimeError, match="sm_75"):
+        chips.of(torch.device("cuda", 0))
+    assert "not xpu" in str(chips.missing("xpu", 0))
+    for name, elder in (("sm_87", "sm_86"), ("sm_103", "sm_100"), ("sm_121", "sm_120")):
+        monkeypatch.setattr(chips, "name_of", lambda device, name=name: name)
+        assert chips.missing("cuda", 0) is None
+        assert chips.of(torch.device("cuda", 0)).name == elder
+
+
+@pytest.mark.parametrize(
+    ("name", "options", "match"),
+    [
+        ("sm_80", {"precision": "fp8"}, "sm_89 or newer"),
+        ("sm_100", {"precision": "int8"}, r"Triton 3\.9"),
+        ("sm_90", {"dim": 300}, "head dims up to 256"),
+    ],
+)
+def test_what_a_gpu_lacks(name: str, options: dict[str, Any], match: str) -> None:
+    q = torch.randn(1, 2, 100, options.pop("dim", 64), dtype=torch.bfloat16)
+    with chips.assume(name), launch.note() as launches, pytest.raises(tamis.UnsupportedError, match=match):
+        tamis.attend(q, q, q, backend="triton", **options)
+    assert not launches
+
+
+@pytest.mark.parametrize("name", gpu_static.architectures())
+def test_tiles_fit_blocks(name: str) -> None:
+    chip = chips.CHIPS[name]
+    for kind in ("half", "int8", "packed", "fp32", "mend", *(["fp8"] if chip.fp8 else [])):
+        for dim in (16, 64, 128, 256):
+            for block_q in (64, 128):
+                for block_kv in (64, 128):
+                    for q_len in (1, 16, 17, 5000):
+                        cut = settings.tiles(chip, kind, dim, dim, block_q, block_kv, q_len)
+                        assert block_q % cut.rows == 0
+                        assert block_kv % cut.keys == 0
+                        assert cut.warps in (4, 8)
+
+
+def signature(item: launch.Launch) -> Any:
+    """All that decides which machine code runs."""
+    forms = gpu_static.forms(item)
+    return item.kernel.fn.__name__, forms, sorted(item.constants.items()), item.warps, item.stages
+
+
+@pytest.mark.parametrize("precision", ["full", "int8", "fp8"])
+def test_lengths_compile_nothing_anew(precision: str) -> None:
+    """Whatever the length: 1000 and 1024 differ in what divides them, 1 in being 1."""
+
+    def launched(q_len: int, kv_len: int) -> list[Any]:
+        q = torch.randn(1, 4, q_len, 64, dtype=torch.bfloat16)
+        k = torch.randn(1, 2, kv_len, 64, dtype=torch.bfloat16)
+        with chips.assume("sm_90"), launch.note() as launches:
+            tamis.sparse_attention(q, k, k, is_causal=True, enable_gqa=True, precision=precision, backend="triton")
+        return [signature(item) for item in launches]
+
+    expected = launched(1000, 1000)
+    for length in (333, 1024, 2047, 4608):
+        assert launched(length, length) == expected
+    # Rows of more than 256 scores are chosen from by more threads.
+    longer = [(ours, theirs) for ours, theirs in zip(launched(20000, 20000), expected, strict=True) if ours != theirs]
+    assert [ours[0] for ours, _ in longer] == ["choose_kernel"]
+
+
+@pytest.mark.parametrize(("name", "precision"), [("sm_80", "int8"), ("sm_90", "fp8"), ("gfx942", "full")])
+def test_machine_code_is_judged(name: str, precision: str) -> None:
+    """One kernel of each maker compiles, spills nothing and has its matrix instructions (`make gpu-static`: all)."""
+    kinds = {"full": {"half"}, "int8": {"int8", "half"}, "fp8": {"int8", "fp8"}}[precision]
+    item = gpu_static.attention(name, 64, torch.bfloat16, precision=precision, causal=True)
+    row = gpu_static.judge(item, name, "", kinds)
+    assert row.faults == []
+    assert row.registers > 0
+    assert set(row.instructions) >= kinds
+
+
+def test_the_judge_finds_faults() -> None:
+    """Tiles that spill, memory that does not fit, products that are not there, and code that is none."""
+    item = gpu_static.attention("sm_90", 256, torch.bfloat16, causal=True)
+    large = item._replace(constants=item.constants | {"TILE_Q": 128, "TILE_K": 64}, warps=4, stages=4)
+    faults = " ".join(gpu_static.judge(large, "sm_90", "", {"fp8"}).faults)
+    assert "bytes of spills" in faults
+    assert "bytes of shared memory" in faults
+    assert "no fp8 matrix instructions" in faults
+    broken = item._replace(constants=item.constants | {"TILE_Q": 3})
+    assert "does not compile" in gpu_static.judge(broken, "sm_90", "", set()).faults[0]
+
+
+def test_the_table_shows_everything() -> None:
+    row = gpu_static.Row("sm_90", "attend_kernel", "int8 d=64", 4, 3, 200, 0, 1024, {"int8": 8}, [])
+    shown = gpu_static.table([row, dataclasses.replace(row, faults=["spills"])])
+    assert "int8:8" in shown
+    assert shown.count("FAILS") == 1
