@@ -10,7 +10,10 @@ import json
 import sys
 from collections.abc import Callable, Sequence
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
+
+if TYPE_CHECKING:
+    from tamis.bench.gpu import GpuOptions
 
 FAILED, USAGE, INTERRUPTED = 1, 2, 130
 
@@ -100,6 +103,15 @@ def _add_bench(commands: Any) -> None:
         help="print what moved against the results there; writes only with --json",
     )
     cpu.set_defaults(command=_bench_cpu)
+    gpu = kinds.add_parser("gpu", help="speed on a GPU against torch's SDPA and FlexAttention")
+    gpu.add_argument("--shape", nargs="+", metavar="NAME", help="shapes (cogvideox mochi llama-32k flux llama-128k)")
+    gpu.add_argument("--repeats", type=_positive, metavar="N", help="repetitions, fewer for long calls (30)")
+    gpu.add_argument("--no-flex", action="store_true", help="without FlexAttention, which is compiled for every shape")
+    gpu.add_argument("--quick", action="store_true", help="llama-32k and flux, 5 repetitions, no FlexAttention")
+    gpu.add_argument("--seconds", type=_positive, metavar="N", help="start nothing new after so many seconds (440)")
+    gpu.add_argument("--commit", metavar="HASH", help="what is measured, where git cannot tell it")
+    gpu.add_argument("--markdown", type=Path, metavar="FILE", help="measure nothing: print this result as a table")
+    gpu.set_defaults(command=_bench_gpu)
     decode = kinds.add_parser("decode", help="one query a head against a long key")
     decode.add_argument("--n", type=_positive, default=32768, metavar="N", help="keys (32768)")
     decode.set_defaults(command=_bench_decode)
@@ -116,7 +128,7 @@ def _add_bench(commands: Any) -> None:
     ablation.set_defaults(command=_bench_ablation)
     defaults = kinds.add_parser("defaults", help="the measurement that chooses the defaults")
     defaults.set_defaults(command=_bench_defaults)
-    for kind in (cpu, decode, limits, ablation, defaults, static):
+    for kind in (cpu, gpu, decode, limits, ablation, defaults, static):
         kind.add_argument(
             "--json", type=Path, metavar="FILE", help="result (NAME-DATE.json, under benchmarks/results if there)"
         )
@@ -187,6 +199,40 @@ def _bench_cpu(options: argparse.Namespace) -> None:
         print(compare.report(options.compare, result))
     if options.compare is None or options.json is not None:
         _write(options.json, "cpu", result)
+
+
+def _bench_gpu(options: argparse.Namespace) -> None:
+    from functools import partial
+
+    from tamis.bench import gpu, gpu_report, record
+
+    if options.markdown is not None:
+        print(gpu_report.markdown(options.markdown))
+        return
+    _check_folder(options.json)
+    path = options.json or record.default_path("gpu")
+    result = gpu.run(_gpu_options(options), save=partial(record.write, path), show=partial(print, flush=True))
+    print(f"{gpu_report.LEGEND}\n\n{gpu_report.bar_table(result)}\nwritten: {path}")
+    if result["failures"]:
+        raise RuntimeError(f"{len(result['failures'])} failures: {'; '.join(result['failures'])}")
+
+
+def _gpu_options(options: argparse.Namespace) -> GpuOptions:
+    from tamis.bench import gpu, gpu_calls
+
+    shapes = {shape.name: shape for shape in gpu_calls.SHAPES}
+    names = options.shape or (gpu_calls.QUICK if options.quick else shapes)
+    for name in names:
+        if name not in shapes:
+            raise _UsageError(f"--shape must be among {', '.join(shapes)}, got {name!r}")
+    plain = gpu.GpuOptions()
+    return gpu.GpuOptions(
+        shapes=tuple(shapes[name] for name in names),
+        repeats=options.repeats or (5 if options.quick else plain.repeats),
+        flex=not (options.no_flex or options.quick),
+        seconds=options.seconds or plain.seconds,
+        commit=options.commit,
+    )
 
 
 def _bench_decode(options: argparse.Namespace) -> None:

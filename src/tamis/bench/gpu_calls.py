@@ -164,9 +164,9 @@ def _predicted(shape: Shape, predictor: Sparge, precision: str, inputs: Inputs) 
 
 def _quantise_value(inputs: Inputs) -> object:
     """What "fp8" adds to the rounding of query and key, which is part of a prediction."""
-    from tamis.backends import triton
+    from tamis.backends.triton import prepare
 
-    return triton._fp8_values(inputs.value, None, None)
+    return prepare.fp8_values(inputs.value, None, None)
 
 
 def _flex(shape: Shape) -> Callable[[BlockMask], Callable[[Inputs], Tensor]]:
