@@ -291,6 +291,8 @@ def test_block_mask_crosses_the_border_of_a_graph(any_engine: Engine) -> None:
 
 def test_corrupt_mask_in_a_graph(any_engine: Engine) -> None:
     """Values are not seen when a graph is made, so the op itself looks at them."""
+    if any_engine.backend == "triton":
+        pytest.skip("lists are not read before they are used: test_poison.py has what that means")
     q, k, v = inputs()
 
     def run(query: Tensor, counts: Tensor, indices: Tensor) -> Tensor:

@@ -23,20 +23,18 @@ from tamis.backends.triton import chips, launch
 from tamis.bench.record import commit
 
 DIMS = (64, 128, 256)
-# Matrix instructions of a family: 16-bit, int8, e4m3 and tf32 products. Hopper has its own for whole warpgroups.
-_MATRIX = {
-    "sm_80": {"half": "HMMA.16816", "int8": "IMMA.16832", "tf32": "HMMA.1688.F32.TF32"},
-    "sm_86": {"half": "HMMA.16816", "int8": "IMMA.16832", "tf32": "HMMA.1688.F32.TF32"},
-    "sm_89": {"half": "HMMA.16816", "int8": "IMMA.16832", "fp8": "QMMA.16832", "tf32": "HMMA.1688.F32.TF32"},
+# Matrix instructions for 16-bit, int8, e4m3 and tf32 products. Hopper and Blackwell have their own for whole
+# warpgroups, and the older ones for tiles of fewer than 64 rows.
+_WARP = {"half": "HMMA.16816", "int8": "IMMA.16832", "fp8": "QMMA.16832", "tf32": "HMMA.1688.F32.TF32"}
+_GROUP = {
     "sm_90": {"half": "HGMMA", "int8": "IGMMA", "fp8": "QGMMA", "tf32": "HGMMA"},
     "sm_100": {"half": "UTCHMMA", "int8": "UTCIMMA", "fp8": "UTCQMMA", "tf32": "UTCHMMA"},
-    "sm_120": {"half": "HMMA.16816", "int8": "IMMA.16832", "fp8": "QMMA.16832", "tf32": "HMMA.1688.F32.TF32"},
-    "gfx942": {
-        "half": r"v_mfma_f32_\w*b?f16",
-        "int8": "v_mfma_i32",
-        "fp8": "v_mfma_f32_\\w*fp8_fp8",
-        "tf32": "v_mfma_f32_\\w*f32",
-    },
+}
+_AMD = {
+    "half": r"v_mfma_f32_\w*b?f16",
+    "int8": "v_mfma_i32",
+    "fp8": r"v_mfma_f32_\w*fp8_fp8",
+    "tf32": r"v_mfma_f32_\w*f32",
 }
 
 
@@ -62,17 +60,30 @@ def calls(name: str, dims: tuple[int, ...] = DIMS) -> Iterator[tuple[str, set[st
     precisions = ["full", *(["int8"] if chip.int8 else []), *(["fp8"] if chip.fp8 and chip.int8 else [])]
     for dim in dims:
         for precision in precisions:
-            for extra in ("", "causal", "stage2"):
-                if extra == "stage2" and precision == "full":
-                    continue
-                kinds = {"half"} if precision == "full" else {"int8", "half" if precision == "int8" else "fp8"}
-                options: dict[str, Any] = {"causal": extra != "", "precision": precision}
-                if extra == "stage2":
-                    options["pv_threshold"] = 5.0
-                yield f"{precision} d={dim} {extra}".strip(), kinds, _noted(name, dim, torch.bfloat16, **options)
-        yield f"full fp32 d={dim}", {"tf32"}, _noted(name, dim, torch.float32)
+            second = "half" if precision != "fp8" else "fp8"
+            kinds = {second} if precision == "full" else {"int8", second}
+            for extra in ("plain" if precision == "full" else "stage 2", "causal", "masks"):
+                options = _options(extra)
+                yield f"{precision} d={dim} {extra}", kinds, _noted(name, dim, torch.bfloat16, precision, **options)
+        yield f"full fp32 d={dim}", {"tf32"}, _noted(name, dim, torch.float32, "full", causal=True)
     for dim in dims[:2]:
         yield f"predict d={dim}", {"tf32"}, _predicted(name, dim)
+
+
+def _options(extra: str) -> dict[str, Any]:
+    """The arguments of `attend` that make another kernel of it."""
+    if extra == "masks":
+        places = torch.arange(256)
+        return {
+            "causal": True,
+            "window": 100,
+            "positions": (places, places),
+            "segments": (places // 100, places // 100),
+            "attn_mask": torch.zeros(256, 256),
+            "softcap": 30.0,
+            "sink_logits": torch.zeros(4),
+        }
+    return {"causal": extra != "plain"} | ({"pv_threshold": 5.0} if extra == "stage 2" else {})
 
 
 def _inputs(dim: int, dtype: torch.dtype) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
@@ -83,17 +94,17 @@ def _inputs(dim: int, dtype: torch.dtype) -> tuple[torch.Tensor, torch.Tensor, t
     )
 
 
-def _noted(name: str, dim: int, dtype: torch.dtype, **options: Any) -> list[launch.Launch]:
+def _noted(name: str, dim: int, dtype: torch.dtype, precision: str, **options: Any) -> list[launch.Launch]:
     query, key, value = _inputs(dim, dtype)
     mask = tamis.BlockMask.from_dense(torch.ones(1, 4, 2, 4, dtype=torch.bool), seq_lens=(256, 256))
     with chips.assume(name), launch.note() as launches:
-        tamis.attend(query, key, value, mask, backend="triton", **options)
+        tamis.attend(query, key, value, mask, backend="triton", precision=precision, **options)
     return launches
 
 
-def attention(name: str, dim: int, dtype: torch.dtype, **options: Any) -> launch.Launch:
+def attention(name: str, dim: int, dtype: torch.dtype, precision: str = "full", **options: Any) -> launch.Launch:
     """The first pass of attention itself, among what a call would start."""
-    return next(item for item in _noted(name, dim, dtype, **options) if "FLAG_ROWS" in item.constants)
+    return next(item for item in _noted(name, dim, dtype, precision, **options) if "FLAG_ROWS" in item.constants)
 
 
 def _predicted(name: str, dim: int) -> list[launch.Launch]:
@@ -150,12 +161,18 @@ def judge(item: launch.Launch, name: str, what: str, kinds: set[str]) -> Row:
     code = _amd(made, row) if chip.kind == "hip" else _nvidia(made, row, name)
     if row.spills:
         row.faults.append(f"{row.spills} bytes of spills")
-    for kind, pattern in _MATRIX[name].items():
+    for kind, pattern in _patterns(item, name).items():
         if found := len(re.findall(rf"\b{pattern}", code)):
             row.instructions[kind] = found
     if row.kernel == "attend_kernel":
         row.faults += [f"no {kind} matrix instructions" for kind in sorted(kinds - set(row.instructions))]
     return row
+
+
+def _patterns(item: launch.Launch, name: str) -> dict[str, str]:
+    if chips.CHIPS[name].kind == "hip":
+        return _AMD
+    return _GROUP[name] if name in _GROUP and item.constants.get("TILE_Q", 0) >= 64 else _WARP
 
 
 def _nvidia(made: Any, row: Row, name: str) -> str:

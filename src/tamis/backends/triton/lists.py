@@ -55,7 +55,7 @@ def select(
         *(q_len, kv_len, heads, kv_heads, q_blocks, kv_blocks, small(window), scale),
         device=device,
         DIM=dim,
-        SLICE=min(64, launch.power(dim)),
+        SLICE=min(32, launch.power(dim)),
         BLOCK_Q=block_q,
         BLOCK_KV=block_kv,
         CAUSAL=causal,

@@ -38,8 +38,9 @@ def tiles(chip: Chip, kind: str, dim: int, value_dim: int, block_q: int, block_k
     if q_len <= 16:
         # Decoding: few rows, and the time is that of reading the keys.
         rows, warps = 16, 4
-    rows, keys = min(rows, block_q), min(keys, block_kv, 64 if kind == "packed" else 128)
-    return Tiles(rows, keys, min(warps, max(4, rows // 16)), stages)
+    if block_q < rows:
+        rows, warps = block_q, 4  # a tile of half the rows has half the warps
+    return Tiles(rows, min(keys, block_kv, 64 if kind == "packed" else 128), warps, stages)
 
 
 def _family(chip: Chip) -> str:
@@ -51,24 +52,24 @@ def _family(chip: Chip) -> str:
 # For head dims up to 64, 128 and 256.
 _TABLE: dict[tuple[str, str], tuple[Tiles, Tiles, Tiles]] = {
     # sm_90 and sm_100: 227 KB of shared memory, from which the matrix units read both operands.
-    ("hopper", "half"): (Tiles(128, 64, 4, 3), Tiles(128, 64, 8, 3), Tiles(128, 32, 8, 3)),
-    ("hopper", "int8"): (Tiles(128, 64, 4, 3), Tiles(128, 64, 8, 3), Tiles(128, 64, 8, 2)),
+    ("hopper", "half"): (Tiles(128, 64, 4, 3), Tiles(128, 64, 8, 3), Tiles(128, 32, 8, 2)),
+    ("hopper", "int8"): (Tiles(128, 64, 8, 3), Tiles(128, 64, 8, 3), Tiles(128, 32, 8, 2)),
     # The product with e4m3 values cannot add to the output in place: both take registers.
     ("hopper", "fp8"): (Tiles(128, 64, 8, 4), Tiles(128, 64, 8, 4), Tiles(64, 32, 8, 2)),
     ("hopper", "packed"): (Tiles(64, 64, 4, 2), Tiles(64, 64, 8, 2), Tiles(64, 32, 8, 2)),
     # Products of fp32 are three of tf32: operands twice, in registers.
-    ("hopper", "fp32"): (Tiles(32, 32, 4, 1), Tiles(16, 32, 4, 1), Tiles(16, 16, 4, 1)),
+    ("hopper", "fp32"): (Tiles(32, 32, 4, 1), Tiles(16, 32, 4, 1), Tiles(16, 16, 8, 1)),
     # sm_80: 163 KB; its matrix units read the registers, so that operands count there too.
-    ("ampere", "half"): (Tiles(64, 64, 4, 3), Tiles(128, 32, 8, 3), Tiles(32, 64, 8, 2)),
-    ("ampere", "int8"): (Tiles(128, 64, 8, 3), Tiles(128, 64, 8, 3), Tiles(64, 32, 8, 2)),
+    ("ampere", "half"): (Tiles(128, 64, 8, 3), Tiles(128, 32, 8, 3), Tiles(32, 64, 8, 2)),
+    ("ampere", "int8"): (Tiles(128, 64, 8, 3), Tiles(64, 32, 4, 3), Tiles(64, 32, 8, 2)),
     ("ampere", "packed"): (Tiles(64, 64, 4, 2), Tiles(64, 64, 8, 2), Tiles(64, 32, 8, 2)),
-    ("ampere", "fp32"): (Tiles(32, 32, 4, 1), Tiles(16, 32, 4, 1), Tiles(16, 16, 4, 1)),
+    ("ampere", "fp32"): (Tiles(32, 32, 4, 1), Tiles(16, 32, 4, 1), Tiles(16, 16, 8, 1)),
     # sm_86, sm_89, sm_120: 99 KB.
     ("small", "half"): (Tiles(128, 64, 8, 3), Tiles(128, 64, 8, 2), Tiles(32, 32, 4, 1)),
-    ("small", "int8"): (Tiles(64, 64, 4, 3), Tiles(128, 64, 8, 2), Tiles(64, 64, 8, 1)),
+    ("small", "int8"): (Tiles(64, 64, 4, 3), Tiles(128, 64, 8, 2), Tiles(64, 32, 8, 1)),
     ("small", "fp8"): (Tiles(128, 64, 8, 3), Tiles(128, 32, 8, 3), Tiles(32, 32, 8, 2)),
     ("small", "packed"): (Tiles(64, 64, 4, 2), Tiles(64, 64, 8, 2), Tiles(32, 32, 4, 1)),
-    ("small", "fp32"): (Tiles(32, 32, 4, 1), Tiles(16, 32, 4, 1), Tiles(16, 16, 4, 1)),
+    ("small", "fp32"): (Tiles(32, 32, 4, 1), Tiles(16, 32, 4, 1), Tiles(16, 16, 8, 1)),
     # gfx942: 64 KB, 64 lanes a warp, 512 registers; key and value pass through them.
     ("cdna3", "half"): (Tiles(128, 64, 4, 1), Tiles(128, 64, 4, 1), Tiles(64, 64, 4, 1)),
     ("cdna3", "int8"): (Tiles(128, 64, 4, 1), Tiles(128, 64, 4, 1), Tiles(64, 64, 4, 1)),
