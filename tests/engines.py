@@ -39,7 +39,9 @@ class Engine:
         with cpu.force_target(self.target):
             yield
 
-    def grain(self, query: Tensor, value: Tensor, block_size: tuple[int, int] = (128, 64)) -> dict[str, int]:
+    def grain(
+        self, query: Tensor, value: Tensor, block_size: tuple[int, int] = (128, 64), regular: bool = True
+    ) -> dict[str, int]:
         """Query rows and keys of which stage 2 skips the product together: on a GPU the whole tile."""
         if self.backend != "triton":
             return {"group": 16, "keys": 64}
@@ -47,7 +49,7 @@ class Engine:
 
         kind = "fp32" if query.dtype == torch.float32 else "half"
         dims = launch.power(query.shape[-1]), launch.power(value.shape[-1])
-        tiles = settings.tiles(chips.of(torch.device(DEVICE)), kind, *dims, *block_size, query.shape[-2])
+        tiles = settings.tiles(chips.of(torch.device(DEVICE)), kind, *dims, *block_size, query.shape[-2], regular)
         return {"group": tiles.rows, "keys": tiles.keys}
 
     def _ran(self, stats: Any) -> None:

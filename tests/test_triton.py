@@ -16,7 +16,7 @@ from samples import block_mask, qkv
 from torch import Tensor
 
 import tamis
-from tamis.backends.triton import launch
+from tamis.backends.triton import launch, settings
 
 FEATURES: dict[str, dict[str, Any]] = {
     "plain": {},
@@ -164,6 +164,32 @@ def test_wide_offsets_are_the_same(engine: Engine, monkeypatch: pytest.MonkeyPat
         with monkeypatch.context() as patch:
             patch.setattr(launch, "run", wide)
             assert torch.equal(engine.attend(q, k, v, causal=True, precision=precision).output, narrow.output)
+
+
+@pytest.mark.parametrize("cut", [(16, 32), (128, 128), (32, 16)], ids=str)
+def test_tiles_of_every_size(engine: Engine, monkeypatch: pytest.MonkeyPatch, cut: tuple[int, int]) -> None:
+    """The tiles of other GPUs and head dims: parts of a block, and two scales of keys at once."""
+    q, k, v = qkv(heads=1, q_len=70, kv_len=330, dim=20, dtype=torch.bfloat16)
+    mask = block_mask((70, 330), block_size=(128, 128), density=0.7)
+    packed = tamis.pack_kv(k.float(), v.float())
+    options: dict[str, Any] = {"causal": True, "window": 250, "pv_threshold": 3.0}
+    places = (torch.arange(70) + 260, torch.arange(330))
+    for precision in ("full", "int8", "fp8", "packed"):
+        inputs = (packed, None) if precision == "packed" else (k, v)
+        precision = precision.replace("packed", "int8")
+        for more in ({}, {"positions": places}):
+            expected = engine.attend(q, *inputs, mask, precision=precision, **options, **more)
+            exact = oracle.attention(
+                q, k, v, blocks=oracle.blocks_of(mask), block_size=(128, 128), causal=True, window=250
+            )
+            with monkeypatch.context() as patch:
+                made = settings.Tiles(*(cut if inputs[1] is not None else (cut[0], min(cut[1], 64))), 4, 1)
+                patch.setattr("tamis.backends.triton.engine.tiles", lambda *args, made=made: made)
+                result = engine.attend(q, *inputs, mask, precision=precision, **options, **more)
+            errors = [oracle.relative_l1(r.output, exact.output) for r in (expected, result)]
+            assert errors[1] <= 1.5 * errors[0] + 0.01  # stage 2 skips by tiles
+            torch.testing.assert_close(result.lse, expected.lse, rtol=1e-5, atol=1e-5)
+            assert result.stats.qk_density == expected.stats.qk_density
 
 
 def test_values_broken_at_the_edge_of_a_large_tile(engine: Engine) -> None:

@@ -78,10 +78,11 @@ def test_tiles_fit_blocks(name: str) -> None:
             for block_q in (64, 128):
                 for block_kv in (64, 128):
                     for q_len in (1, 16, 17, 5000):
-                        cut = settings.tiles(chip, kind, dim, dim, block_q, block_kv, q_len)
-                        assert block_q % cut.rows == 0
-                        assert block_kv % cut.keys == 0
-                        assert cut.warps in (4, 8)
+                        for regular in (True, False):
+                            cut = settings.tiles(chip, kind, dim, dim, block_q, block_kv, q_len, regular)
+                            assert block_q % cut.rows == 0
+                            assert block_kv % cut.keys == 0
+                            assert cut.warps in (4, 8)
 
 
 def signature(item: launch.Launch) -> Any:

@@ -101,12 +101,12 @@ def attend(
     inputs = _operands(query, key, value, packed, prepared, precision, counted, used)
     value_width = launch.power(value_dim)
     shape = (inputs.width, value_width, block_q, block_kv, q_len)
-    cut = tiles(chip, inputs.kind, *shape)
+    regular = q_bounds is None and visible is None
+    cut = tiles(chip, inputs.kind, *shape, regular)
     counts = torch.empty((batch, heads, geometry.num_blocks(q_len, cut.rows), 3), dtype=torch.float64, device=device)
     flags = query.new_empty(counts.shape[:3], dtype=torch.int32)
     passes = [(cut, 0)]
     # Without an edge there is no pair that is not seen, and 0 * NaN is what it should be.
-    regular = q_bounds is None and visible is None
     edges = not regular or causal or window is not None or kv_len % block_kv != 0
     if inputs.products in ("input", "bf16") and edges:
         passes.append((tiles(chip, "mend", *shape), cut.rows))

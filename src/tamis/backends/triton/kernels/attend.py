@@ -270,7 +270,11 @@ def _visit(
                     skipped += tl.where(taken, 0.0, 1.0 / of_block)
                 # Loaded in any case: a load that may not happen is not fetched ahead.
                 if PV == "packed":
-                    v = tl.load((v_at + here * VALUE_DIM) + v_in, mask=column_ok[:, None] & dv_ok[None, :], other=0)
+                    v = tl.load(
+                        (v_at + here // 64 * (64 * VALUE_DIM) + here % 64) + v_in,
+                        mask=column_ok[:, None] & dv_ok[None, :],
+                        other=0,
+                    )
                 else:
                     v = _tile((v_at + here * stride_vn) + v_in, column_ok, dv_ok, not EDGE, DV_EVEN or PV == "fp8")
                 if EDGE and (PV == "input" or PV == "bf16"):
