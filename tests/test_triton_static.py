@@ -3,7 +3,9 @@
 from __future__ import annotations
 
 import dataclasses
+import json
 from collections.abc import Iterator
+from pathlib import Path
 from typing import Any
 
 import pytest
@@ -35,7 +37,7 @@ def test_cpu_tensors_are_refused(fresh: None) -> None:
 
 def test_no_triton_names_the_remedy(fresh: None, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(chips.importlib.util, "find_spec", lambda name: None)
-    assert "pip install 'tamis[triton]'" in reasons()
+    assert "pip install 'triton>=3.6'" in reasons()
 
 
 def test_no_compiler_names_the_remedy(fresh: None, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -134,7 +136,16 @@ def test_the_judge_finds_faults() -> None:
 
 
 def test_the_table_shows_everything() -> None:
-    row = gpu_static.Row("sm_90", "attend_kernel", "int8 d=64", 4, 3, 200, 0, 1024, {"int8": 8}, [])
+    row = gpu_static.Row("sm_90", "attend_kernel", "int8 d=64 causal", "128 x 64", 4, 3, 200, 0, 1024, {"int8": 8}, [])
     shown = gpu_static.table([row, dataclasses.replace(row, faults=["spills"])])
     assert "int8:8" in shown
     assert shown.count("FAILS") == 1
+
+
+def test_the_page_shows_the_committed_result() -> None:
+    """What docs/performance-gpu.md says of the machine code is what was saved, and nothing there had a fault."""
+    root = Path(__file__).parents[1]
+    saved = json.loads((root / "benchmarks" / "results" / "gpu-static.json").read_text(encoding="utf-8"))
+    assert gpu_static.markdown(saved) in (root / "docs" / "performance-gpu.md").read_text(encoding="utf-8")
+    assert [row for row in saved["rows"] if row["faults"]] == []
+    assert {row["target"] for row in saved["rows"]} == set(gpu_static.architectures())

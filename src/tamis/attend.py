@@ -75,12 +75,13 @@ def attend(
         segments: (query's, key's) integers; a row sees a key only if they are equal and not negative.
         softcap: Gemma 2's soft limit of the scores, > 0.
         sink_logits: GPT-OSS's `[heads]`: the score of one more key, seen by every row, of value zero; part of lse.
-        precision: "full" (fp32 accumulation) or "int8" (query and key in 8 bit, keys smoothed by their mean; value in
-            8 bit or bf16, whichever is faster here: stats tell). A `PackedKV` is in int8, and so is then the call.
-        pv_threshold: leave out the value product of a group of 16 rows and 64 keys if every score is at least this
+        precision: "full" (fp32 accumulation), "int8" (query and key in 8 bit, keys smoothed by their mean; value in
+            8 bit or bf16, on a GPU 16 bit: stats tell) or "fp8" (query and key in int8, value in e4m3; GPU). A
+            `PackedKV` is in int8, and so is then the call.
+        pv_threshold: leave out the value product of a group of 16 rows and 64 keys (on a GPU of a tile) if every score is at least this
             far (natural log units, > 0) below its row's maximum so far; one number or one per head; None = off.
         compensate: named treatment of what is skipped; there is none yet.
-        backend: "cpu" or "reference", which never falls back; None takes the first that can serve the call.
+        backend: "cpu", "triton" or "reference", which never falls back; None takes the first that can serve the call.
 
     Returns:
         `AttentionOutput(output, lse, stats)`: output in the query's dtype, lse fp32 `[batch, heads, q_len]`.

@@ -34,7 +34,8 @@ def main(arguments: Sequence[str] | None = None) -> int:
     except ModuleNotFoundError as error:
         if error.name is None or error.name.split(".")[0] == "tamis":
             raise
-        print(f"tamis: {error.name} is not installed: pip install 'tamis[demo]'", file=sys.stderr)
+        extra = "triton" if error.name.split(".")[0] == "triton" else "demo"
+        print(f"tamis: {error.name} is not installed: pip install 'tamis[{extra}]'", file=sys.stderr)
         return FAILED
     except (ValueError, RuntimeError, OSError) as error:
         print(f"tamis: {error}", file=sys.stderr)
@@ -110,7 +111,12 @@ def _add_bench(commands: Any) -> None:
     gpu.add_argument("--quick", action="store_true", help="llama-32k and flux, 5 repetitions, no FlexAttention")
     gpu.add_argument("--seconds", type=_positive, metavar="N", help="start nothing new after so many seconds (440)")
     gpu.add_argument("--commit", metavar="HASH", help="what is measured, where git cannot tell it")
-    gpu.add_argument("--markdown", type=Path, metavar="FILE", help="measure nothing: print this result as a table")
+    gpu.add_argument(
+        "--markdown",
+        type=Path,
+        metavar="FILE",
+        help="measure nothing: print this result as a table; no file: not measured",
+    )
     gpu.set_defaults(command=_bench_gpu)
     decode = kinds.add_parser("decode", help="one query a head against a long key")
     decode.add_argument("--n", type=_positive, default=32768, metavar="N", help="keys (32768)")

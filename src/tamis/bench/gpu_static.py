@@ -27,7 +27,7 @@ DIMS = (64, 128, 256)
 # warpgroups, and the older ones for tiles of fewer than 64 rows.
 _WARP = {"half": "HMMA.16816", "int8": "IMMA.16832", "fp8": "QMMA.16832", "tf32": "HMMA.1688.F32.TF32"}
 _GROUP = {
-    "sm_90": {"half": "HGMMA", "int8": "IGMMA", "fp8": "QGMMA", "tf32": "HGMMA"},
+    "sm_90": {"half": r"HGMMA\.(?!\S*TF32)", "int8": "IGMMA", "fp8": "QGMMA", "tf32": r"HGMMA\.\S*TF32"},
     "sm_100": {"half": "UTCHMMA", "int8": "UTCIMMA", "fp8": "UTCQMMA", "tf32": "UTCHMMA"},
 }
 _AMD = {
@@ -45,6 +45,7 @@ class Row:
     target: str
     kernel: str
     what: str
+    tile: str
     warps: int
     stages: int
     registers: int = 0
@@ -149,7 +150,9 @@ def compile_launch(item: launch.Launch, name: str) -> Any:
 def judge(item: launch.Launch, name: str, what: str, kinds: set[str]) -> Row:
     """Compile one launch and look at what came out."""
     chip = chips.CHIPS[name]
-    row = Row(name, item.kernel.fn.__name__, what, item.warps, item.stages)
+    tile = f"{item.constants['TILE_Q']} x {item.constants['TILE_K']}" if "TILE_Q" in item.constants else ""
+    edges = " (edges)" if item.constants.get("FLAG_ROWS", 0) else ""
+    row = Row(name, item.kernel.fn.__name__, what + edges, tile, item.warps, item.stages)
     try:
         made = compile_launch(item, name)
     except Exception as error:
@@ -165,6 +168,8 @@ def judge(item: launch.Launch, name: str, what: str, kinds: set[str]) -> Row:
         if found := len(re.findall(rf"\b{pattern}", code)):
             row.instructions[kind] = found
     if row.kernel == "attend_kernel":
+        if item.constants["TILE_Q"] < 64 and name == "sm_90":
+            kinds = {"half" if kind == "fp8" else kind for kind in kinds}  # which has e4m3 for warpgroups alone
         row.faults += [f"no {kind} matrix instructions" for kind in sorted(kinds - set(row.instructions))]
     return row
 
@@ -266,4 +271,25 @@ def table(rows: list[Row]) -> str:
             f"{row.target:8} {row.kernel.removesuffix('_kernel'):18} {row.what:24} {row.warps:5} {row.stages:6} "
             f"{row.registers:5} {row.spills:6} {row.shared:7}  {found}{fault}"
         )
+    lines.append(f"{len(rows)} kernels, {sum(bool(row.faults) for row in rows) or 'none'} fail")
+    return "\n".join(lines)
+
+
+def markdown(saved: dict[str, Any]) -> str:
+    """The table of docs/performance-gpu.md from a saved result: causal attention, its first pass, by head dim."""
+    cells: dict[tuple[str, str], dict[str, str]] = {}
+    products: dict[tuple[str, str], str] = {}
+    for row in saved["rows"]:
+        name = re.fullmatch(r"(full fp32|full|int8|fp8) d=(\d+)( causal)?", row["what"])
+        if row["kernel"] != "attend_kernel" or name is None or (name[3] is None and name[1] != "full fp32"):
+            continue
+        place = row["target"], name[1]
+        if name[2] in cells.setdefault(place, {}):
+            continue  # the second pass
+        cells[place][name[2]] = f"{row['tile']}, {row['warps']}w: {row['registers']}, {row['shared'] / 1024:.0f} KB"
+        products[place] = ", ".join(row["instructions"])
+    lines = ["| | precision | d=64 | d=128 | d=256 | matrix products |", "|---|---|---|---|---|---|"]
+    for (target, precision), by_dim in cells.items():
+        shown = " | ".join(by_dim.get(str(dim), "-") for dim in DIMS)
+        lines.append(f"| {target} | {precision} | {shown} | {products[target, precision]} |")
     return "\n".join(lines)

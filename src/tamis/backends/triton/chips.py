@@ -101,7 +101,7 @@ def of(device: torch.device) -> Chip:
 @functools.cache
 def _missing() -> str | None:
     if importlib.util.find_spec("triton") is None:
-        return "Triton is not installed: pip install 'tamis[triton]'"
+        return "Triton is not installed: pip install 'triton>=3.6'"
     if not interpreting() and not any(
         shutil.which(name) for name in (os.environ.get("CC", "cc"), "cc", "gcc", "clang")
     ):

@@ -36,7 +36,7 @@ def tiles(
         return Tiles(16 if q_len <= 16 else 64, 64, 4, 1)
     wide = max(dim, value_dim)
     if kind == "mend":
-        return Tiles(16, 32 if wide <= 128 else 16, 8, 1)  # next to never at work
+        return _MEND[0 if wide <= 64 else 1 if wide <= 128 else 2]
     rows, keys, warps, stages = _TABLE[_family(chip), kind][0 if wide <= 64 else 1 if wide <= 128 else 2]
     if not regular:
         rows, keys, warps, stages = _IRREGULAR[0 if kind == "fp32" else 1 if wide <= 128 else 2]
@@ -56,6 +56,9 @@ def _family(chip: Chip) -> str:
 
 # fp32; other kinds up to 128, and above. The same everywhere, found with all kinds of mask at once.
 _IRREGULAR = (Tiles(16, 16, 8, 1), Tiles(64, 32, 8, 2), Tiles(16, 32, 8, 1))
+
+# Next to never at work.
+_MEND = (Tiles(16, 16, 4, 1), Tiles(16, 32, 8, 1), Tiles(16, 16, 8, 1))
 
 # For head dims up to 64, 128 and 256.
 _TABLE: dict[tuple[str, str], tuple[Tiles, Tiles, Tiles]] = {
@@ -77,7 +80,7 @@ _TABLE: dict[tuple[str, str], tuple[Tiles, Tiles, Tiles]] = {
     ("small", "int8"): (Tiles(64, 64, 4, 3), Tiles(128, 64, 8, 2), Tiles(64, 32, 8, 1)),
     ("small", "fp8"): (Tiles(128, 64, 8, 3), Tiles(128, 32, 8, 3), Tiles(32, 32, 8, 2)),
     ("small", "packed"): (Tiles(64, 64, 4, 2), Tiles(64, 64, 8, 2), Tiles(32, 32, 4, 1)),
-    ("small", "fp32"): (Tiles(32, 32, 4, 1), Tiles(16, 32, 4, 1), Tiles(16, 16, 4, 1)),
+    ("small", "fp32"): (Tiles(32, 32, 4, 1), Tiles(16, 32, 4, 1), Tiles(16, 16, 8, 1)),
     # gfx942: 64 KB, 64 lanes a warp, 512 registers; key and value pass through them.
     ("cdna3", "half"): (Tiles(128, 64, 4, 1), Tiles(128, 64, 4, 1), Tiles(64, 64, 4, 1)),
     ("cdna3", "int8"): (Tiles(128, 64, 4, 1), Tiles(128, 64, 4, 1), Tiles(64, 64, 4, 1)),
