@@ -78,8 +78,9 @@ def attend(
         precision: "full" (fp32 accumulation), "int8" (query and key in 8 bit, keys smoothed by their mean; value in
             8 bit or bf16, on a GPU 16 bit: stats tell) or "fp8" (query and key in int8, value in e4m3; GPU). A
             `PackedKV` is in int8, and so is then the call.
-        pv_threshold: leave out the value product of a group of 16 rows and 64 keys (on a GPU of a tile) if every score is at least this
-            far (natural log units, > 0) below its row's maximum so far; one number or one per head; None = off.
+        pv_threshold: leave out the value product of a group of 16 rows and 64 keys (on a GPU of a tile) if every score
+            is at least this far (natural log units, > 0) below its row's maximum so far; one number or one per head;
+            None = off.
         compensate: named treatment of what is skipped; there is none yet.
         backend: "cpu", "triton" or "reference", which never falls back; None takes the first that can serve the call.
 
