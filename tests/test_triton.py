@@ -211,3 +211,64 @@ def test_no_queries_no_keys_no_heads(engine: Engine) -> None:
             assert (result.output == 0).all()
             assert (result.lse == -torch.inf).all()
             engine.sparse_attention(q, k, v, precision=precision)
+
+
+def test_segments_with_any_strides(engine: Engine) -> None:
+    """Expanded, transposed and stepped: what predicts and what packs reads them as they are meant."""
+    _, k, v = qkv(batch=2, heads=1, q_len=200, dim=8)
+    base = torch.randint(-1, 2, (200, 4))
+    for segments in (base[:, 0].expand(2, -1), base[:, :2].t(), base.t()[:2, :], base[:1, 0].expand(200)[None]):
+        plain = segments.contiguous()
+        assert torch.equal(engine.op("key_mean", k, segments, None), engine.op("key_mean", k, plain, None))
+        for ours, theirs in zip(
+            engine.op("summarize", k, 64, None, segments), engine.op("summarize", k, 64, None, plain), strict=True
+        ):
+            assert torch.equal(ours, theirs)
+        mean = torch.zeros(2, 1, 8)
+        for ours, theirs in zip(
+            engine.op("pack_kv", k, v, mean, segments), engine.op("pack_kv", k, v, mean, plain), strict=True
+        ):
+            assert torch.equal(ours, theirs)
+
+
+@pytest.mark.parametrize("precision", ["full", "int8", "fp8"])
+@pytest.mark.parametrize(
+    ("kv_len", "count", "listed"),
+    [(65, 2, [1, 0]), (30, 1, [-1]), (129, 3, [2, 2, 1]), (129, 2**31 - 1, [10**6, 2, 1]), (129, 3, [2, 1, 0])],
+)
+def test_wild_lists_stay_inside(engine: Engine, precision: str, kv_len: int, count: int, listed: list[int]) -> None:
+    """A list out of order or range names a partial block among whole ones: nothing outside of the tensors is read."""
+    q, k, v = qkv(heads=1, q_len=64, kv_len=kv_len, dim=16)
+    lists = torch.tensor([[[count]]], dtype=torch.int32), torch.tensor([[[listed]]], dtype=torch.int32)
+    for block_size in ((64, 64), (64, 128)):
+        mask = tamis.BlockMask(*lists, block_size, (64, kv_len))
+        for options in ({}, {"causal": True}, {"causal": True, "window": 20}):
+            engine.attend(q, k, v, mask, precision=precision, **options)
+
+
+def test_numbers_near_the_end_of_fp32(engine: Engine) -> None:
+    q, k, v = qkv(q_len=20, kv_len=70, dim=24)
+    for sink in (2.4e38, 3.4e38, float("inf"), -3.4e38, -float("inf")):
+        result = engine.attend(q, k, v, sink_logits=torch.tensor([sink, 0.0]))
+        expected = tamis.attend(q, k, v, sink_logits=torch.tensor([sink, 0.0]), backend="reference")
+        torch.testing.assert_close(result.output, expected.output, rtol=1e-5, atol=1e-6)
+        torch.testing.assert_close(result.lse, expected.lse, rtol=1e-6, atol=1e-6)
+    check(engine, "full", q, k, v, softcap=3.4e38)
+
+
+def test_grids_have_one_axis(engine: Engine, monkeypatch: pytest.MonkeyPatch) -> None:
+    """The others end at 65,535, which many small windows exceed."""
+    grids: list[Any] = []
+    plain = launch.run
+
+    def spy(kernel: Any, grid: Any, *arguments: Any, **options: Any) -> None:
+        grids.append(grid)
+        plain(kernel, grid, *arguments, **options)
+
+    monkeypatch.setattr(launch, "run", spy)
+    q, k, v = qkv(q_len=70, dim=16)
+    for precision in ("full", "int8", "fp8"):
+        engine.sparse_attention(q, k, v, precision=precision)
+    engine.op("pack_kv", k, v, torch.zeros(1, 2, 16), None)
+    assert len(grids) > 15
+    assert {len(grid) for grid in grids} == {1}

@@ -110,7 +110,9 @@ def attend(
     edges = not regular or causal or window is not None or kv_len % block_kv != 0
     if inputs.products in ("input", "bf16") and edges:
         passes.append((tiles(chip, "mend", *shape), cut.rows))
-    natural = attn_mask is not None and attn_mask.dtype != torch.bool
+    # Numbers that users give may lie so near the end of fp32 that log2(e) times them does not fit.
+    natural = (attn_mask is not None and attn_mask.dtype != torch.bool) or sink_logits is not None
+    natural = natural or (softcap is not None and softcap > 1e38)
     per_token = [None if t is None else t.contiguous() for t in (q_positions, kv_positions, q_segments, kv_segments)]
     for part, flag_rows in passes:
         q_tiles = geometry.num_blocks(q_len, part.rows)

@@ -46,7 +46,7 @@ def select(
     if 0 in table.shape:
         return num, table.new_zeros((*num.shape, max(1, kv_blocks)))
     rows = 32
-    grid = (geometry.num_blocks(q_blocks, rows) * geometry.num_blocks(kv_blocks, 64), batch * heads)
+    grid = (geometry.num_blocks(q_blocks, rows) * geometry.num_blocks(kv_blocks, 64) * batch * heads,)
     launch.run(
         choose.scores_kernel,
         grid,
@@ -64,12 +64,13 @@ def select(
         COLUMNS=64,
         DOT32=chips.of(device).dot32,
     )
+    per_head = (None if t is None else t.contiguous() for t in (cdf, topk))
     if must is not None:
         must = must.expand(-1, -1, q_blocks, kv_blocks).contiguous()
     launch.run(
         choose.choose_kernel,
-        (q_blocks, batch * heads),
-        *(table, num, q_similarity.contiguous(), similarity.contiguous(), cdf, topk, must, *table_strides(must)),
+        (q_blocks * batch * heads,),
+        *(table, num, q_similarity.contiguous(), similarity.contiguous(), *per_head, must, *table_strides(must)),
         *(q_len, kv_len, heads, q_blocks, kv_blocks),
         device=device,
         warps=2 if kv_blocks <= 256 else 8,
@@ -173,7 +174,7 @@ def used_tiles(
     used = torch.zeros((batch, kv_heads, geometry.num_blocks(kv_len, TILE)), dtype=torch.int8, device=device)
     launch.run(
         choose.used_kernel,
-        (q_blocks, batch * heads),
+        (q_blocks * batch * heads,),
         *(*lists, used, *seen[:3], *list_strides, *seen[3:]),
         *(*sizes, 0 if lists[1] is None else lists[1].shape[-1], small(window)),
         device=device,

@@ -17,6 +17,7 @@ def key_mean(key: Tensor, segments: Tensor | None, used: Tensor | None) -> Tenso
     """Mean key of every head over its finite tokens with a segment >= 0 in the used 64-key tiles, fp32."""
     from tamis.backends.triton.kernels import pool
 
+    segments = None if segments is None else segments.contiguous()
     batch, heads, length, dim = key.shape
     tiles = geometry.num_blocks(length, TILE)
     chunks = geometry.num_blocks(tiles, _CHUNK_TILES)
@@ -27,7 +28,7 @@ def key_mean(key: Tensor, segments: Tensor | None, used: Tensor | None) -> Tenso
     used = None if used is None else used.expand(batch, heads, tiles).contiguous()
     launch.run(
         pool.key_mean_kernel,
-        (chunks, batch * heads),
+        (chunks * batch * heads,),
         *(key, segments, used, means, numbers, *strides(key), batch_stride(segments), length, heads, tiles),
         device=key.device,
         DIM=dim,
@@ -63,13 +64,14 @@ def read(
     """One pass over query or key; returns means and similarities, empty unless it pools."""
     from tamis.backends.triton.kernels import pool
 
+    segments = None if segments is None else segments.contiguous()
     batch, heads, length, dim = x.shape
     blocks = geometry.num_blocks(length, block)
     pooled = x.new_empty((batch, heads, blocks if pools else 0, dim), dtype=torch.float32)
     similarity = x.new_empty((batch, heads, blocks if pools else 0), dtype=torch.float32)
     launch.run(
         pool.summarize_kernel,
-        (blocks, batch * heads),
+        (blocks * batch * heads,),
         x,
         None if mean is None else mean.contiguous(),
         None if shift_mean is None else shift_mean.contiguous(),
@@ -99,6 +101,7 @@ def pack_kv(key: Tensor, value: Tensor, mean: Tensor, segments: Tensor | None) -
     """Quantise key (less its mean) and value by 64-key blocks, in the layout of `PackedKV`."""
     from tamis.backends.triton.kernels import pack
 
+    segments = None if segments is None else segments.contiguous()
     batch, heads, length, dim = key.shape
     blocks, value_dim, width = geometry.num_blocks(length, TILE), value.shape[3], (dim + 3) // 4 * 4
     lead = (batch, heads, blocks)
@@ -118,7 +121,7 @@ def pack_kv(key: Tensor, value: Tensor, mean: Tensor, segments: Tensor | None) -
     value_sum = key.new_empty((*lead, value_dim), dtype=torch.int32)
     launch.run(
         pack.value_int8_kernel,
-        (blocks, batch * heads),
+        (blocks * batch * heads,),
         *(value, segments, value8, value_scale, value_sum, *strides(value), batch_stride(segments), length, heads),
         device=key.device,
         DIM=value_dim,
@@ -150,6 +153,7 @@ def fp8_values(value: Tensor, segments: Tensor | None, used: Tensor | None) -> t
     """Values in e4m3, `[batch, heads, dim, keys]`, and the scale of every channel."""
     from tamis.backends.triton.kernels import pool
 
+    segments = None if segments is None else segments.contiguous()
     batch, heads, length, dim = value.shape
     tiles = geometry.num_blocks(length, TILE)
     chunks = geometry.num_blocks(tiles, _CHUNK_TILES)
@@ -162,7 +166,7 @@ def fp8_values(value: Tensor, segments: Tensor | None, used: Tensor | None) -> t
     where = (*strides(value), batch_stride(segments), length, heads)
     launch.run(
         pool.value_top_kernel,
-        (chunks, batch * heads),
+        (chunks * batch * heads,),
         *(value, segments, used, tops, *where, tiles),
         device=value.device,
         DIM=dim,
@@ -172,7 +176,7 @@ def fp8_values(value: Tensor, segments: Tensor | None, used: Tensor | None) -> t
     )
     launch.run(
         pool.value_fp8_kernel,
-        (tiles, batch * heads),
+        (tiles * batch * heads,),
         *(value, segments, used, tops, value8, scale, *where, chunks),
         device=value.device,
         DIM=dim,

@@ -177,6 +177,8 @@ def _visit(
     """
     PER_BLOCK: tl.constexpr = BLOCK_KV // TILE_K
     n = tl.arange(0, TILE_K)
+    if not EDGE:
+        last = tl.where(kv_len >= BLOCK_KV, last, first)
     following = first
     if indices is not None:
         following = tl.load(indices + first, mask=first < last, other=0)
@@ -186,7 +188,8 @@ def _visit(
         entry = (step + 1) // PER_BLOCK
         if indices is not None:
             following = tl.load(indices + entry, mask=entry < last, other=0)
-            block = tl.minimum(tl.maximum(block, 0), kv_blocks - 1)
+            # A list out of order may name any block anywhere; the run of whole blocks loads without a mask.
+            block = tl.minimum(tl.maximum(block, 0), (kv_blocks if EDGE else kv_len // BLOCK_KV) - 1)
         else:
             following = entry
         start = block * BLOCK_KV + (step % PER_BLOCK) * TILE_K
@@ -217,8 +220,8 @@ def _visit(
                 k_here = (k_at + here * stride_kn) + k_in
                 for part in tl.static_range(D // SLICE):
                     part_ok = part * SLICE + tl.arange(0, SLICE) < HEAD_DIM
-                    q_part = _tile(q + part * SLICE * stride_qd, row_ok, part_ok, False, K_EVEN)
-                    k_part = _tile(k_here + part * SLICE * stride_kd, column_ok, part_ok, not EDGE, K_EVEN)
+                    q_part = _tile(q + (here * 0 + part * SLICE) * stride_qd, row_ok, part_ok, False, K_EVEN)
+                    k_part = _tile(k_here + (here * 0 + part * SLICE) * stride_kd, column_ok, part_ok, not EDGE, K_EVEN)
                     s = tl.dot(q_part, tl.trans(k_part), s, input_precision=DOT32)
                 s = s * factor
             if softcap is not None:
@@ -540,7 +543,9 @@ def attend_kernel(
     d_ok, dv_ok = d < HEAD_DIM, dv < VALUE_DIM
     wide_rows = rows.to(tl.int64)
 
-    q_at = q + batch * stride_qb + head * stride_qh + wide_rows[:, None] * stride_qn + d[None, :] * stride_qd
+    q_at = (
+        q + batch * stride_qb + head * stride_qh + wide_rows[:, None] * stride_qn + d.to(tl.int64)[None, :] * stride_qd
+    )
     q_tile = q_at
     if SLICE == 0:
         q_tile = _tile(q_at, row_ok, d_ok, False, HEAD_DIM == D or QK8)
@@ -576,7 +581,7 @@ def attend_kernel(
     mask_at = None
     if attn_mask is not None:
         mask_at = attn_mask + batch * stride_maskb + head * stride_maskh
-        mask_at += wide_rows[:, None] * stride_maskq + n[None, :] * stride_maskn
+        mask_at += wide_rows[:, None] * stride_maskq + n.to(tl.int64)[None, :] * stride_maskn
     if q_bounds is not None:
         q_bounds += batch * stride_q_bound + q_block * 4
         kv_bounds += batch * stride_kv_bound
@@ -724,7 +729,7 @@ def attend_kernel(
     if sink_logits is not None:
         sink = tl.load(sink_logits + head) * UNIT
         largest = tl.maximum(sum_log, sink)
-        base = tl.where(largest == float("-inf"), 0.0, largest)
+        base = tl.where(tl.abs(largest) < float("inf"), largest, 0.0)
         both = _power(sum_log - base, NATURAL) + _power(sink - base, NATURAL)
         joined = base + tl.log2(both) * (UNIT / LOG2E)
         o = o * tl.where(empty, 0.0, _power(sum_log - joined, NATURAL))[:, None]
@@ -738,4 +743,5 @@ def attend_kernel(
     count_at = counts + (head_at * q_tiles + tile) * 3
     rows_here = tl.minimum(q_len - tile * TILE_Q, TILE_Q).to(tl.float64)
     rows_block = tl.minimum(q_len - q_block * BLOCK_Q, BLOCK_Q).to(tl.float64)
+    tl.debug_barrier()  # what is read here was written above
     tl.store(count_at + 2, tl.load(count_at + 1) - skipped * rows_here / rows_block)

@@ -97,12 +97,12 @@ def scores_kernel(
     COLUMNS: tl.constexpr,
     DOT32: tl.constexpr,
 ):
-    """Scores of ROWS x COLUMNS blocks; grid (row tiles * column tiles, batch * heads)."""
-    head_at = tl.program_id(1).to(tl.int64)
+    """Scores of ROWS x COLUMNS blocks; grid (column tiles * row tiles * batch * heads,)."""
+    across, down = tl.cdiv(kv_blocks, COLUMNS), tl.cdiv(q_blocks, ROWS)
+    head_at = (tl.program_id(0) // (across * down)).to(tl.int64)
     batch, head = head_at // heads, head_at % heads
     kv_at = batch * kv_heads + head // (heads // kv_heads)
-    across = tl.cdiv(kv_blocks, COLUMNS)
-    row = (tl.program_id(0) // across) * ROWS + tl.arange(0, ROWS)
+    row = (tl.program_id(0) // across % down) * ROWS + tl.arange(0, ROWS)
     column = (tl.program_id(0) % across) * COLUMNS + tl.arange(0, COLUMNS)
     row_ok, column_ok = row < q_blocks, column < kv_blocks
     score = tl.zeros([ROWS, COLUMNS], tl.float32)
@@ -196,8 +196,8 @@ def choose_kernel(
     DIAGONAL: tl.constexpr,
     CHUNK: tl.constexpr,
 ):
-    """Turn a row of scores into the indices of the blocks that stay; grid (q_blocks, batch * heads)."""
-    q_block, head_at = tl.program_id(0), tl.program_id(1).to(tl.int64)
+    """Turn a row of scores into the indices of the blocks that stay; grid (q_blocks * batch * heads,)."""
+    q_block, head_at = tl.program_id(0) % q_blocks, (tl.program_id(0) // q_blocks).to(tl.int64)
     batch, head = head_at // heads, head_at % heads
     row = table + (head_at * q_blocks + q_block) * kv_blocks
     n = tl.arange(0, CHUNK)
@@ -258,6 +258,7 @@ def choose_kernel(
         stays = stays & (score != float("-inf")) & (at < kv_blocks)
         ranks = tl.cumsum(stays.to(tl.int32), 0) - 1
         # Indices move towards the front, onto scores that this loop has read.
+        tl.debug_barrier()
         tl.store(row + kept_before + ranks, at, mask=stays)
         kept_before += tl.sum(stays.to(tl.int32), 0)
     tl.store(kv_num + head_at * q_blocks + q_block, kept_before)
@@ -316,8 +317,8 @@ def used_kernel(
     WINDOW: tl.constexpr,
     CHUNK: tl.constexpr,
 ):
-    """Mark the 64-key tiles that a query block visits; grid (q_blocks, batch * heads), `used` starts as zeros."""
-    q_block, head_at = tl.program_id(0), tl.program_id(1).to(tl.int64)
+    """Mark the 64-key tiles that a query block visits; grid (q_blocks * batch * heads,), `used` starts as zeros."""
+    q_block, head_at = tl.program_id(0) % q_blocks, (tl.program_id(0) // q_blocks).to(tl.int64)
     batch, head = head_at // heads, head_at % heads
     kv_at = batch * kv_heads + head // (heads // kv_heads)
     tiles = tl.cdiv(kv_len, 64)

@@ -26,11 +26,12 @@ def value_int8_kernel(
     DIM_PAD: tl.constexpr,
     TILE: tl.constexpr,
 ):
-    """A tile of values, `[DIM, TILE]`, its scales and its sums over the keys; grid (tiles, batch * heads)."""
-    tile, head = tl.program_id(0).to(tl.int64), tl.program_id(1).to(tl.int64)
+    """A tile of values, `[DIM, TILE]`, its scales and its sums over the keys; grid (tiles * batch * heads,)."""
+    tiles = tl.cdiv(length, TILE)
+    tile, head = (tl.program_id(0) % tiles).to(tl.int64), (tl.program_id(0) // tiles).to(tl.int64)
     batch = head // heads
     base = v + batch * stride_b + (head % heads) * stride_h
-    n, d = tl.arange(0, TILE), tl.arange(0, DIM_PAD)
+    n, d = tl.arange(0, TILE), tl.arange(0, DIM_PAD).to(tl.int64)
     rows = tile * TILE + n
     counted = _counted(rows, length, segments, stride_segment, batch)
     at = base + rows[:, None] * stride_n + d[None, :] * stride_d
@@ -39,7 +40,7 @@ def value_int8_kernel(
     top = tl.max(tl.where(finite, tl.abs(values), 0.0), 0)
     broken = tl.max((~finite).to(tl.int32), 0) > 0
     whole = _rounded(values, (127.0 / top)[None, :], finite)
-    place = head * tl.num_programs(0) + tile
+    place = head * tiles + tile
     tl.store(v8 + (place * DIM + d)[None, :] * TILE + n[:, None], whole, mask=(d < DIM)[None, :])
     tl.store(scales + place * DIM + d, tl.where(broken, float("nan"), top / 127.0), mask=d < DIM)
     tl.store(sums + place * DIM + d, tl.sum(whole.to(tl.int32), 0), mask=d < DIM)

@@ -60,11 +60,12 @@ def key_mean_kernel(
     TILES: tl.constexpr,
     TILE: tl.constexpr,
 ):
-    """Mean and number of the counting keys of a chunk of tiles; grid (chunks, batch * heads)."""
-    chunk, head = tl.program_id(0), tl.program_id(1).to(tl.int64)
+    """Mean and number of the counting keys of a chunk of tiles; grid (chunks * batch * heads,)."""
+    chunks = tl.cdiv(tiles, TILES)
+    chunk, head = tl.program_id(0) % chunks, (tl.program_id(0) // chunks).to(tl.int64)
     batch = head // heads
     base = x + batch * stride_b + (head % heads) * stride_h
-    d = tl.arange(0, DIM_PAD)
+    d = tl.arange(0, DIM_PAD).to(tl.int64)
     mean = tl.zeros([DIM_PAD], tl.float32)
     total = 0.0
     for tile in range(chunk * TILES, tl.minimum(tiles, (chunk + 1) * TILES)):
@@ -82,7 +83,7 @@ def key_mean_kernel(
         weight = number / tl.maximum(total + number, 1.0)
         mean = mean * (1.0 - weight) + of_tile * weight
         total += number
-    place = head * tl.num_programs(0) + chunk
+    place = head * chunks + chunk
     tl.store(part_mean + place * DIM + d, mean, mask=d < DIM)
     tl.store(part_count + place, total)
 
@@ -91,7 +92,7 @@ def key_mean_kernel(
 def join_means_kernel(part_mean, part_count, mean, chunks, DIM: tl.constexpr, DIM_PAD: tl.constexpr):
     """The mean over all chunks, in their order; grid (batch * heads,)."""
     head = tl.program_id(0).to(tl.int64)
-    d = tl.arange(0, DIM_PAD)
+    d = tl.arange(0, DIM_PAD).to(tl.int64)
     total = 0.0
     for chunk in range(chunks):
         total += tl.load(part_count + head * chunks + chunk)
@@ -128,16 +129,16 @@ def summarize_kernel(
     BLOCK: tl.constexpr,
     GRAIN: tl.constexpr,
 ):
-    """Pool a block, and quantise it with one scale per GRAIN rows; grid (blocks, batch * heads).
+    """Pool a block, and quantise it with one scale per GRAIN rows; grid (blocks * batch * heads,).
 
     Of the outputs, those that are None are not wanted. `x8` is `[batch * heads, blocks * BLOCK, WIDTH]` for keys,
     whose tail is filled with zeros, and `[.., length, WIDTH]` for queries (GRAIN 1), which need none.
     """
-    block, head = tl.program_id(0).to(tl.int64), tl.program_id(1).to(tl.int64)
+    block, head = (tl.program_id(0) % blocks).to(tl.int64), (tl.program_id(0) // blocks).to(tl.int64)
     batch = head // heads
     base = x + batch * stride_b + (head % heads) * stride_h
     rows = block * BLOCK + tl.arange(0, BLOCK)
-    d = tl.arange(0, DIM_PAD)
+    d = tl.arange(0, DIM_PAD).to(tl.int64)
     counted = _counted(rows, length, segments, stride_segment, batch)
     inside = (rows < length)[:, None] & (d < DIM)[None, :]
     values = tl.load(base + rows[:, None] * stride_n + d[None, :] * stride_d, mask=inside, other=0.0).to(tl.float32)
@@ -206,11 +207,12 @@ def value_top_kernel(
     TILES: tl.constexpr,
     TILE: tl.constexpr,
 ):
-    """Largest finite |v| of every channel in a chunk of tiles; grid (chunks, batch * heads)."""
-    chunk, head = tl.program_id(0), tl.program_id(1).to(tl.int64)
+    """Largest finite |v| of every channel in a chunk of tiles; grid (chunks * batch * heads,)."""
+    chunks = tl.cdiv(tiles, TILES)
+    chunk, head = tl.program_id(0) % chunks, (tl.program_id(0) // chunks).to(tl.int64)
     batch = head // heads
     base = v + batch * stride_b + (head % heads) * stride_h
-    d = tl.arange(0, DIM_PAD)
+    d = tl.arange(0, DIM_PAD).to(tl.int64)
     top = tl.zeros([DIM_PAD], tl.float32)
     for tile in range(chunk * TILES, tl.minimum(tiles, (chunk + 1) * TILES)):
         rows = tile * TILE + tl.arange(0, TILE).to(tl.int64)
@@ -220,7 +222,7 @@ def value_top_kernel(
         at = base + rows[:, None] * stride_n + d[None, :] * stride_d
         values = tl.abs(tl.load(at, mask=counted[:, None] & (d < DIM)[None, :], other=0.0).to(tl.float32))
         top = tl.maximum(top, tl.max(tl.where(_finite(values), values, 0.0), 0))
-    tl.store(part_top + (head * tl.num_programs(0) + chunk) * DIM + d, top, mask=d < DIM)
+    tl.store(part_top + (head * chunks + chunk) * DIM + d, top, mask=d < DIM)
 
 
 @triton.jit(do_not_specialize=["length", "heads", "chunks", "stride_segment"])
@@ -244,25 +246,26 @@ def value_fp8_kernel(
     TILE: tl.constexpr,
     LARGEST: tl.constexpr,
 ):
-    """A tile of values in fp8, keys contiguous, which is what the 8-bit matrix units ask for; grid (tiles, heads)."""
-    tile, head = tl.program_id(0).to(tl.int64), tl.program_id(1).to(tl.int64)
+    """A tile of values in fp8, keys contiguous, which is what the 8-bit matrix units ask for; grid (tiles * batch * heads,)."""
+    tiles = tl.cdiv(length, TILE)
+    tile, head = (tl.program_id(0) % tiles).to(tl.int64), (tl.program_id(0) // tiles).to(tl.int64)
     batch = head // heads
     base = v + batch * stride_b + (head % heads) * stride_h
-    d = tl.arange(0, DIM_PAD)
+    d = tl.arange(0, DIM_PAD).to(tl.int64)
     top = tl.zeros([DIM_PAD], tl.float32)
     for chunk in range(chunks):
         top = tl.maximum(top, tl.load(part_top + (head * chunks + chunk) * DIM + d, mask=d < DIM, other=0.0))
     rows = tile * TILE + tl.arange(0, TILE)
     counted = _counted(rows, length, segments, stride_segment, batch)
     if used is not None:
-        counted = counted & (tl.load(used + head * tl.num_programs(0) + tile) != 0)
+        counted = counted & (tl.load(used + head * tiles + tile) != 0)
     at = base + rows[:, None] * stride_n + d[None, :] * stride_d
     values = tl.load(at, mask=counted[:, None] & (d < DIM)[None, :], other=0.0).to(tl.float32)
     inverse = LARGEST / top
     # A broken value stays one: e4m3 has a NaN, which infinities become too.
     scaled = tl.where(_finite(inverse)[None, :], values * inverse[None, :], 0.0)
     scaled = tl.where(_finite(values), tl.minimum(tl.maximum(scaled, -LARGEST), LARGEST), float("nan"))
-    place = v8 + (head * DIM_PAD + d)[None, :] * (tl.num_programs(0) * TILE) + rows[:, None]
+    place = v8 + (head * DIM_PAD + d)[None, :] * (tiles * TILE) + rows[:, None]
     tl.store(place, scaled.to(v8.dtype.element_ty))
     if tile == 0:
         tl.store(scales + head * DIM_PAD + d, top / LARGEST)
