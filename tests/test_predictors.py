@@ -127,6 +127,7 @@ def test_topk_alone_turns_cdf_off(any_engine: Engine) -> None:
     assert (mask.sum(-1) == math.ceil(0.1 * 16)).all()
 
 
+@pytest.mark.large
 def test_topk_one_keeps_everything_visible(engine: Engine) -> None:
     q, k = structured(500, 700)
     for masks in ({}, {"causal": True}, {"window": 200}, {"causal": True, "window": 200}):
@@ -135,6 +136,7 @@ def test_topk_one_keeps_everything_visible(engine: Engine) -> None:
         assert torch.equal(oracle.blocks_of(mask), seen.expand(2, 4, -1, -1))
 
 
+@pytest.mark.large
 def test_sink(engine: Engine) -> None:
     q, k = structured(1000, 1000)
     k[:, :, :64] = -q.mean((1, 2), keepdim=True)
@@ -153,6 +155,7 @@ def test_similarity_above_every_block_is_dense(engine: Engine) -> None:
     assert torch.equal(oracle.blocks_of(mask), seen.expand(2, 4, -1, -1))
 
 
+@pytest.mark.large
 def test_prediction_honours_scale(engine: Engine) -> None:
     """A small scale flattens the softmax: more blocks reach the mass. scale = s is the query times s."""
     q, k = structured(1000, 1000)
@@ -173,6 +176,7 @@ def test_grouped_heads_equal_repeated_keys(engine: Engine) -> None:
     assert torch.equal(oracle.blocks_of(grouped), oracle.blocks_of(repeated))
 
 
+@pytest.mark.large
 def test_settings_per_head(engine: Engine) -> None:
     q, k = structured(1000, 1000)
     cdf, theta = [0.3, 0.9, 0.6, 0.6], [-1.0, -1.0, 0.2, 0.5]
@@ -185,6 +189,7 @@ def test_settings_per_head(engine: Engine) -> None:
 
 
 @pytest.mark.parametrize("settings", [{"cdf": 0.5}, {"topk": 0.1}], ids=str)
+@pytest.mark.large
 def test_keep_ranges(engine: Engine, settings: dict[str, Any]) -> None:
     """Key ranges that every row keeps, query ranges that keep every key: the rest is chosen as before."""
     q, k = structured(1000, 1000)
@@ -202,6 +207,7 @@ def test_keep_ranges(engine: Engine, settings: dict[str, Any]) -> None:
     assert causal[(seen & (columns | rows[:, None])).expand_as(causal)].all()
 
 
+@pytest.mark.large
 def test_keep_ranges_are_slices(any_engine: Engine) -> None:
     """Negative numbers count from the end, None is open, what lies outside is nothing."""
     q, k = structured(1000, 1000)
@@ -285,6 +291,7 @@ def test_explicit_positions_move_the_diagonal(engine: Engine) -> None:
         assert mask[:, :, i, 6 - 2 * i].all()
 
 
+@pytest.mark.large
 def test_strides_and_dtypes(engine: Engine) -> None:
     q, k = structured(500, 500)
     predictor = tamis.Sparge(cdf=0.8, similarity=0.3)
@@ -296,6 +303,7 @@ def test_strides_and_dtypes(engine: Engine) -> None:
             assert torch.equal(oracle.blocks_of(mask), oracle.blocks_of(expected))
 
 
+@pytest.mark.large
 def test_short_and_empty(engine: Engine) -> None:
     for q_len, kv_len in ((1, 1), (1, 1000), (1000, 1), (65, 63)):
         q, k = structured(q_len, kv_len)
@@ -308,6 +316,7 @@ def test_short_and_empty(engine: Engine) -> None:
     assert engine.predict(tamis.Sparge(), q[:0], k[:0]).kv_num_blocks.shape == (0, 4, 1)
 
 
+@pytest.mark.large
 def test_engines_agree() -> None:
     q, k = structured(1000, 1000)
     for predictor in (tamis.Sparge(), tamis.Sparge(cdf=0.7, topk=0.1, similarity=0.4), tamis.Window(256)):

@@ -188,6 +188,7 @@ def test_cdf_keeps_the_fewest_that_reach_it(engine: Engine, tau: float, causal: 
             assert not (mask & ~may & ~diagonal[i]).any()
 
 
+@pytest.mark.large
 def test_cdf_and_topk_are_a_union(engine: Engine) -> None:
     inputs = summaries(1000, 1500)
     for causal in (False, True):
@@ -259,6 +260,7 @@ def test_sink_outside_the_window_is_not_kept(engine: Engine) -> None:
     assert not (kept & ~seen).any()
 
 
+@pytest.mark.large
 def test_must_and_visible(engine: Engine) -> None:
     inputs = summaries(1000, 1500, batch=2)
     must = torch.rand(2, HEADS, 8, 24) < 0.1
@@ -301,6 +303,7 @@ def test_untrimmed_is_the_same_mask(engine: Engine) -> None:
     assert torch.equal(chosen(**inputs, topk=0.2, causal=True, trim=False, engine=engine), trimmed)
 
 
+@pytest.mark.large
 def test_engines_agree() -> None:
     """Same summaries, same mask, but for blocks within fp32 rounding of the cut; with these seeds there is none."""
     for block_q, block_kv in ((64, 64), (128, 128)):

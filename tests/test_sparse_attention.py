@@ -196,6 +196,7 @@ def test_attend_is_bottom_right_where_sparse_attention_is_top_left(engine: Engin
     assert not torch.allclose(upper, lower, atol=1e-2)
 
 
+@pytest.mark.large
 def test_numbers_beyond_defaults(engine: Engine) -> None:
     """Settings reach the engine: a lower pv_threshold skips more, a lower topk keeps less."""
     q, k, v = qkv(q_len=600)

@@ -272,3 +272,15 @@ def test_grids_have_one_axis(engine: Engine, monkeypatch: pytest.MonkeyPatch) ->
     engine.op("pack_kv", k, v, torch.zeros(1, 2, 16), None)
     assert len(grids) > 15
     assert {len(grid) for grid in grids} == {1}
+
+
+@pytest.mark.parametrize("settings_of", [{"cdf": 0.6}, {"topk": 0.3}, {"cdf": 0.3, "topk": [0.1, 0.7]}], ids=str)
+def test_chooses_what_the_reference_chooses(engine: Engine, settings_of: dict[str, Any]) -> None:
+    q, k, _ = qkv(heads=2, q_len=200, kv_len=330, dim=20)
+    k[:, :, 64:128] = k[:, :, 128:192]  # two blocks with the same score: the first stays
+    predictor = tamis.Sparge(**settings_of, similarity=0.01, keep={"keys": [(-70, None)]})
+    for options in ({}, {"causal": True}, {"window": 120, "block_size": (64, 128)}):
+        ours = engine.predict(predictor, q, k, **options)
+        theirs = predictor(q, k, backend="reference", **options)
+        assert torch.equal(ours.to_dense(), theirs.to_dense())
+        assert torch.equal(ours.validate().kv_num_blocks, theirs.kv_num_blocks)

@@ -13,6 +13,11 @@ TILE = 64  # keys that share a scale
 _CHUNK_TILES = 16  # tiles that one program of a reduction over the sequence reads
 
 
+def _reading_warps(width: int) -> int:
+    """Warps that hold a tile of 64 rows with room to spare."""
+    return 4 if width <= 64 else 8
+
+
 def key_mean(key: Tensor, segments: Tensor | None, used: Tensor | None) -> Tensor:
     """Mean key of every head over its finite tokens with a segment >= 0 in the used 64-key tiles, fp32."""
     from tamis.backends.triton.kernels import pool
@@ -31,6 +36,7 @@ def key_mean(key: Tensor, segments: Tensor | None, used: Tensor | None) -> Tenso
         (chunks * batch * heads,),
         *(key, segments, used, means, numbers, *strides(key), batch_stride(segments), length, heads, tiles),
         device=key.device,
+        warps=_reading_warps(pad),
         DIM=dim,
         DIM_PAD=pad,
         TILES=_CHUNK_TILES,
@@ -169,6 +175,7 @@ def fp8_values(value: Tensor, segments: Tensor | None, used: Tensor | None) -> t
         (chunks * batch * heads,),
         *(value, segments, used, tops, *where, tiles),
         device=value.device,
+        warps=_reading_warps(pad),
         DIM=dim,
         DIM_PAD=pad,
         TILES=_CHUNK_TILES,

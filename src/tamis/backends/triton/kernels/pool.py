@@ -246,7 +246,7 @@ def value_fp8_kernel(
     TILE: tl.constexpr,
     LARGEST: tl.constexpr,
 ):
-    """A tile of values in fp8, keys contiguous, which is what the 8-bit matrix units ask for; grid (tiles * batch * heads,)."""
+    """A tile of values in fp8, keys contiguous as 8-bit matrix units want them; grid (tiles * batch * heads,)."""
     tiles = tl.cdiv(length, TILE)
     tile, head = (tl.program_id(0) % tiles).to(tl.int64), (tl.program_id(0) // tiles).to(tl.int64)
     batch = head // heads
