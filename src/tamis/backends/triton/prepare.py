@@ -15,7 +15,7 @@ _CHUNK_TILES = 16  # tiles that one program of a reduction over the sequence rea
 
 def _reading_warps(width: int) -> int:
     """Warps that hold a tile of 64 rows with room to spare."""
-    return 4 if width <= 64 else 8
+    return 4 if width <= 64 else 8 if width <= 128 else 16
 
 
 def key_mean(key: Tensor, segments: Tensor | None, used: Tensor | None) -> Tensor:
