@@ -7,22 +7,14 @@ from typing import Any
 from torch import Tensor
 
 
-def strides(x: Tensor) -> tuple[int, ...]:
-    return x.stride()
-
-
 def batch_stride(x: Tensor | None) -> int:
+    """Elements from one batch to the next; 0 where one stands for all."""
     return 0 if x is None or x.shape[0] == 1 else x.stride(0)
 
 
 def table_strides(x: Tensor | None) -> tuple[int, int]:
     """Batch and head strides of a table of blocks that may have one entry for all."""
     return (0, 0) if x is None else (batch_stride(x), 0 if x.shape[1] == 1 else x.stride(1))
-
-
-def small(window: int | None) -> int:
-    """A window for arguments that are 32-bit unless they have to be more."""
-    return 0 if window is None else window
 
 
 def bounds(q_bounds: Tensor | None, kv_bounds: Tensor | None, visible: Tensor | None) -> tuple[Any, ...]:

@@ -2,15 +2,15 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from dataclasses import dataclass
-from typing import Any
 
 import torch
 from torch import Tensor
 
 from tamis import geometry
 from tamis.backends.triton import chips, launch
-from tamis.backends.triton.arguments import batch_stride, bounds, small, strides
+from tamis.backends.triton.arguments import batch_stride, bounds
 from tamis.backends.triton.lists import used_tiles
 from tamis.backends.triton.prepare import fp8_values, int8_keys, int8_queries, key_mean
 from tamis.backends.triton.settings import tiles
@@ -123,14 +123,14 @@ def attend(
             *(inputs.q_scale, inputs.k_scale, inputs.v_scale, inputs.q_shift, *lists),
             *(None if t is None else t.to(torch.float32).contiguous() for t in (sink_logits, pv_threshold)),
             *(attn_mask, *per_token, *seen[:3]),
-            *(*strides(inputs.q), *strides(inputs.k), *strides(inputs.v)[:4], *list_strides),
+            *(*inputs.q.stride(), *inputs.k.stride(), *inputs.v.stride()[:4], *list_strides),
             *((0,) * 4 if attn_mask is None else attn_mask.stride()),
             *(batch_stride(t) for t in per_token),
             *seen[3:],
             *(q_len, kv_len, heads, kv_heads, q_tiles, q_blocks, kv_blocks),
             0 if inputs.k_scale is None else inputs.k_scale.shape[2],
             0 if lists[1] is None else lists[1].shape[-1],
-            small(window),
+            window or 0,
             scale / softcap if softcap is not None else scale if natural else scale * LOG2E.value,
             softcap,
             device=device,
@@ -177,7 +177,7 @@ def _operands(
     prepared: list[Tensor],
     precision: str,
     counted: Tensor | None,
-    used: Any,
+    used: Callable[[], Tensor | None],
 ) -> Operands:
     """Round what has to be rounded; `used` tells which tiles of keys count for a mean or a scale."""
     dim, width = query.shape[3], launch.power(query.shape[3], 16 if precision == "full" else 32)

@@ -9,7 +9,7 @@ from torch import Tensor
 
 from tamis import geometry
 from tamis.backends.triton import chips, launch
-from tamis.backends.triton.arguments import bounds, small, table_strides
+from tamis.backends.triton.arguments import bounds, table_strides
 from tamis.backends.triton.prepare import TILE, key_mean, read
 
 
@@ -52,7 +52,7 @@ def select(
         grid,
         *(q_means.contiguous(), k_means.contiguous(), k_similarity.contiguous(), similarity.contiguous(), table),
         *bounds(q_bounds, kv_bounds, visible),
-        *(q_len, kv_len, heads, kv_heads, q_blocks, kv_blocks, small(window), scale),
+        *(q_len, kv_len, heads, kv_heads, q_blocks, kv_blocks, window or 0, scale),
         device=device,
         DIM=dim,
         SLICE=min(32, launch.power(dim)),
@@ -176,7 +176,7 @@ def used_tiles(
         choose.used_kernel,
         (q_blocks * batch * heads,),
         *(*lists, used, *seen[:3], *list_strides, *seen[3:]),
-        *(*sizes, 0 if lists[1] is None else lists[1].shape[-1], small(window)),
+        *(*sizes, 0 if lists[1] is None else lists[1].shape[-1], window or 0),
         device=device,
         BLOCK_Q=block_size[0],
         BLOCK_KV=block_size[1],

@@ -7,7 +7,7 @@ from torch import Tensor
 
 from tamis import geometry
 from tamis.backends.triton import chips, launch
-from tamis.backends.triton.arguments import batch_stride, strides
+from tamis.backends.triton.arguments import batch_stride
 
 TILE = 64  # keys that share a scale
 _CHUNK_TILES = 16  # tiles that one program of a reduction over the sequence reads
@@ -34,7 +34,7 @@ def key_mean(key: Tensor, segments: Tensor | None, used: Tensor | None) -> Tenso
     launch.run(
         pool.key_mean_kernel,
         (chunks * batch * heads,),
-        *(key, segments, used, means, numbers, *strides(key), batch_stride(segments), length, heads, tiles),
+        *(key, segments, used, means, numbers, *key.stride(), batch_stride(segments), length, heads, tiles),
         device=key.device,
         warps=_reading_warps(pad),
         DIM=dim,
@@ -84,7 +84,7 @@ def read(
         segments,
         pooled if pools else None,
         similarity if pools else None,
-        *(x8, scales, shifts, *strides(x), batch_stride(segments), length, heads),
+        *(x8, scales, shifts, *x.stride(), batch_stride(segments), length, heads),
         1 if shift_mean is None else shift_mean.shape[1],
         blocks,
         device=x.device,
@@ -128,7 +128,7 @@ def pack_kv(key: Tensor, value: Tensor, mean: Tensor, segments: Tensor | None) -
     launch.run(
         pack.value_int8_kernel,
         (blocks * batch * heads,),
-        *(value, segments, value8, value_scale, value_sum, *strides(value), batch_stride(segments), length, heads),
+        *(value, segments, value8, value_scale, value_sum, *value.stride(), batch_stride(segments), length, heads),
         device=key.device,
         DIM=value_dim,
         DIM_PAD=launch.power(value_dim),
@@ -169,7 +169,7 @@ def fp8_values(value: Tensor, segments: Tensor | None, used: Tensor | None) -> t
     tops = value.new_empty((batch, heads, chunks, dim), dtype=torch.float32)
     value8 = torch.empty((batch, heads, pad, tiles * TILE), dtype=form, device=value.device)
     scale = value.new_empty((batch, heads, pad), dtype=torch.float32)
-    where = (*strides(value), batch_stride(segments), length, heads)
+    where = (*value.stride(), batch_stride(segments), length, heads)
     launch.run(
         pool.value_top_kernel,
         (chunks * batch * heads,),

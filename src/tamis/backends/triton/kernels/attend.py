@@ -1,6 +1,7 @@
 """Block-sparse attention, one program for a tile of query rows of one head.
 
-Over the key tiles of the kept blocks, ascending, with scores in units of log 2 (natural ones with an added mask):
+Over the key tiles of the kept blocks, ascending, with scores in units of log 2 (natural ones with a mask added, sinks
+or a vast softcap, which times log2(e) might not fit fp32):
 
     s       = scale * log2(e) * q k^T     (softcap, + mask, -inf where not visible)
     m_local = row max of s,  m' = max(m, m_local)
