@@ -34,7 +34,7 @@ test-cpu: setup
 SHARED := attend masks stage2 int8 poison properties select predictors varlen pack decode sparse_attention defects regressions
 test-triton: setup
 	TRITON_INTERPRET=1 TAMIS_TEST_SAMPLE=1 $(BIN)/python -m pytest $(SHARED:%=tests/test_%.py) & shared=$$!; \
-	TRITON_INTERPRET=1 $(BIN)/python -m pytest tests/test_triton.py tests/test_bench_gpu.py; own=$$?; \
+	TRITON_INTERPRET=1 $(BIN)/python -m pytest tests/test_triton.py tests/test_triton_real.py tests/test_bench_gpu.py; own=$$?; \
 	wait $$shared && exit $$own
 
 # Every kernel compiled for every architecture and its machine code judged, on a machine that has none of them.
