@@ -22,8 +22,9 @@ ORDER = [
     {"block_mask", "merge", "stats", "packed"},
     {"backends", "predictors"},
     {"attend"},
-    {"profile", "order", "tune"},
+    {"profile", "order"},
     {"integrations", "report"},
+    {"tuning"},
     {"demo", "bench"},
     {"cli"},
 ]
@@ -34,9 +35,8 @@ ONE_LINE_BUT_ALLOWED = {
     ("predictors", "backends"),  # backends/base only, see below
     ("demo", "bench"),
     ("bench", "demo"),
-    ("tune", "profile"),
 }
-LAZY_ROOMS = {"demo", "bench", "cli", "integrations", "report", "tune", "profile"}
+LAZY_ROOMS = {"demo", "bench", "cli", "integrations", "report", "tuning"}
 PUBLIC = {
     "attend",
     "attend_varlen",
@@ -47,13 +47,14 @@ PUBLIC = {
     "AttentionOutput",
     "AttentionStats",
     "PackedKV",
+    "Profile",
     "Sparge",
     "Window",
     "apply",
     "UnsupportedError",
 }
 KERNELS = {f"backends.triton.kernels.{name}" for name in ("attend", "choose", "pack", "pool")}
-LATER = {"tune", "sdpa", "Profile"}
+LATER = {"tune", "sdpa"}
 
 
 def modules() -> list[Path]:

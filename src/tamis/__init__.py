@@ -7,6 +7,7 @@ from tamis.integrations.transformers import apply
 from tamis.merge import merge
 from tamis.packed import PackedKV
 from tamis.predictors import Sparge, Window
+from tamis.profile import Profile
 from tamis.stats import AttentionOutput, AttentionStats
 
 __all__ = [
@@ -14,6 +15,7 @@ __all__ = [
     "AttentionStats",
     "BlockMask",
     "PackedKV",
+    "Profile",
     "Sparge",
     "UnsupportedError",
     "Window",
