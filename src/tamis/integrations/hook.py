@@ -9,6 +9,7 @@ second, masks silently become None, padding included.
 
 from __future__ import annotations
 
+import inspect
 import itertools
 from collections.abc import Callable
 from dataclasses import dataclass
@@ -74,11 +75,9 @@ class Hook:
     """A function installed in a model; `remove` puts the model's own attention back. Also a context manager."""
 
     def __init__(self, model: nn.Module, function: Callable[[Request], Tensor]) -> None:
-        from transformers import AttentionInterface, AttentionMaskInterface, PreTrainedModel
+        from transformers import AttentionInterface, AttentionMaskInterface
 
-        if not isinstance(model, PreTrainedModel):
-            raise TypeError(f"model must be a transformers PreTrainedModel, got {type(model).__name__}")
-        self._model: Any = model
+        self._model = _check_model(model)
         self._name = next(_names)
         self._layers = {module: name for name, module in model.named_modules()}
         self._function = function
@@ -145,6 +144,35 @@ class Hook:
             extra={name: item for name, item in extra.items() if name not in _HONOURED},
         )
         return self._function(request).transpose(1, 2).contiguous(), None
+
+
+def attention_layers(model: nn.Module) -> list[str]:
+    """Qualified names of the modules whose code calls an attention function, in the order of `named_modules`.
+
+    Raises:
+        TypeError: `model` is no transformers model.
+    """
+    from transformers import PreTrainedModel
+
+    _check_model(model)
+    found: dict[type, bool] = {}
+    for module in model.modules():
+        kind = type(module)
+        if kind not in found:
+            functions = [item for base in kind.__mro__ for item in vars(base).values() if inspect.isfunction(item)]
+            # Models name the registry itself; PreTrainedModel does so too, to check names.
+            found[kind] = not isinstance(module, PreTrainedModel) and any(
+                "ALL_ATTENTION_FUNCTIONS" in inspect.unwrap(function).__code__.co_names for function in functions
+            )
+    return [name for name, module in model.named_modules() if found[type(module)]]
+
+
+def _check_model(model: Any) -> Any:
+    from transformers import PreTrainedModel
+
+    if not isinstance(model, PreTrainedModel):
+        raise TypeError(f"model must be a transformers PreTrainedModel, got {type(model).__name__}")
+    return model
 
 
 def complete_mask(request: Request) -> Tensor | None:

@@ -3,18 +3,23 @@
 from __future__ import annotations
 
 from collections import Counter
+from collections.abc import Sequence
 from dataclasses import dataclass, field
-from typing import Any
+from typing import Any, Literal
 
 import torch
 from torch import Tensor, nn
 
 from tamis.attend import DEFAULT_PV_THRESHOLD, attend
+from tamis.call import PerHead
 from tamis.errors import UnsupportedError
-from tamis.integrations.hook import Hook, Request, complete_mask
+from tamis.integrations.audit import Audit, Auditor, LayerAudit
+from tamis.integrations.hook import Hook, Request, attention_layers, complete_mask
+from tamis.integrations.schedule import Chooser, Schedule
 from tamis.predictors.base import Predictor
 from tamis.predictors.sparge import Sparge
-from tamis.stats import AttentionStats
+from tamis.profile import LayerSettings, Profile
+from tamis.stats import AttentionOutput, AttentionStats
 
 
 @dataclass
@@ -33,23 +38,36 @@ class Applied(Hook):
     def __init__(
         self,
         model: nn.Module,
-        predictor: Predictor,
+        chooser: Chooser,
         *,
-        precision: str,
-        pv_threshold: float | Tensor | None,
         backend: str | None,
         min_queries: int,
+        audit: Audit | None,
     ) -> None:
-        self.predictor = predictor
-        self.precision = precision
-        self.pv_threshold = pv_threshold
         self.backend = backend
         self.min_queries = min_queries
+        self._chooser = chooser
+        self._auditor = None if audit is None else Auditor(audit)
         self._calls: dict[str, LayerCalls] = {}
         super().__init__(model, self._attend)
 
     def __enter__(self) -> Applied:
         return self
+
+    @property
+    def step(self) -> int | None:
+        """The step of a diffusion model that runs now; None while it is counted from the calls."""
+        return self._chooser.step
+
+    @step.setter
+    def step(self, step: int) -> None:
+        if isinstance(step, bool) or not isinstance(step, int) or step < 0:
+            raise ValueError(f"step must be an integer of at least 0, got {step!r}")
+        self._chooser.step = step
+
+    def start(self) -> None:
+        """Begin a new image or video: steps count from 0 again. Counts and audit go on."""
+        self._chooser.start()
 
     @property
     def calls(self) -> dict[str, int]:
@@ -66,18 +84,34 @@ class Applied(Hook):
         """Counts and last stats by the qualified name of the layer."""
         return dict(self._calls)
 
+    def audit(self) -> dict[str, LayerAudit]:
+        """Estimated error of every layer since the model was hooked or `reset`, by its qualified name.
+
+        Raises:
+            ValueError: no audit was asked for.
+        """
+        if self._auditor is None:
+            raise ValueError("there is no audit: give apply(.., audit=0.005)")
+        return self._auditor.report()
+
     def reset(self) -> None:
-        """Forget the counts."""
+        """Forget the counts, the steps and the audit's samples."""
         self._calls.clear()
+        self._chooser.start()
+        if self._auditor is not None:
+            self._auditor.reset()
 
     def _attend(self, request: Request) -> Tensor:
+        choice = self._chooser.choose(request.layer)
         reason = request.obstacle
         queries = request.query.shape[2]
         if reason is None and queries < self.min_queries:
             reason = "decoding" if queries == 1 else f"fewer than {self.min_queries} queries"
         if reason is None:
+            reason = choice.dense
+        if reason is None:
             try:
-                return self._sparse(request)
+                return self._sparse(request, choice.settings)
             except UnsupportedError as error:
                 if self.backend is not None:
                     raise
@@ -85,28 +119,11 @@ class Applied(Hook):
         self._count(request, reason, None)
         return dense(request)
 
-    def _sparse(self, request: Request) -> Tensor:
-        geometry: dict[str, Any] = {
-            "causal": request.causal,
-            "window": request.window,
-            "scale": request.scale,
-            "attn_mask": request.mask,
-            "segments": request.segments,
-            "backend": self.backend,
-        }
-        block_mask = self.predictor(request.query, request.key, **geometry)
-        result = attend(
-            request.query,
-            request.key,
-            request.value,
-            block_mask,
-            softcap=request.softcap,
-            sink_logits=request.sink_logits,
-            precision=self.precision,
-            pv_threshold=self.pv_threshold,
-            **geometry,
-        )
+    def _sparse(self, request: Request, settings: LayerSettings) -> Tensor:
+        result = sparse(request, settings, self.backend)
         self._count(request, None, result.stats)
+        if self._auditor is not None and not torch.compiler.is_compiling():
+            self._auditor.look(request, result.output)
         return result.output
 
     def _count(self, request: Request, reason: str | None, stats: AttentionStats | None) -> None:
@@ -123,12 +140,15 @@ class Applied(Hook):
 
 def apply(
     model: nn.Module,
-    predictor: Predictor | None = None,
+    predictor: Predictor | Profile | None = None,
     *,
-    precision: str = "int8",
-    pv_threshold: float | Tensor | None = DEFAULT_PV_THRESHOLD,
+    precision: str | None = None,
+    pv_threshold: PerHead | Literal["default"] | None = "default",
+    compensate: str | None = None,
     backend: str | None = None,
     min_queries: int = 128,
+    schedule: Schedule | None = None,
+    audit: float | Audit | None = None,
 ) -> Applied:
     """Run the attention of a transformers model through tamis until `.remove()`, or inside a `with` block.
 
@@ -138,17 +158,25 @@ def apply(
 
     Args:
         model: a `PreTrainedModel` whose attention goes through `AttentionInterface` (Llama, Mistral, Qwen, DINOv2, ..).
-        predictor: which blocks to keep; `Sparge()` by default.
-        precision: "int8" or "full", as in `attend`.
-        pv_threshold: as in `attend`.
+        predictor: which blocks to keep, in all layers, by default `Sparge()`; or a `Profile` with the settings of every
+            layer, by its exact name. Layers that the profile does not name run dense.
+        precision: "int8" or "full", as in `attend`; "int8" by default. Not with a profile, which has its own.
+        pv_threshold: as in `attend`, or "default" for its measured default. Not with a profile.
+        compensate: as in `attend`. Not with a profile.
         backend: run there or raise; None lets tamis choose, and calls that no backend can serve run dense.
         min_queries: shorter calls run dense.
+        schedule: which steps and layers run dense or with other predictors (`tamis.integrations.schedule`).
+        audit: check so large a share of the work against dense attention while the model runs, e.g. .005, or an
+            `Audit` (`tamis.integrations.audit`). It changes no output; `handle.audit()` reports.
 
     Returns:
-        A handle with `.calls`, `.dense_reasons`, `.stats()` by layer, `.reset()` and `.remove()`.
+        A handle with `.calls`, `.dense_reasons`, `.stats()` by layer, `.audit()`, `.step`, `.start()`, `.reset()` and
+        `.remove()`.
 
     Raises:
-        TypeError: `model` is no transformers model.
+        TypeError: `model` is no transformers model, or an argument has the wrong type.
+        ValueError: the profile or the schedule names a layer that the model does not have, an argument is given beside
+            a profile that has its own, or is out of its range.
         UnsupportedError: the model does not take attention functions.
 
     Example:
@@ -162,13 +190,76 @@ def apply(
         >>> handle.calls
         {'sparse': 1, 'dense': 0}
     """
+    if isinstance(predictor, Profile):
+        for name, given in (
+            ("precision", precision is not None),
+            ("pv_threshold", not (isinstance(pv_threshold, str) and pv_threshold == "default")),
+            ("compensate", compensate is not None),
+        ):
+            if given:
+                raise ValueError(f"{name} must not be given with a profile, which has its own for every layer")
+        source: LayerSettings | Profile = predictor
+    else:
+        source = _uniform(predictor, precision, pv_threshold, compensate)
+    if audit is not None and not isinstance(audit, Audit):
+        audit = Audit(share=audit)
     return Applied(
         model,
-        Sparge() if predictor is None else predictor,
-        precision=precision,
-        pv_threshold=pv_threshold,
+        Chooser(source, schedule, attention_layers(model)),
         backend=backend,
         min_queries=min_queries,
+        audit=audit,
+    )
+
+
+def _uniform(
+    predictor: Predictor | None,
+    precision: str | None,
+    pv_threshold: PerHead | str | None,
+    compensate: str | None,
+) -> LayerSettings:
+    """The same settings for every layer."""
+    if isinstance(pv_threshold, str) and pv_threshold != "default":
+        raise ValueError(f"pv_threshold must be a number, one per head, None or 'default', got {pv_threshold!r}")
+    return LayerSettings(
+        Sparge() if predictor is None else predictor,
+        pv_threshold=_plain(pv_threshold),
+        precision="int8" if precision is None else precision,
+        compensate=compensate,
+    )
+
+
+def _plain(pv_threshold: Any) -> float | tuple[float, ...] | None:
+    """As settings hold it; what is no threshold `attend` refuses."""
+    if isinstance(pv_threshold, str):
+        return DEFAULT_PV_THRESHOLD
+    if isinstance(pv_threshold, Tensor):
+        pv_threshold = pv_threshold.tolist()
+    return tuple(pv_threshold) if isinstance(pv_threshold, Sequence) else pv_threshold
+
+
+def sparse(request: Request, settings: LayerSettings, backend: str | None) -> AttentionOutput:
+    """Sparse attention of a request."""
+    geometry: dict[str, Any] = {
+        "causal": request.causal,
+        "window": request.window,
+        "scale": request.scale,
+        "attn_mask": request.mask,
+        "segments": request.segments,
+        "backend": backend,
+    }
+    assert settings.predictor is not None
+    return attend(
+        request.query,
+        request.key,
+        request.value,
+        settings.predictor(request.query, request.key, **geometry),
+        softcap=request.softcap,
+        sink_logits=request.sink_logits,
+        precision=settings.precision,
+        pv_threshold=settings.pv_threshold,
+        compensate=settings.compensate,
+        **geometry,
     )
 
 
