@@ -51,10 +51,11 @@ PUBLIC = {
     "Sparge",
     "Window",
     "apply",
+    "tune",
     "UnsupportedError",
 }
 KERNELS = {f"backends.triton.kernels.{name}" for name in ("attend", "choose", "pack", "pool")}
-LATER = {"tune", "sdpa"}
+LATER = {"sdpa"}
 
 
 def modules() -> list[Path]:

@@ -9,6 +9,7 @@ from tamis.packed import PackedKV
 from tamis.predictors import Sparge, Window
 from tamis.profile import Profile
 from tamis.stats import AttentionOutput, AttentionStats
+from tamis.tuning import tune
 
 __all__ = [
     "AttentionOutput",
@@ -25,4 +26,5 @@ __all__ = [
     "merge",
     "pack_kv",
     "sparse_attention",
+    "tune",
 ]

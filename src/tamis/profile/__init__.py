@@ -1,7 +1,7 @@
 """Profile: the settings of every attention layer of one model, with the evidence for each, as a JSON file.
 
     {"format": "tamis profile", "version": 1, "tamis": "0.1.0", "model": "LlamaForCausalLM",
-     "budget": {"l1": 0.08, "pv_l1": 0.09},
+     "budget": {"l1": 0.08, "pv_l1": 0.09}, "evidence": {},
      "layers": {"model.layers.0.self_attn": [
         {"steps": [0, null],
          "predictor": {"name": "Sparge", "cdf": [0.97, 0.9], "topk": [1e-09, 1e-09], ..},
@@ -35,6 +35,7 @@ class Profile:
         model: class name of the model they were found on.
         budget: the error that was accepted, e.g. `{"l1": 0.08, "pv_l1": 0.09}`.
         library: version of tamis that evaluated the settings.
+        evidence: what the settings did all together, e.g. `{"end_l1": 0.019}`.
 
     Raises:
         ValueError: a layer has no stage, or stages that overlap or leave a gap.
@@ -51,6 +52,7 @@ class Profile:
     model: str = ""
     budget: Mapping[str, float] = field(default_factory=dict)
     library: str = ""
+    evidence: Mapping[str, float] = field(default_factory=dict)
 
     def __post_init__(self) -> None:
         for name, stages in self.layers.items():
@@ -63,6 +65,7 @@ class Profile:
                 raise ValueError(f"profile: the steps of layer {name!r} overlap or leave a gap")
         object.__setattr__(self, "layers", {name: tuple(s) for name, s in self.layers.items()})
         object.__setattr__(self, "budget", dict(self.budget))
+        object.__setattr__(self, "evidence", dict(self.evidence))
 
     def at(self, layer: str, step: int = 0) -> LayerSettings:
         """Settings of a layer at a step; before its first stage and after its last the layer runs dense.
@@ -107,7 +110,7 @@ class Profile:
         """What differs between two profiles, a line each; empty if nothing does."""
         lines = [
             f"{name}: {getattr(self, name)!r} -> {getattr(other, name)!r}"
-            for name in ("model", "budget", "library")
+            for name in ("model", "budget", "library", "evidence")
             if getattr(self, name) != getattr(other, name)
         ]
         lines += [f"{name}: only in the first" for name in self.layers if name not in other.layers]
@@ -119,7 +122,7 @@ class Profile:
 
     def save(self, path: str | Path) -> None:
         """Write the profile as JSON; an existing file is replaced whole or not at all."""
-        head = {"tamis": self.library, "model": self.model, "budget": dict(self.budget)}
+        head = {"tamis": self.library, "model": self.model, "budget": self.budget, "evidence": self.evidence}
         files.write(Path(path), head, self.layers)
 
     @staticmethod
@@ -132,19 +135,17 @@ class Profile:
         """
         head, layers = files.read(Path(path))
         try:
-            return Profile(layers, head["model"], head["budget"], head["tamis"])
+            return Profile(layers, head["model"], head["budget"], head["tamis"], head["evidence"])
         except ValueError as error:
             raise ValueError(f"{path} is no profile that tamis can use: {error}") from error
 
     def __str__(self) -> str:
         heads = [part for stages in self.layers.values() for stage in stages for part in _heads(stage)]
-        dense = sum(stage.settings.predictor is None for stages in self.layers.values() for stage in stages)
         parts = [f"{len(self.layers)} layers", f"budget {dict(self.budget)}"]
         if heads:
             density = sum(head[0] for head in heads) / len(heads)
             parts += [f"{len(heads)} heads", f"mean density {density:.3f}", f"worst L1 {max(h[1] for h in heads):.3f}"]
-        if dense:
-            parts.append(f"{dense} dense")
+        parts += [f"{name} {value:.4g}" for name, value in self.evidence.items()]
         return f"Profile of {self.model or 'a model'}: {', '.join(parts)}"
 
 

@@ -47,14 +47,15 @@ def _parts(data: Any) -> tuple[dict[str, Any], dict[str, tuple[Stage, ...]]]:
         raise ValueError(f"its version is {version!r}")
     if version > VERSION:
         raise ValueError(f"its version is {version} and this tamis reads up to {VERSION}: use a newer tamis")
-    _exactly(data, ("format", "version", "tamis", "model", "budget", "layers"), "the file")
-    budget = {name: _real(value, f"budget.{name}") for name, value in _mapping(data["budget"], "budget").items()}
+    _exactly(data, ("format", "version", "tamis", "model", "budget", "evidence", "layers"), "the file")
+    head: dict[str, Any] = {name: _string(data[name], name) for name in ("tamis", "model")}
+    for part in ("budget", "evidence"):
+        head[part] = {name: _real(value, f"{part}.{name}") for name, value in _mapping(data[part], part).items()}
     layers = {}
     for name, stages in _mapping(data["layers"], "layers").items():
         if not isinstance(stages, list):
             raise ValueError(f"layer {name!r} must hold a list of stages")
         layers[name] = tuple(_stage(stage, name) for stage in stages)
-    head = {"tamis": _string(data["tamis"], "tamis"), "model": _string(data["model"], "model"), "budget": budget}
     return head, layers
 
 

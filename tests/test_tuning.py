@@ -1,0 +1,413 @@
+"""Tuning: the survey against brute force, known optima, interruptions, several processes, and the end of a model."""
+
+from __future__ import annotations
+
+import itertools
+import json
+from collections import Counter
+from collections.abc import Callable, Sequence
+from pathlib import Path
+from typing import Any
+
+import oracle
+import pytest
+import torch
+from torch import Tensor
+
+import tamis
+from tamis.profile import LayerSettings, Profile, Stage
+from tamis.tuning import Budget, candidates, choose, tune_source, whole
+from tamis.tuning.calls import LayerCall, exact_output
+from tamis.tuning.candidates import DENSE, GRID, Candidate
+from tamis.tuning.ending import End, weights
+from tamis.tuning.frontier import frontier, sample_rows
+from tamis.tuning.journal import Journal
+from tamis.tuning.run import Place
+from tamis.tuning.sources import ModelSource
+
+SHAPES: dict[str, dict[str, Any]] = {
+    "square": {"lengths": (300, 300)},
+    "causal": {"lengths": (300, 300), "causal": True},
+    "chunk": {"lengths": (130, 333), "causal": True},
+    "more queries than keys": {"lengths": (290, 70), "causal": True},
+    "window": {"lengths": (400, 400), "causal": True, "window": 90},
+    "both sides": {"lengths": (257, 129), "window": 50, "scale": 0.3},
+}
+
+
+def call(
+    lengths: tuple[int, int], causal: bool = False, window: int | None = None, scale: float | None = None
+) -> LayerCall:
+    q, k, v = (torch.randn(1, heads, n, 16) for heads, n in ((4, lengths[0]), (2, lengths[1]), (2, lengths[1])))
+    return LayerCall("layer", 0, 0, 0, 2 * q, k + 1, v, causal, window, scale)
+
+
+@pytest.mark.parametrize("shape", SHAPES)
+def test_survey_is_what_each_mask_would_cost(shape: str) -> None:
+    """Masks are those of `Sparge`; error and density those of a call with the mask, one at a time."""
+    asked = call(**SHAPES[shape])
+    rows = sample_rows(asked, 1000)
+    found = candidates.masks(asked, GRID, rows, None)
+    survey = frontier(asked, found, rows)
+    options: dict[str, Any] = {"causal": asked.causal, "window": asked.window, "scale": asked.scale}
+    truth = oracle.attention(asked.query, asked.key, asked.value, **options).output
+    torch.testing.assert_close(exact_output(asked).double(), truth.nan_to_num(), atol=1e-5, rtol=1e-5)
+    for number in range(0, len(GRID), 5):
+        predictor = candidates.predictor_of([GRID[number]] * 4)
+        mask = predictor(asked.query, asked.key, **options)
+        assert torch.equal(mask.to_dense()[0], found[number])
+        result = tamis.attend(asked.query, asked.key, asked.value, mask, **options)
+        error = (result.output.double() - truth).abs().sum((0, 2, 3)) / truth.abs().sum((0, 2, 3))
+        # fp32 sums of a few hundred terms in two orders.
+        torch.testing.assert_close(survey.l1[number], error, atol=2e-6, rtol=1e-4)
+        square = (result.output.double() - truth).square().mean((0, 2, 3))
+        torch.testing.assert_close(survey.square[number], square, atol=1e-9, rtol=1e-3)
+        assert result.stats is not None
+        torch.testing.assert_close(survey.density[number], result.stats.density_per_head)
+
+
+def test_some_rows_stand_for_all() -> None:
+    asked = call((4000, 4000), causal=True)
+    assert sample_rows(asked, 1000) == list(range(32))
+    for most in (1, 3, 7, 31):
+        rows = sample_rows(asked, most)
+        assert len(rows) == most
+        assert rows[-1] == 31, "the longest row"
+    rows, number = sample_rows(asked, 5), 4
+    mask = candidates.predictor_of([GRID[number]] * 4)(asked.query, asked.key, causal=True)
+    output = tamis.attend(asked.query, asked.key, asked.value, mask, causal=True).output
+    looked_at = torch.cat([torch.arange(row * 128, min(row * 128 + 128, 4000)) for row in rows])
+    exact = exact_output(asked)[:, :, looked_at]
+    error = (output[:, :, looked_at] - exact).abs().sum((0, 2, 3)) / exact.abs().sum((0, 2, 3))
+    survey = frontier(asked, candidates.masks(asked, GRID, rows, None), rows)
+    torch.testing.assert_close(survey.l1[number], error.double(), atol=2e-6, rtol=1e-4)
+
+
+def test_between_two_candidates() -> None:
+    low, high = Candidate(cdf=0.9, similarity=0.1), Candidate(cdf=0.99, similarity=0.1)
+    middle = candidates.between(low, high, 0.5)
+    assert middle.cdf == pytest.approx(1 - 0.1**1.5)
+    assert middle.similarity == 0.1
+    assert candidates.between(Candidate(topk=0.1), Candidate(topk=0.4), 0.5).topk == pytest.approx(0.2)
+    assert candidates.between(Candidate(topk=0.1), Candidate(topk=0.4), 1).topk == pytest.approx(0.4)
+
+
+class Calls:
+    """A source of prepared calls."""
+
+    name = "Planted"
+
+    def __init__(self, inputs: Sequence[Sequence[LayerCall]]) -> None:
+        self._inputs = inputs
+        self.left_out: Counter[str] = Counter()
+        self.visits = 0
+
+    def __len__(self) -> int:
+        return len(self._inputs)
+
+    def visit(self, number: int, function: Callable[[LayerCall], None]) -> None:
+        self.visits += 1
+        for asked in self._inputs[number]:
+            function(asked)
+
+    def identity(self) -> str:
+        return "planted"
+
+
+def planted(number: int, layer: str = "layer", step: int = 0) -> LayerCall:
+    """Head 0 looks at one block of 64 keys per block of 128 queries, head 1 at all keys alike.
+
+    Queries of block i and keys of blocks 2i and 2i + 1 share a direction; in head 0 only the first of the two is long.
+    """
+    generator = torch.Generator().manual_seed(number)
+    blocks, dim = 8, 32
+    directions = torch.eye(dim)[torch.randperm(dim, generator=generator)[:blocks]]
+    query = torch.zeros(1, 2, blocks * 128, dim)
+    key = torch.zeros(1, 2, blocks * 128, dim)
+    query[0, 0] = directions.repeat_interleave(128, 0) * 12
+    key[0, 0].view(blocks, 2, 64, dim)[:, 0] = directions[:, None] * 12
+    query[0, 1] = torch.randn(blocks * 128, dim, generator=generator) * 0.01
+    key[0, 1] = torch.randn(blocks * 128, dim, generator=generator) * 0.01
+    value = torch.randn(1, 2, blocks * 128, dim, generator=generator)
+    return LayerCall(layer, number, step, 0, query, key, value, False, None, None)
+
+
+def test_planted_structure_gets_its_optimum_and_a_dense_head_is_dense() -> None:
+    profile = tune_source(Calls([[planted(0)], [planted(1)]]), Calls([[planted(2)]]), Budget(0.05, 0.06))
+    (stage,) = profile.layers["layer"]
+    assert stage.evidence is not None
+    assert stage.settings.predictor is not None
+    # One block of 16 in every row and the sink, which is another one in all rows but the first: 15 of 128.
+    optimum = (8 + 7) / (8 * 16)
+    assert stage.evidence.density[0] == pytest.approx(optimum, abs=1e-6)
+    assert stage.evidence.held_out_density[0] == pytest.approx(optimum, abs=1e-6)
+    assert candidates.DENSE.topk == stage.settings.predictor.topk[1] == 1.0
+    assert stage.evidence.density[1] == 1.0
+    assert max(stage.evidence.l1_worst) <= 0.06
+    assert (stage.evidence.samples, stage.evidence.held_out_samples) == (2, 1)
+
+
+def test_every_setting_was_run() -> None:
+    """What the evidence says is what a call with the settings does."""
+    inputs = [[planted(0)], [planted(1)]]
+    profile = tune_source(Calls(inputs), None, Budget(0.05, 0.06))
+    settings, evidence = profile.at("layer"), profile.layers["layer"][0].evidence
+    assert evidence is not None
+    errors = []
+    for (asked,) in inputs:
+        truth = oracle.attention(asked.query, asked.key, asked.value).output
+        output = tamis.sparse_attention(
+            asked.query,
+            asked.key,
+            asked.value,
+            predictor=settings.predictor,
+            precision=settings.precision,
+            pv_threshold=settings.pv_threshold,
+        )
+        assert isinstance(output, Tensor)
+        errors.append((output - truth).abs().sum((0, 2, 3)) / truth.abs().sum((0, 2, 3)))
+    assert torch.stack(errors).amax(0).tolist() == pytest.approx(evidence.l1_worst, abs=2e-6)
+    assert torch.stack(errors).mean(0).tolist() == pytest.approx(evidence.l1, abs=2e-6)
+
+
+def test_stages_have_settings_of_their_own() -> None:
+    """Steps 0 and 1 are planted, later ones dense in both heads: one setting for all would be dense everywhere."""
+    late = [planted(0, step=step) for step in (2, 3)]
+    late = [
+        LayerCall("layer", 0, x.step, 0, x.query[:, [1, 1]], x.key[:, [1, 1]], x.value, False, None, None) for x in late
+    ]
+    source = Calls([[planted(0, step=0), planted(0, step=1), *late]])
+    profile = tune_source(source, None, Budget(0.05, 0.06), steps=[2])
+    first, second = profile.layers["layer"]
+    assert [(stage.first, stage.last) for stage in (first, second)] == [(0, 2), (2, None)]
+    assert first.evidence is not None
+    assert second.evidence is not None
+    assert first.evidence.density[0] < 0.2
+    assert second.evidence.density[0] == 1
+    assert first.evidence.samples == 2
+    with pytest.raises(ValueError, match="steps must be ascending"):
+        tune_source(source, None, Budget(), steps=[2, 2])
+
+
+def test_rounding_beyond_the_budget_runs_in_full_precision() -> None:
+    profile = tune_source(Calls([[planted(0)]]), None, Budget(1e-5, 1e-5))
+    assert profile.at("layer").precision == "full"
+    (stage,) = profile.layers["layer"]
+    assert stage.evidence is not None
+    assert max(stage.evidence.l1_worst) <= 1e-5
+
+
+class Stopped(Exception):
+    """A process that was killed, as far as a test can do it."""
+
+
+def journal_lines(path: Path) -> list[bytes]:
+    return path.read_bytes().splitlines(keepends=True)
+
+
+def test_an_interrupted_run_finds_what_an_uninterrupted_one_finds(tmp_path: Path) -> None:
+    inputs = [[planted(n, "a"), planted(n, "b")] for n in range(2)]
+    held = [[planted(5, "a"), planted(5, "b")]]
+    path, budget = tmp_path / "journal", Budget(0.05, 0.06)
+    whole_run = tune_source(Calls(inputs), Calls(held), budget, resume=path)
+    lines = journal_lines(path)
+    assert len(lines) == 1 + 2 * (2 * 2 + 2) + 2 + 1, "head; survey and trial of two inputs, held out"
+    for kept in range(0, len(lines), 3):
+        for rest in (b"", lines[kept][: len(lines[kept]) // 2]):
+            path.write_bytes(b"".join(lines[:kept]) + rest)
+            source = Calls(inputs)
+            assert tune_source(source, Calls(held), budget, resume=path) == whole_run
+            assert journal_lines(path) == lines
+    again = Calls(inputs)
+    assert tune_source(again, Calls(held), budget, resume=path) == whole_run
+    assert again.visits == 0, "nothing is left to do"
+
+
+def test_a_journal_of_another_run_or_a_damaged_one_is_refused(tmp_path: Path) -> None:
+    path = tmp_path / "journal"
+    journal = Journal(path, {"inputs": "a"})
+    journal.put("x", [1.5])
+    assert Journal(path, {"inputs": "a"})["x"] == [1.5]
+    with pytest.raises(ValueError, match=r"of another run \(other inputs\)"):
+        Journal(path, {"inputs": "b"})
+    path.write_bytes(path.read_bytes().replace(b"1.5", b"2.5"))
+    with pytest.raises(ValueError, match="damaged in line 2"):
+        Journal(path, {"inputs": "a"})
+
+
+@pytest.mark.parametrize("workers", [2, "ray"])
+@pytest.mark.filterwarnings("default")
+def test_several_processes_find_the_same(workers: int | str) -> None:
+    inputs = [[planted(n, "a"), planted(n, "b"), planted(n, "c")] for n in range(2)]
+    if workers == "ray":
+        ray = pytest.importorskip("ray")
+        ray.init(num_cpus=2, include_dashboard=False, log_to_driver=False)
+    try:
+        found = tune_source(Calls(inputs), None, Budget(0.05, 0.06), workers=workers)
+    finally:
+        if workers == "ray":
+            ray.shutdown()
+    alone = tune_source(Calls(inputs), None, Budget(0.05, 0.06))
+    assert {n: found.at(n) for n in "abc"} == {n: alone.at(n) for n in "abc"}
+
+
+def test_one_price_is_the_best_use_of_density() -> None:
+    """Against all choices of three heads: none has less harm at no more density."""
+    density, harm = torch.rand(5, 3, dtype=torch.float64), torch.rand(5, 3, dtype=torch.float64)
+    heads = torch.arange(3)
+    everything = [torch.tensor(rows) for rows in itertools.product(range(5), repeat=3)]
+    for price in (0.1, 0.5, 1.0, 2.0, 10.0):
+        found = choose.priced(density, harm, price)
+        spent, left = density[found, heads].sum(), harm[found, heads].sum()
+        for other in everything:
+            if density[other, heads].sum() < spent - 1e-12:
+                assert harm[other, heads].sum() >= left
+
+
+def tiny(layers: int = 2) -> Any:
+    transformers = pytest.importorskip("transformers")
+    torch.manual_seed(1)
+    config = transformers.LlamaConfig(
+        hidden_size=32,
+        intermediate_size=32,
+        num_hidden_layers=layers,
+        num_attention_heads=4,
+        num_key_value_heads=2,
+        vocab_size=64,
+        max_position_embeddings=2048,
+        initializer_range=0.3,
+    )
+    return transformers.LlamaForCausalLM(config).eval()
+
+
+def texts(count: int, length: int = 640) -> list[Tensor]:
+    return [torch.randint(64, (1, length), generator=torch.Generator().manual_seed(n)) for n in range(count)]
+
+
+def test_weights_are_those_of_the_derivative() -> None:
+    """|J_h|^2 by finite differences in every entry of a head's output, one at a time."""
+    model = tiny(1)
+    ids = torch.randint(64, (1, 128), generator=torch.Generator().manual_seed(3))
+    found = weights(ModelSource(model, [ids]), draws=300)["model.layers.0.self_attn", 0]
+    attention, inner = model.model.layers[0].self_attn, model.model
+    with torch.no_grad():
+        exact = inner(ids).last_hidden_state.double()
+        expected = torch.zeros(4, dtype=torch.float64)
+        for head in range(4):
+            for place in range(0, 128, 16):
+                for channel in range(8):
+
+                    def nudge(_: Any, inputs: tuple[Tensor], p: int = place, c: int = head * 8 + channel) -> Any:
+                        moved = inputs[0].clone()
+                        moved[0, p, c] += 1e-2
+                        return (moved,)
+
+                    with attention.o_proj.register_forward_pre_hook(nudge):
+                        delta = inner(ids).last_hidden_state.double() - exact
+                    expected[head] += (delta / 1e-2).square().sum() * 16  # one place of 16
+        expected /= exact.square().sum()
+    # 300 draws of random signs, every 16th place, and a nudge that is not infinitely small.
+    torch.testing.assert_close(found, expected, rtol=0.25, atol=0)
+    assert all(parameter.requires_grad for parameter in model.parameters()), "as they were"
+
+
+def test_a_budget_for_the_end_is_met_and_spares_more_than_one_bound() -> None:
+    model, inputs = tiny(3), texts(2)
+    model_error = End(ModelSource(model, inputs), "l1", None)
+    even = tamis.tune(model, inputs, l1=0.1, pv_l1=0.1)
+    reached = model_error(even)
+    spread = tamis.tune(model, inputs, end_l1=reached)
+    assert spread.evidence["end_l1"] == pytest.approx(model_error(spread), rel=1e-4)
+    assert spread.evidence["end_l1"] <= reached * 1.001
+    assert mean_density(spread) <= mean_density(even) * 1.02
+
+
+def mean_density(profile: Profile) -> float:
+    found = [stages[0].evidence.density for stages in profile.layers.values() if stages[0].evidence is not None]
+    assert len(found) == len(profile.layers)
+    return sum(map(sum, found)) / sum(map(len, found))
+
+
+def test_perplexity_as_the_budget() -> None:
+    model, inputs = tiny(2), texts(2)
+    profile = tamis.tune(model, inputs, end_perplexity=0.01)
+    assert profile.budget == {"end_perplexity": 0.01}
+    assert profile.evidence["end_perplexity"] <= 0.01
+    with pytest.raises(tamis.UnsupportedError, match="token ids"):
+        tamis.tune(model, [{"input_ids": inputs[0]}], end_perplexity=0.01)
+
+
+def test_a_profile_of_tune_fits_its_model(tmp_path: Path) -> None:
+    model, inputs = tiny(), texts(2)
+    tamis.tune(model, inputs, l1=0.05, pv_l1=0.06, held_out=texts(3)[2:]).save(tmp_path / "p.json")
+    profile = Profile.load(tmp_path / "p.json")
+    assert set(profile.layers) == {f"model.layers.{n}.self_attn" for n in range(2)}
+    with torch.no_grad(), tamis.apply(model, profile) as handle:
+        model(inputs[0])
+    assert handle.calls == {"sparse": 2, "dense": 0}
+    for name, layer in handle.stats().items():
+        evidence = profile.layers[name][0].evidence
+        assert evidence is not None
+        assert layer.last is not None
+        # Evidence is the mean over two inputs, of which this is one.
+        assert layer.last.density_per_head.tolist() == pytest.approx(evidence.density, abs=0.15)
+        assert evidence.held_out_samples == 1
+
+
+def test_calls_that_cannot_be_judged_are_named() -> None:
+    model = tiny()
+    with pytest.raises(ValueError, match="fewer than 128 queries': 2"):
+        tamis.tune(model, texts(1, 100))
+    padded = torch.ones(1, 640, dtype=torch.long)
+    padded[:, :5] = 0
+    with pytest.raises(ValueError, match="padding"):
+        tamis.tune(model, [{"input_ids": texts(1)[0], "attention_mask": padded}])
+
+
+@pytest.mark.parametrize(
+    ("arguments", "message"),
+    [
+        ({"l1": 0}, "l1 must be above 0"),
+        ({"l1": float("nan")}, "l1 must be above 0"),
+        ({"l1": 0.1, "pv_l1": 0.05}, "pv_l1 must be at least l1"),
+        ({"end_l1": 0.1, "end_perplexity": 0.1}, "exclude each other"),
+        ({"workers": 0}, "workers must be"),
+        ({"steps": [0]}, "steps must be"),
+        ({"inputs": []}, "at least one input"),
+    ],
+)
+def test_arguments_are_checked(arguments: dict[str, Any], message: str) -> None:
+    given: dict[str, Any] = {"inputs": texts(1)} | arguments
+    with pytest.raises(ValueError, match=message):
+        tamis.tune(tiny(), given.pop("inputs"), **given)
+
+
+def test_the_end_of_captured_calls_is_unknown() -> None:
+    with pytest.raises(ValueError, match="end_l1 needs a model"):
+        tune_source(Calls([[planted(0)]]), None, Budget(end_l1=0.1))
+
+
+def test_progress_is_told() -> None:
+    told: list[tuple[str, int, int]] = []
+    tune_source(Calls([[planted(0)]]), None, Budget(), progress=lambda *at: told.append(at))
+    assert told == [("survey", 1, 1), ("trial", 1, 1)]
+
+
+def test_rungs_reach_from_sparse_to_dense() -> None:
+    """Whatever the survey says, DENSE is among what is tried."""
+    l1 = torch.linspace(1, 0, len(GRID), dtype=torch.float64)[None, :, None].expand(2, -1, 3)
+    density = torch.linspace(0, 1, len(GRID), dtype=torch.float64)[None, :, None].expand(2, -1, 3)
+    for budget in (1e-9, 0.05, 0.5, 2.0):
+        for head in choose.within(l1, density, budget):
+            assert head[-1] == DENSE
+            assert len(head) == 6
+    place = Place("a", 0)
+    surveyed = {place: {"density": density, "square": l1**2}}
+    found = whole.rungs(surveyed, {place: torch.ones(3, dtype=torch.float64)}, 0.1)
+    assert all(head[-1] == DENSE and len(head) == 6 for head in found[place])
+
+
+def test_a_profile_remembers_its_end(tmp_path: Path) -> None:
+    made = Profile({"a": (Stage(LayerSettings(None)),)}, evidence={"end_l1": 0.02})
+    made.save(tmp_path / "p.json")
+    assert json.loads((tmp_path / "p.json").read_text(encoding="utf-8"))["evidence"] == {"end_l1": 0.02}
