@@ -17,8 +17,8 @@ import torch
 import tamis
 from tamis import demo
 from tamis.demo import assets, language, maps, measure, models, passes, passkey, text
-from tamis.demo.capture import Captured, capture
 from tamis.demo.progress import Progress
+from tamis.integrations.capture import Captured, capture
 
 transformers = pytest.importorskip("transformers")
 

@@ -12,7 +12,7 @@ import torch
 import tamis
 from tamis.bench import ablation, compare, cpu, decode, defaults, layers, memory, record
 from tamis.demo import language, measure
-from tamis.demo.capture import Captured, capture
+from tamis.integrations.capture import Captured, capture
 
 transformers = pytest.importorskip("transformers")
 

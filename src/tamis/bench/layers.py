@@ -10,12 +10,12 @@ from dataclasses import dataclass, replace
 import torch
 from torch import Tensor
 
-from tamis.demo.capture import Captured, capture
 from tamis.demo.language import backbone
 from tamis.demo.measure import Settings, relative_l1, run_sparse, torch_dense
 from tamis.demo.models import encode, load_language_model
 from tamis.demo.progress import Progress
 from tamis.demo.text import default_text
+from tamis.integrations.capture import Captured, capture
 
 
 @dataclass(frozen=True)

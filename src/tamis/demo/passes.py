@@ -11,10 +11,10 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from tamis.demo.capture import Captured, capture
 from tamis.demo.maps import Gallery
 from tamis.demo.measure import DenseKind, LayerMeasure, Settings, measure_layer, probe_dense, summary, torch_dense
 from tamis.demo.progress import Progress
+from tamis.integrations.capture import Captured, capture
 from tamis.integrations.hook import Hook, Request
 from tamis.integrations.transformers import Applied, apply
 
@@ -78,7 +78,7 @@ def measure_layers(model: Any, run: Callable[[], Tensor], settings: Settings, re
             )
             measures.append(measure)
             gallery.consider(
-                layer.index,
+                len(measures) - 1,
                 q,
                 k,
                 settings.predictor(q, k, causal=causal, scale=scale, backend=settings.backend),
