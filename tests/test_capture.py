@@ -5,6 +5,8 @@ from __future__ import annotations
 import hashlib
 import json
 import os
+import subprocess
+import sys
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -268,7 +270,7 @@ def test_an_interrupted_write_leaves_no_half_file(
     """Stopped before any of its renames: first the empty index, then file and index in turn, at last the index."""
     done = []
 
-    def replace(source: str, target: Path) -> None:
+    def replace(source: Path, target: Path) -> None:
         if len(done) == renames:
             raise KeyboardInterrupt
         done.append(target)
@@ -446,6 +448,22 @@ def test_other_tensors_are_refused(folder: Path) -> None:
             Captures(folder).load(0)
     spoil(folder, safetensors_torch.save(right), admit=True)
     assert torch.equal(Captures(folder).load(0).query, call.query)
+
+
+def test_reading_needs_no_transformers(folder: Path) -> None:
+    code = (
+        "import sys; sys.modules['transformers'] = None\n"
+        "from tamis.integrations.capture import Captures\n"
+        "print(sum(call.query.numel() for call in Captures(sys.argv[1])))"
+    )
+    result = subprocess.run([sys.executable, "-c", code, str(folder)], capture_output=True, text=True, check=True)
+    assert int(result.stdout) == 6 * 6 * TOKENS * 8
+
+
+def test_files_can_be_read_by_whom_the_umask_allows(folder: Path) -> None:
+    plain = folder.parent / "plain"
+    plain.touch()
+    assert {path.stat().st_mode for path in folder.iterdir()} == {plain.stat().st_mode}
 
 
 def test_nothing_there(tmp_path: Path) -> None:

@@ -12,7 +12,6 @@ import json
 import math
 import os
 import re
-import tempfile
 from collections import Counter
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
@@ -100,15 +99,15 @@ def write_index(folder: Path, index: Index) -> None:
 
 def write_whole(path: Path, content: bytes) -> None:
     """Write a file beside its place, wait until the disk has it, and move it there."""
-    handle, part = tempfile.mkstemp(prefix=".part-", dir=path.parent)
+    part = path.with_name(f".part-{os.getpid()}-{path.name}")
     try:
-        with open(handle, "wb") as file:
+        with part.open("wb") as file:
             file.write(content)
             file.flush()
             os.fsync(file.fileno())
         os.replace(part, path)
     except BaseException:
-        Path(part).unlink(missing_ok=True)
+        part.unlink(missing_ok=True)
         raise
 
 
