@@ -18,6 +18,8 @@ from tamis.demo.progress import note
 
 PIXELS = 1036  # 74 x 74 patches of 14 pixels and one class token: 5,477 tokens
 PHOTO = "coffee"
+# What scikit-image carries inside its wheel, in colour first.
+PHOTOS = (PHOTO, "astronaut", "chelsea", "rocket", "retina", "hubble_deep_field", "camera", "coins", "gravel", "moon")
 _MEAN, _STD = (0.485, 0.456, 0.406), (0.229, 0.224, 0.225)  # of ImageNet, with which the model was trained
 _PREVIEW_PIXELS = 320
 # Names of the attention's weights in the checkpoint, and in transformers 5.
@@ -128,6 +130,17 @@ def _model_name(name: str, expected: Any) -> str:
     return re.sub("|".join(map(re.escape, _RENAMED)), lambda match: _RENAMED[match[0]], name)
 
 
+def photos(count: int, pixels: int = PIXELS) -> list[Tensor]:
+    """The middle squares of `count` different photographs of scikit-image, each `[1, 3, pixels, pixels]` normalised.
+
+    Raises:
+        ValueError: `count` is not between 1 and the number of `PHOTOS`.
+    """
+    if not 1 <= count <= len(PHOTOS):
+        raise ValueError(f"count must be between 1 and {len(PHOTOS)}, got {count}")
+    return [load_photo(name, pixels)[0] for name in PHOTOS[:count]]
+
+
 def load_photo(name: str, pixels: int) -> tuple[Tensor, str]:
     """The middle square of a photograph of scikit-image, `[1, 3, pixels, pixels]` normalised, and a small PNG of it."""
     from PIL import Image
@@ -136,7 +149,7 @@ def load_photo(name: str, pixels: int) -> tuple[Tensor, str]:
     array = getattr(data, name)()
     side = min(array.shape[:2])
     top, left = (array.shape[0] - side) // 2, (array.shape[1] - side) // 2
-    square = Image.fromarray(array[top : top + side, left : left + side])
+    square = Image.fromarray(array[top : top + side, left : left + side]).convert("RGB")
     large = square.resize((pixels, pixels), Image.Resampling.BICUBIC)
     values = torch.frombuffer(bytearray(large.tobytes()), dtype=torch.uint8).view(pixels, pixels, 3).float() / 255
     normalised = (values - torch.tensor(_MEAN)) / torch.tensor(_STD)
