@@ -1,4 +1,4 @@
-"""The `tamis` command: demo, bench, info.
+"""The `tamis` command: demo, capture, bench, info.
 
 Exit codes: 0 done, 1 failed, 2 wrong usage, 130 interrupted. Results go to stdout, progress and errors to stderr.
 """
@@ -51,6 +51,7 @@ def _parser() -> argparse.ArgumentParser:
     parser = argparse.ArgumentParser(prog="tamis", description="Sparse, quantised attention that reports what it cost.")
     commands = parser.add_subparsers(title="commands", required=True, metavar="COMMAND")
     _add_demo(commands)
+    _add_capture(commands)
     _add_bench(commands)
     info = commands.add_parser("info", help="backends, CPU target, threads, versions")
     info.add_argument("--json", action="store_true", help="print JSON")
@@ -85,6 +86,30 @@ def _add_demo(commands: Any) -> None:
         "--pixels", type=_positive, default=1036, metavar="N", help="side of the photograph, 14 or more (1036)"
     )
     demo.set_defaults(command=_demo)
+
+
+def _add_capture(commands: Any) -> None:
+    capture = commands.add_parser(
+        "capture", help="write query, key and value of a model's attention layers to a folder"
+    )
+    capture.add_argument(
+        "--model",
+        default="smollm2",
+        metavar="NAME|DIR",
+        help="smollm2, dinov2, whisper, or the folder of a causal language model (smollm2)",
+    )
+    capture.add_argument("--out", type=Path, required=True, metavar="FOLDER", help="a new folder")
+    capture.add_argument("--text", type=Path, nargs="+", default=[], metavar="FILE", help="read these UTF-8 texts")
+    capture.add_argument(
+        "--inputs", type=_positive, default=1, metavar="N", help="how many built-in texts, photographs, recordings (1)"
+    )
+    capture.add_argument("--tokens", type=_positive, metavar="N", help="tokens of each text (4096)")
+    capture.add_argument("--pixels", type=_positive, metavar="N", help="side of the photographs, 14 or more (1036)")
+    capture.add_argument("--layers", type=_layers, metavar="L,L", help="numbers or module names (all)")
+    capture.add_argument("--heads", type=_numbers, metavar="H,H", help="query heads, with all of their groups (all)")
+    capture.add_argument("--dtype", choices=("fp32", "bf16", "fp16"), help="number format (that of the model)")
+    capture.add_argument("--max-gb", type=_size, default=2.0, metavar="N", help="largest size of the folder (2)")
+    capture.set_defaults(command=_capture)
 
 
 def _add_bench(commands: Any) -> None:
@@ -160,6 +185,27 @@ def _share(text: str) -> float:
     return number
 
 
+def _size(text: str) -> float:
+    try:
+        number = float(text)
+    except ValueError:
+        number = 0.0
+    if not 0 < number < float("inf"):
+        raise argparse.ArgumentTypeError(f"expected a number above 0, got {text!r}")
+    return number
+
+
+def _layers(text: str) -> tuple[int | str, ...]:
+    return tuple(int(item) if item.isdecimal() else item for item in map(str.strip, text.split(",")))
+
+
+def _numbers(text: str) -> tuple[int, ...]:
+    numbers = [item for item in _layers(text) if isinstance(item, int)]
+    if len(numbers) < text.count(",") + 1:
+        raise argparse.ArgumentTypeError(f"expected whole numbers with commas between them, got {text!r}")
+    return tuple(numbers)
+
+
 def _demo(options: argparse.Namespace) -> None:
     for path, what in ((options.text, "--text"), (options.model, "--model")):
         if path is not None and not path.exists():
@@ -180,6 +226,29 @@ def _demo(options: argparse.Namespace) -> None:
     )
     print(demo.summary(result))
     print(f"report: {options.report}")
+
+
+def _capture(options: argparse.Namespace) -> None:
+    from tamis.demo import record
+    from tamis.integrations.capture_files import DTYPES
+
+    chosen = record.CaptureOptions(
+        model=options.model,
+        out=options.out,
+        text=tuple(options.text),
+        inputs=options.inputs,
+        tokens=options.tokens,
+        pixels=options.pixels,
+        layers=options.layers,
+        heads=options.heads,
+        dtype=DTYPES.get(options.dtype),
+        max_bytes=int(options.max_gb * 1e9),
+    )
+    try:
+        record.check(chosen)
+    except ValueError as error:
+        raise _UsageError(str(error)) from error
+    print(record.summary(record.run(chosen)))
 
 
 def _bench_cpu(options: argparse.Namespace) -> None:
