@@ -226,6 +226,12 @@ def test_wrong_arguments(model: Any, tmp_path: Path, arguments: dict[str, Any], 
         record(model, lambda: model(ids()), tmp_path / "captures", **arguments)
 
 
+def test_only_models_of_transformers(tmp_path: Path) -> None:
+    with pytest.raises(TypeError, match="model must be a transformers PreTrainedModel, got Linear"):
+        record(torch.nn.Linear(2, 2), lambda: None, tmp_path / "captures", layers=["nothing"])
+    assert not (tmp_path / "captures").exists()
+
+
 def test_max_bytes_stops_before_it_is_exceeded(model: Any, tmp_path: Path) -> None:
     target = tmp_path / "captures"
     record(model, lambda: model(ids()), target, layers=[0])

@@ -33,6 +33,9 @@ def test_the_command_captures_texts(model_folder: str, tmp_path: Path, capsys: p
     for number, path in enumerate(files):
         path.write_text(f"text {number} " * 30)
     out = tmp_path / "deep" / "captures"
+    before = ["capture", "--model", model_folder, "--text", str(files[0]), "--out", str(out), "--tokens", "70"]
+    assert cli.main([*before, "--heads", "4"]) == cli.FAILED  # leaves an index without captures, which is no obstacle
+    assert "heads has 4, and model.layers.0.self_attn has 4 heads" in capsys.readouterr().err
     chosen = ["--tokens", "70", "--layers", "0,model.layers.2.self_attn", "--heads", "3", "--dtype", "bf16"]
     arguments = ["capture", "--model", model_folder, "--text", *map(str, files), "--out", str(out), *chosen]
     assert cli.main(arguments) == 0

@@ -81,7 +81,7 @@ def check(options: CaptureOptions) -> None:
     """
     if options.model not in NAMES and not Path(options.model).is_dir():
         raise ValueError(f"--model must be one of {', '.join(NAMES)} or a folder, got {options.model}")
-    if (options.out / INDEX).exists():
+    if (options.out / INDEX).exists() and len(Captures(options.out)):
         raise ValueError(f"--out: {options.out} holds captures already, choose a new folder")
     for path in options.text:
         if not path.is_file():

@@ -119,11 +119,11 @@ def record(
         [torch.Size([1, 2, 20, 8])]
     """
     choice = Choice(input, layers, heads, steps, dtype, max_bytes)
-    modules = {name for name, _ in model.named_modules()}
-    if unknown := [name for name in choice.layers or () if isinstance(name, str) and name not in modules]:
-        raise ValueError(f"layers has {unknown[0]!r}, and {type(model).__name__} has no module of that name")
-    recorder = Recorder(Path(folder), open_folder(Path(folder), model), choice)
-    with Hook(model, recorder.attend), torch.inference_mode():
+    with Hook(model, lambda request: recorder.attend(request)), torch.inference_mode():
+        modules = {name for name, _ in model.named_modules()}
+        if unknown := [name for name in choice.layers or () if isinstance(name, str) and name not in modules]:
+            raise ValueError(f"layers has {unknown[0]!r}, and {type(model).__name__} has no module of that name")
+        recorder = Recorder(Path(folder), open_folder(Path(folder), model), choice)
         run()
     recorder.finish()
 
