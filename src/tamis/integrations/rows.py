@@ -143,6 +143,8 @@ def _part(request: Request, rows: Tensor, low: int, high: int) -> Tensor:
     """Attention of `rows` `[batch, heads, some]` over the keys low .. high - 1."""
     batch, heads, some = rows.shape
     kv_heads, dim = request.key.shape[1], request.query.shape[-1]
+    if low == high:
+        return request.query.new_zeros(batch, heads, some, request.value.shape[-1], dtype=torch.float32)
     query = request.query.take_along_dim(rows[..., None], 2).float().reshape(batch, kv_heads, -1, dim)
     scores = query @ request.key[:, :, low:high].float().mT
     scores = scores.mul_(dim**-0.5 if request.scale is None else request.scale).reshape(batch, heads, some, -1)
@@ -152,7 +154,7 @@ def _part(request: Request, rows: Tensor, low: int, high: int) -> Tensor:
     if seen is not None:
         scores = scores.masked_fill_(~seen, -torch.inf)
     sinks = None if request.sink_logits is None else request.sink_logits.reshape(1, -1, 1, 1)
-    largest = scores.new_full((), -torch.inf) if high == low else scores.amax(-1, keepdim=True)
+    largest = scores.amax(-1, keepdim=True)
     if sinks is not None:
         largest = torch.maximum(largest, sinks)
     largest = largest.masked_fill(largest == -torch.inf, 0.0)
