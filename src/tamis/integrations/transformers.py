@@ -14,6 +14,7 @@ from tamis.attend import DEFAULT_PV_THRESHOLD, attend
 from tamis.call import PerHead
 from tamis.errors import UnsupportedError
 from tamis.integrations.audit import Audit, Auditor, LayerAudit
+from tamis.integrations.break_even import BreakEven, break_even, can_measure
 from tamis.integrations.hook import Hook, Request, attention_layers, complete_mask
 from tamis.integrations.schedule import Chooser, Schedule
 from tamis.predictors.base import Predictor
@@ -41,7 +42,7 @@ class Applied(Hook):
         chooser: Chooser,
         *,
         backend: str | None,
-        min_queries: int,
+        min_queries: int | Literal["auto"],
         audit: Audit | None,
     ) -> None:
         self.backend = backend
@@ -49,6 +50,7 @@ class Applied(Hook):
         self._chooser = chooser
         self._auditor = None if audit is None else Auditor(audit)
         self._calls: dict[str, LayerCalls] = {}
+        self._break_even: dict[str, tuple[tuple[object, ...], BreakEven]] = {}
         super().__init__(model, self._attend)
 
     def __enter__(self) -> Applied:
@@ -103,21 +105,37 @@ class Applied(Hook):
 
     def _attend(self, request: Request) -> Tensor:
         choice = self._chooser.choose(request.layer)
-        reason = request.obstacle
-        queries = request.query.shape[2]
-        if reason is None and queries < self.min_queries:
-            reason = "decoding" if queries == 1 else f"fewer than {self.min_queries} queries"
-        if reason is None:
-            reason = choice.dense
+        reason = request.obstacle or self._too_few(request.query.shape[2]) or choice.dense
         if reason is None:
             try:
-                return self._sparse(request, choice.settings)
+                reason = self._too_slow(request, choice.settings) if self.min_queries == "auto" else None
+                if reason is None:
+                    return self._sparse(request, choice.settings)
             except UnsupportedError as error:
                 if self.backend is not None:
                     raise
                 reason = str(error).splitlines()[0]
         self._count(request, reason, None)
         return dense(request)
+
+    def _too_few(self, queries: int) -> str | None:
+        least = 2 if self.min_queries == "auto" else self.min_queries
+        if queries >= least:
+            return None
+        return "decoding" if queries == 1 else f"fewer than {least} queries"
+
+    def _too_slow(self, request: Request, settings: LayerSettings) -> str | None:
+        known = self._break_even.get(request.layer)
+        if can_measure(request.query.device):
+            # What of a layer's calls may change; the whole key takes as long as a short call.
+            query, threads = request.query, torch.get_num_threads()
+            kind = (id(settings.predictor), query.dtype, query.device, request.causal, request.window, threads)
+            if known is None or known[0] != kind:
+                known = kind, break_even(request, settings, self.backend, dense, sparse)
+                self._break_even[request.layer] = known
+        if known is None:
+            return "the break-even is not known inside of a graph: call the model once before"
+        return known[1].reason(request.query.shape[2])
 
     def _sparse(self, request: Request, settings: LayerSettings) -> Tensor:
         result = sparse(request, settings, self.backend)
@@ -146,7 +164,7 @@ def apply(
     pv_threshold: PerHead | Literal["default"] | None = "default",
     compensate: str | None = None,
     backend: str | None = None,
-    min_queries: int = 128,
+    min_queries: int | Literal["auto"] = 128,
     schedule: Schedule | None = None,
     audit: float | Audit | None = None,
 ) -> Applied:
@@ -164,7 +182,9 @@ def apply(
         pv_threshold: as in `attend`, or "default" for its measured default. Not with a profile.
         compensate: as in `attend`. Not with a profile.
         backend: run there or raise; None lets tamis choose, and calls that no backend can serve run dense.
-        min_queries: shorter calls run dense.
+        min_queries: shorter calls run dense. "auto": calls run dense that are shorter than the length from which on
+            sparse attention is faster, measured in seconds at the first call of its kind and kept for this machine.
+            In a compiled graph everything runs dense if the model has not been called before.
         schedule: which steps and layers run dense or with other predictors (`tamis.integrations.schedule`).
         audit: check so large a share of the work against dense attention while the model runs, e.g. .005, or an
             `Audit` (`tamis.integrations.audit`). It changes no output; `handle.audit()` reports.
@@ -201,6 +221,8 @@ def apply(
         source: LayerSettings | Profile = predictor
     else:
         source = _uniform(predictor, precision, pv_threshold, compensate)
+    if isinstance(min_queries, str) and min_queries != "auto":
+        raise ValueError(f"min_queries must be an integer or 'auto', got {min_queries!r}")
     if audit is not None and not isinstance(audit, Audit):
         audit = Audit(share=audit)
     return Applied(
