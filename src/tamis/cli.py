@@ -1,4 +1,4 @@
-"""The `tamis` command: demo, capture, bench, info.
+"""The `tamis` command: demo, capture, tune, bench, info.
 
 Exit codes: 0 done, 1 failed, 2 wrong usage, 130 interrupted. Results go to stdout, progress and errors to stderr.
 """
@@ -52,6 +52,7 @@ def _parser() -> argparse.ArgumentParser:
     commands = parser.add_subparsers(title="commands", required=True, metavar="COMMAND")
     _add_demo(commands)
     _add_capture(commands)
+    _add_tune(commands)
     _add_bench(commands)
     info = commands.add_parser("info", help="backends, CPU target, threads, versions")
     info.add_argument("--json", action="store_true", help="print JSON")
@@ -110,6 +111,33 @@ def _add_capture(commands: Any) -> None:
     capture.add_argument("--dtype", choices=("fp32", "bf16", "fp16"), help="number format (that of the model)")
     capture.add_argument("--max-gb", type=_size, default=2.0, metavar="N", help="largest size of the folder (2)")
     capture.set_defaults(command=_capture)
+
+
+def _add_tune(commands: Any) -> None:
+    tune = commands.add_parser("tune", help="find the settings of every layer and head for an error budget")
+    tune.add_argument(
+        "--model",
+        metavar="NAME|DIR",
+        help="smollm2, dinov2, whisper, or the folder of a causal language model (smollm2)",
+    )
+    tune.add_argument("--captures", type=Path, metavar="FOLDER", help="tune on what `tamis capture` wrote, not a model")
+    tune.add_argument("--held-out-captures", type=Path, metavar="FOLDER", help="evaluate on these at the end")
+    tune.add_argument("--out", type=Path, required=True, metavar="FILE", help="the profile, JSON")
+    tune.add_argument("--l1", type=_size, default=0.08, metavar="X", help="relative L1 of a head by its mask (.08)")
+    tune.add_argument("--pv-l1", type=_size, metavar="X", help="the same with stage 2 (1.125 of --l1)")
+    tune.add_argument("--end-l1", type=_size, metavar="X", help="instead: relative L1 of the model's output")
+    tune.add_argument("--end-perplexity", type=_size, metavar="X", help="instead: relative change of perplexity")
+    tune.add_argument(
+        "--text", type=Path, nargs="+", default=[], metavar="FILE", help="UTF-8 texts, held out ones last"
+    )
+    tune.add_argument("--inputs", type=_positive, default=5, metavar="N", help="built-in inputs to tune on (5)")
+    tune.add_argument("--held-out", type=_count, default=5, metavar="N", help="inputs to evaluate on at the end (5)")
+    tune.add_argument("--tokens", type=_positive, metavar="N", help="tokens of each text (4096)")
+    tune.add_argument("--pixels", type=_positive, metavar="N", help="side of the photographs (1036)")
+    tune.add_argument("--precision", choices=("int8", "full"), default="int8", help="that settings will run in (int8)")
+    tune.add_argument("--workers", type=_workers, default=1, metavar="N|ray", help="processes, or a Ray cluster (1)")
+    tune.add_argument("--resume", type=Path, metavar="FILE", help="keep what was found there, and go on from it")
+    tune.set_defaults(command=_tune)
 
 
 def _add_bench(commands: Any) -> None:
@@ -195,6 +223,14 @@ def _size(text: str) -> float:
     return number
 
 
+def _count(text: str) -> int:
+    return 0 if text == "0" else _positive(text)
+
+
+def _workers(text: str) -> int | str:
+    return text if text == "ray" else _positive(text)
+
+
 def _layers(text: str) -> tuple[int | str, ...]:
     return tuple(int(item) if item.isdecimal() else item for item in map(str.strip, text.split(",")))
 
@@ -249,6 +285,35 @@ def _capture(options: argparse.Namespace) -> None:
     except ValueError as error:
         raise _UsageError(str(error)) from error
     print(record.summary(record.run(chosen)))
+
+
+def _tune(options: argparse.Namespace) -> None:
+    _check_folder(options.out)
+    from tamis.demo import tuning
+    from tamis.tuning import Budget
+
+    try:
+        chosen = tuning.TuneOptions(
+            model=options.model,
+            budget=Budget(options.l1, options.pv_l1 or 1.125 * options.l1, options.end_l1, options.end_perplexity),
+            captures=options.captures,
+            held_out_captures=options.held_out_captures,
+            text=tuple(options.text),
+            inputs=options.inputs,
+            held_out=options.held_out,
+            tokens=options.tokens,
+            pixels=options.pixels,
+            precision=options.precision,
+            workers=options.workers,
+            resume=options.resume,
+        )
+        tuning.check(chosen)
+    except ValueError as error:
+        raise _UsageError(str(error)) from error
+    profile = tuning.run(chosen)
+    profile.save(options.out)
+    print(profile)
+    print(f"profile: {options.out}")
 
 
 def _bench_cpu(options: argparse.Namespace) -> None:

@@ -4,12 +4,14 @@ from __future__ import annotations
 
 import hashlib
 from collections import Counter
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from functools import partial
 from typing import Any, Protocol
 
 import torch
 from torch import Tensor, nn
 
+from tamis.integrations.capture import Captures
 from tamis.integrations.hook import Hook, Request
 from tamis.integrations.transformers import dense
 from tamis.tuning.calls import LayerCall, exact_output
@@ -97,10 +99,49 @@ class ModelSource:
         for name, parameter in self.model.state_dict().items():
             digest.update(f"{name} {tuple(parameter.shape)} {parameter.double().sum().item()!r}".encode())
         for given in self.inputs:
-            for value in given.values() if isinstance(given, Mapping) else [given]:
-                # What a function will do cannot be told.
-                digest.update(_bytes(value) if isinstance(value, Tensor) else repr(type(value)).encode())
+            for part in _parts(given):
+                digest.update(part)
         return digest.hexdigest()
+
+
+class CaptureSource:
+    """Files of what attention layers were asked, as `tamis capture` writes them.
+
+    Raises:
+        ValueError: the captures hold some heads of a layer only, which make no profile.
+    """
+
+    def __init__(self, captures: Captures) -> None:
+        self._captures = captures
+        self.name = captures.model
+        self.left_out: Counter[str] = Counter(call.reason for call in captures.skipped)
+        self._inputs = captures.inputs
+        for entry in captures.entries:
+            if entry.heads is not None and len(entry.heads) != entry.num_heads:
+                raise ValueError(
+                    f"{captures.folder} holds {len(entry.heads)} of the {entry.num_heads} heads of {entry.layer}, and "
+                    "settings are for all: capture without heads"
+                )
+
+    def __len__(self) -> int:
+        return len(self._inputs)
+
+    def visit(self, number: int, function: Visit) -> None:
+        for entry in self._captures.entries:
+            if entry.input == self._inputs[number]:
+                found = self._captures.load(entry.layer, entry.input, entry.step)
+                place = (found.name, number, found.step, 0)
+                tensors = (found.query, found.key, found.value)
+                if found.query.shape[2] < MIN_QUERIES:
+                    self.left_out[f"fewer than {MIN_QUERIES} queries"] += 1
+                    continue
+                function(LayerCall(*place, *tensors, found.causal, found.window, found.scale))
+
+    def identity(self) -> str:
+        said = [
+            (entry.place, entry.sha256, entry.causal, entry.window, entry.scale) for entry in self._captures.entries
+        ]
+        return hashlib.sha256(repr(said).encode()).hexdigest()
 
 
 def unfit(request: Request) -> str | None:
@@ -118,5 +159,17 @@ def unfit(request: Request) -> str | None:
     return next((name for name, value in kinds.items() if value is not None), None)
 
 
-def _bytes(tensor: Tensor) -> bytes:
-    return tensor.detach().cpu().contiguous().view(torch.uint8).numpy().tobytes() if tensor.numel() else b""
+def _parts(given: Any) -> Iterator[bytes]:
+    """Everything in an input that can be told apart; what a function does cannot, but for what it was given."""
+    if isinstance(given, Tensor):
+        flat = given.detach().cpu().contiguous().flatten()
+        yield f"{given.dtype} {tuple(given.shape)}".encode() + flat.view(torch.uint8).numpy().tobytes()
+    elif isinstance(given, partial):
+        yield from _parts((given.args, given.keywords))
+    elif isinstance(given, (Mapping, list, tuple)):
+        for item in given.items() if isinstance(given, Mapping) else given:
+            yield from _parts(item)
+    elif isinstance(given, (str, int, float, bool, type(None))):
+        yield repr(given).encode()
+    else:
+        yield type(given).__qualname__.encode()
