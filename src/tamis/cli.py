@@ -187,7 +187,14 @@ def _add_bench(commands: Any) -> None:
     ablation.set_defaults(command=_bench_ablation)
     defaults = kinds.add_parser("defaults", help="the measurement that chooses the defaults")
     defaults.set_defaults(command=_bench_defaults)
-    for kind in (cpu, gpu, decode, limits, ablation, defaults, static):
+    tuned = kinds.add_parser("tune", help="what settings for every head are worth, at equal error of the output")
+    tuned.add_argument("--model", metavar="NAME|DIR", help="smollm2, dinov2, whisper, or a folder (smollm2)")
+    tuned.add_argument("--inputs", type=_positive, default=5, metavar="N", help="inputs to tune on (5)")
+    tuned.add_argument("--held-out", type=_positive, default=5, metavar="N", help="inputs to judge by (5)")
+    tuned.add_argument("--tokens", type=_positive, metavar="N", help="tokens of each text (4096)")
+    tuned.add_argument("--resume", type=Path, metavar="FILE", help="keep what tuning found there, and go on from it")
+    tuned.set_defaults(command=_bench_tune)
+    for kind in (cpu, gpu, decode, limits, ablation, defaults, static, tuned):
         kind.add_argument(
             "--json", type=Path, metavar="FILE", help="result (NAME-DATE.json, under benchmarks/results if there)"
         )
@@ -418,6 +425,16 @@ def _bench_ablation(options: argparse.Namespace) -> None:
     result = ablation.run(options.tokens)
     print(ablation.table(result))
     _write(options.json, "ablation", result)
+
+
+def _bench_tune(options: argparse.Namespace) -> None:
+    _check_folder(options.json)
+    from tamis.bench import tuning
+
+    chosen = tuning.options_of(options.model, options.inputs, options.held_out, options.tokens)
+    result = tuning.run(chosen, options.resume)
+    print(tuning.table(result))
+    _write(options.json, "tune", result)
 
 
 def _bench_defaults(options: argparse.Namespace) -> None:
