@@ -295,7 +295,7 @@ def _capture(options: argparse.Namespace) -> None:
 
 
 def _tune(options: argparse.Namespace) -> None:
-    _check_folder(options.out)
+    _check_folder(options.out, "--out")
     from tamis.demo import tuning
     from tamis.tuning import Budget
 

@@ -33,8 +33,8 @@ from tamis.tuning import Budget, tune_source
 from tamis.tuning.ending import output_of, perplexity
 from tamis.tuning.sources import ModelSource
 
-BOUNDS = (0.04, 0.08, 0.12, 0.18)  # for every head
-GLOBAL = (0.85, 0.92, 0.96, 0.98, 0.99, 0.995, 0.998)  # cdf for all heads
+BOUNDS = (0.05, 0.08, 0.12)  # for every head
+GLOBAL = (0.9, 0.95, 0.975, 0.99, 0.995, 0.998)  # cdf for all heads
 MAIN = 0.08
 _STAGE_2 = 1.125  # what stage 2 may add: .09 of .08
 
