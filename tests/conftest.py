@@ -1,7 +1,8 @@
 """Shared fixtures: fixed seeds, poisoned memory, warnings as errors, and every engine of the machine.
 
 The engines are those of the CPU; with TRITON_INTERPRET=1 the triton backend in Triton's interpreter, with
-TAMIS_TEST_DEVICE=cuda the one on a GPU. TAMIS_TEST_SAMPLE=N runs N parametrisations, evenly spread, of every test.
+TAMIS_TEST_DEVICE=cuda the one on a GPU. TAMIS_TEST_SAMPLE=N runs N parametrisations, evenly spread, of every test, and
+TAMIS_TEST_PART=I/N what is I more than a multiple of N among the tests that are left.
 """
 
 from __future__ import annotations
@@ -18,7 +19,10 @@ collect_ignore = [] if INTERPRETS or DEVICE != "cpu" else ["test_triton.py", "te
 try:
     import hypothesis
 except ModuleNotFoundError:  # a GPU machine that has little more than torch
-    collect_ignore += ["test_block_mask.py", "test_properties.py", "test_report.py", "test_select.py", "test_varlen.py"]
+    import draws
+
+    draws.install()
+    collect_ignore += ["test_block_mask.py", "test_report.py"]
 else:
     examples = 3 if INTERPRETS else 20
     hypothesis.settings.register_profile("tamis", derandomize=True, deadline=None, max_examples=examples, database=None)
@@ -43,10 +47,13 @@ def pytest_collection_modifyitems(config: pytest.Config, items: list[pytest.Item
             by_test.setdefault(item.nodeid.split("[")[0], []).append(item)
     kept = set()
     for test, found in by_test.items():
-        number = min(most, len(found)) if most and "test_triton" not in test else len(found)
+        whole = not most or (INTERPRETS and "test_triton" in test)
+        number = len(found) if whole else min(most, len(found))
         kept.update(found[index * len(found) // number] for index in range(number))
-    config.hook.pytest_deselected(items=[item for item in items if item not in kept])
-    items[:] = [item for item in items if item in kept]
+    part, _, parts = os.environ.get("TAMIS_TEST_PART", "0/1").partition("/")
+    mine = set([item for item in items if item in kept][int(part) :: int(parts)])
+    config.hook.pytest_deselected(items=[item for item in items if item not in mine])
+    items[:] = [item for item in items if item in mine]
 
 
 def pytest_generate_tests(metafunc: pytest.Metafunc) -> None:

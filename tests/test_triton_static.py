@@ -14,6 +14,7 @@ import torch
 import tamis
 from tamis.backends.triton import chips, launch, settings
 from tamis.bench import gpu_static
+from tamis.call import per_head
 
 
 @pytest.fixture
@@ -149,3 +150,22 @@ def test_the_page_shows_the_committed_result() -> None:
     assert gpu_static.markdown(saved) in (root / "docs" / "performance-gpu.md").read_text(encoding="utf-8")
     assert [row for row in saved["rows"] if row["faults"]] == []
     assert {row["target"] for row in saved["rows"]} == set(gpu_static.architectures())
+
+
+def test_settings_reach_a_device_without_a_copy(monkeypatch: pytest.MonkeyPatch) -> None:
+    """A copy from the host waits for the device, and forbids capturing a graph."""
+    query = torch.randn(1, 4, 256, 64, dtype=torch.bfloat16)
+
+    def refuse(*_: object, **__: object) -> None:
+        raise AssertionError("a tensor was made on the host and would be copied")
+
+    with chips.assume("sm_90"), launch.note() as launches:
+        tamis.sparse_attention(query, query, query, is_causal=True, backend="triton")
+        monkeypatch.setattr(torch, "tensor", refuse)
+        monkeypatch.setattr(torch, "as_tensor", refuse)
+        tamis.sparse_attention(query, query, query, is_causal=True, backend="triton")
+    assert len(launches) > 4
+    monkeypatch.undo()
+    meta = torch.device("meta")  # as a GPU: values go there once
+    assert per_head([1.0, 2.0], 2, "cdf", meta) is per_head((1.0, 2.0), 2, "cdf", meta)
+    assert per_head([1.0, 3.0], 2, "cdf", meta) is not per_head((1.0, 2.0), 2, "cdf", meta)

@@ -6,6 +6,7 @@ logit is one more key that every row sees, of value zero: it is part of the soft
 
 from __future__ import annotations
 
+import functools
 import math
 from collections.abc import Sequence
 from dataclasses import dataclass
@@ -190,13 +191,29 @@ def per_head(setting: PerHead, num_heads: int, name: str, device: torch.device) 
         tensor = setting.to(device=device, dtype=torch.float32)
     elif not isinstance(setting, (int, float, Sequence)) or isinstance(setting, (str, bytes)):
         raise TypeError(f"{name} must be one number or one per query head, got {type(setting).__name__}")
+    elif isinstance(setting, (int, float)):
+        # Filled on the device: a copy from the host would wait for it, and break the capture of a graph.
+        return torch.full((num_heads,), setting, dtype=torch.float32, device=device)
     else:
-        tensor = torch.tensor(setting, dtype=torch.float32, device=device)
+        tensor = _numbers(tuple(setting), device)
     if tensor.dim() == 0:
         return tensor.expand(num_heads).contiguous()
     if tensor.dim() != 1 or tensor.shape[0] != num_heads:
         raise ValueError(f"{name} must be one number or one per query head ({num_heads}), got {tuple(tensor.shape)}")
     return tensor
+
+
+def _numbers(values: tuple[float, ...], device: torch.device) -> Tensor:
+    if device.type == "cpu" or torch.compiler.is_compiling():
+        return torch.tensor(values, dtype=torch.float32, device=device)
+    return _kept_numbers(values, device)
+
+
+@functools.lru_cache(maxsize=1024)
+def _kept_numbers(values: tuple[float, ...], device: torch.device) -> Tensor:
+    """Copied to a device once, which waits for it; a call before a graph is captured makes it ready for that."""
+    with torch.inference_mode(False):
+        return torch.tensor(values, dtype=torch.float32, device=device)
 
 
 def refuse_gradients(**tensors: Tensor | None) -> None:
@@ -390,13 +407,13 @@ def _check_sinks(sink_logits: Tensor, query: Tensor) -> Tensor:
 
 def _check_threshold(pv_threshold: PerHead, query: Tensor) -> Tensor:
     threshold = per_head(pv_threshold, query.shape[1], "pv_threshold", query.device)
-    # Reading a tensor's values would synchronise a device and break a traced graph: there they are taken as they are.
-    readable = not isinstance(pv_threshold, Tensor) or pv_threshold.device.type == "cpu"
     if isinstance(pv_threshold, (int, float)):
         if not pv_threshold >= SMALLEST:
             raise ValueError(f"pv_threshold must be > 0 (None turns it off), got {pv_threshold}")
-    elif readable and not torch.compiler.is_compiling() and not bool((threshold > 0).all()):
-        raise ValueError(f"pv_threshold must be > 0 (None turns it off), got {threshold.tolist()}")
+    elif torch.compiler.is_compiling() or (isinstance(pv_threshold, Tensor) and pv_threshold.device.type != "cpu"):
+        pass  # Reading values would synchronise a device and break a traced graph: they are taken as they are.
+    elif not all(value >= SMALLEST for value in list(map(float, pv_threshold))):
+        raise ValueError(f"pv_threshold must be > 0 (None turns it off), got {list(map(float, pv_threshold))}")
     return threshold
 
 
