@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import os
+import re
 from collections import Counter
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import replace
@@ -447,3 +448,16 @@ def test_what_no_backend_does_runs_dense_with_auto_too(cache: Path) -> None:
         run(model)
     assert handle.calls == {"sparse": 0, "dense": 3}
     assert not room._known
+
+
+def test_the_guide_runs(cache: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    """Every block of docs/in-production.md; what it says is printed, is."""
+    text = (Path(__file__).parent.parent / "docs" / "in-production.md").read_text(encoding="utf-8")
+    blocks = re.findall(r"```python\n(.*?)```", text, re.DOTALL)
+    assert len(blocks) == 5
+    names: dict[str, Any] = {}
+    for block in blocks:
+        exec(block, names)
+        printed = capsys.readouterr().out.strip()
+        for expected in re.findall(r"^print\(.*\)  # (?!e\.g\.)(.*)$", block, re.MULTILINE):
+            assert printed == expected
