@@ -201,8 +201,14 @@ def test_a_profile_of_several_steps() -> None:
     model = make()
     stages = (Stage(LayerSettings(tamis.Window(300), None), 1, 2), Stage(LayerSettings(tamis.Window(40), None), 2, 3))
     given = Profile({FIRST: stages})
-    with apply(model, given) as handle, pytest.raises(ValueError, match="the settings depend on the step"):
-        run(model)
+    settings = LayerSettings(tamis.Window(40))
+    two = (Stage(settings, 0, 2), Stage(LayerSettings(None), 2))
+    for unclear in (
+        given,
+        *(Profile({SECOND: some}) for some in (two, (Stage(settings, 1),), (Stage(settings, 0, 1),))),
+    ):
+        with apply(model, unclear), pytest.raises(ValueError, match="the settings depend on the step"):
+            run(model)
     densities = {}
     with apply(model, given, schedule=Schedule(calls_per_step=1)) as handle:
         for step in range(4):
@@ -263,7 +269,8 @@ def cache(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
 
 
 def clock(monkeypatch: pytest.MonkeyPatch, dense: float, sparse: tuple[float, float]) -> Counter[str]:
-    """Time that passes as told: dense takes `dense` per query, sparse `sparse[0]` and `sparse[1]` per query."""
+    """Time that passes as told: dense takes `dense` per query, sparse `sparse[0]` and `sparse[1]` per query, and at
+    first a tenth of a second more."""
     from tamis.integrations import transformers as applied
 
     now, calls = [0.0], Counter[str]()
@@ -276,7 +283,9 @@ def clock(monkeypatch: pytest.MonkeyPatch, dense: float, sparse: tuple[float, fl
 
     def slow_sparse(request: Any, *rest: Any) -> Any:
         now[0] += sparse[0] + sparse[1] * request.query.shape[2]
+        now[0] += 0.0 if calls[f"sparse {request.query.shape[2]}"] else 0.1
         calls["sparse"] += 1
+        calls[f"sparse {request.query.shape[2]}"] += 1
         return really[1](request, *rest)
 
     monkeypatch.setattr(applied, "dense", slow_dense)
@@ -319,7 +328,7 @@ def test_measuring_is_bounded_in_time(cache: Path, monkeypatch: pytest.MonkeyPat
     with apply(model, min_queries="auto"):
         run(model, tokens=100)
     # One length takes longer than all may: measured once and after warming up, then the three layers run.
-    assert calls == {"dense": 2 + 3, "sparse": 2}
+    assert (calls["dense"], calls["sparse"]) == (2 + 3, 2)
     assert list(room._known.values()) == [BreakEven(None, 64)]
 
 
@@ -372,8 +381,12 @@ def test_a_damaged_file_is_measured_again(damage: Any, cache: Path) -> None:
     room._known.clear()
     with apply(model, min_queries="auto"):
         run(model)
-    assert json.loads(file.read_text(encoding="utf-8"))["key"] == json.loads(good)["key"]
-    assert len(room._known) == 1
+    held = json.loads(file.read_text(encoding="utf-8"))
+    assert held["key"] == json.loads(good)["key"]
+    (known,) = room._known.values()
+    assert (held["queries"], held["longest"]) == (known.queries, known.longest)
+    assert type(known.longest) is int and known.longest in room.LENGTHS
+    assert known.queries in (None, *room.LENGTHS)
     assert list(cache.iterdir()) == [file]
 
 
