@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import doctest
+import importlib
 import json
 import os
 import re
@@ -474,3 +476,10 @@ def test_the_guide_runs(cache: Path, capsys: pytest.CaptureFixture[str]) -> None
         printed = capsys.readouterr().out.strip()
         for expected in re.findall(r"^print\(.*\)  # (?!e\.g\.)(.*)$", block, re.MULTILINE):
             assert printed == expected
+
+
+def test_examples_run() -> None:
+    for name in ("audit", "schedule", "transformers"):
+        module = importlib.import_module(f"tamis.integrations.{name}")
+        results = doctest.testmod(module)
+        assert results.failed == 0 < results.attempted, name

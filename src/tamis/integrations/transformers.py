@@ -140,7 +140,7 @@ class Applied(Hook):
     def _sparse(self, request: Request, settings: LayerSettings) -> Tensor:
         result = sparse(request, settings, self.backend)
         self._count(request, None, result.stats)
-        if self._auditor is not None and not torch.compiler.is_compiling():
+        if self._auditor is not None and can_measure(request.query.device):
             self._auditor.look(request, result.output)
         return result.output
 
