@@ -50,14 +50,15 @@ def run(options: TuneOptions, journal: Path | None) -> dict[str, Any]:
     first = len(inputs) - options.held_out
     tuned, held_out = ModelSource(model, inputs[:first]), ModelSource(model, inputs[first:])
     judge = Judge(held_out)
-    main, seconds = _tuned(tuned, held_out, Budget(MAIN, MAIN * _STAGE_2), None)
+    anew = journal is None or not journal.exists()
+    main, seconds = _tuned(tuned, held_out, Budget(MAIN, MAIN * _STAGE_2), journal)
     memory = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * (1 if sys.platform == "darwin" else 1024) / 1e9
     result: dict[str, Any] = {
         "model": tuned.name,
         "inputs": len(tuned),
         "held_out": len(held_out),
         "tokens": int(judge.tokens),
-        "seconds": seconds,
+        "seconds": seconds if anew else None,
         "gigabytes": memory,
         "heads": _heads(main, MAIN * _STAGE_2),
         "one setting": [{"cdf": cdf, **judge(Sparge(cdf=cdf))} for cdf in GLOBAL],
@@ -174,10 +175,11 @@ def at_error(rows: Sequence[dict[str, Any]], error: float) -> float | None:
 def table(result: dict[str, Any]) -> str:
     """The figures for a terminal, and as markdown for the docs."""
     heads = result["heads"]
+    spent = "" if result["seconds"] is None else f"{result['seconds'] / 60:.1f} minutes, "
     lines = [
         f"{result['model']}: {result['inputs']} inputs of {result['tokens']} tokens to tune, {result['held_out']} held "
         f"out. Bound {MAIN} ({heads['bound']:.2f} with stage 2) for each of {heads['count']} heads: "
-        f"{result['seconds'] / 60:.1f} minutes, {result['gigabytes']:.1f} GB, density {heads['held_out_density']:.3f}; "
+        f"{spent}{result['gigabytes']:.1f} GB, density {heads['held_out_density']:.3f}; "
         f"on held-out inputs {heads['within']:.1%} of heads within the bound, mean {heads['held_out_l1_mean']:.3f}, "
         f"worst head {heads['held_out_l1_worst_head']:.3f}, worst on one input {heads['held_out_l1_worst_input']:.3f}.",
         "",
