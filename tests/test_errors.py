@@ -347,7 +347,7 @@ def test_large_head_dims_are_refused_or_right(engine: Engine) -> None:
 
 
 def test_compensate_is_refused_by_name(any_engine: Engine) -> None:
-    with pytest.raises(ValueError, match="compensate"):
+    with pytest.raises(ValueError, match="compensate must be one of centroid, got 'mean'"):
         any_engine.attend(*qkv(), compensate="mean")
 
 

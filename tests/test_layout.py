@@ -21,6 +21,7 @@ ORDER = [
     {"errors", "call", "geometry"},
     {"block_mask", "merge", "stats", "packed"},
     {"backends", "predictors"},
+    {"compensate"},
     {"attend"},
     {"profile", "order"},
     {"integrations", "report"},

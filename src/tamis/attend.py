@@ -12,6 +12,7 @@ from torch.nn.attention.bias import CausalBias, CausalVariant
 from tamis.backends import base
 from tamis.block_mask import BlockMask
 from tamis.call import DTYPES, Call, PerHead, Prepared, flatten, make_call, refuse_gradients
+from tamis.compensate import centroids
 from tamis.errors import UnsupportedError
 from tamis.packed import PackedKV, check_layout, check_tensor, length_tensor, tails
 from tamis.predictors.base import Predictor
@@ -81,7 +82,9 @@ def attend(
         pv_threshold: leave out the value product of a group of 16 rows and 64 keys (on a GPU of a tile) if every score
             is at least this far (natural log units, > 0) below its row's maximum so far; one number or one per head;
             None = off.
-        compensate: named treatment of what is skipped; there is none yet.
+        compensate: what stands in for skipped blocks; None drops them. "centroid": the mean key of a block with its
+            mean value joins the softmax as often as the block has tokens (padding is none; an additive mask adds its
+            mean), and lse includes it. A row gets only blocks that it sees whole, and none whose mean is not finite.
         backend: "cpu", "triton" or "reference", which never falls back; None takes the first that can serve the call.
 
     Returns:
@@ -185,6 +188,9 @@ def _run(call: Call, backend: str | None, prepared: Prepared | None) -> tuple[Te
     if prepared is not None and prepared.backend == name:
         call = replace(call, prepared=prepared.tensors)
     output, lse, counts = base.attend(call, name)
+    skips = call.kv_indices is not None
+    if call.compensate is not None and skips:
+        output, lse = centroids(call, name, output, lse)
     target, formats = base.description(name, call)
     stats = AttentionStats(
         counts,
@@ -192,7 +198,8 @@ def _run(call: Call, backend: str | None, prepared: Prepared | None) -> tuple[Te
         target=target,
         formats=formats,
         rows=call.query.shape[2],
-        dense_reason="no block mask was given" if call.kv_indices is None else None,
+        dense_reason=None if skips else "no block mask was given",
+        compensate=call.compensate if skips else None,
     )
     return output, lse, stats
 
@@ -210,6 +217,7 @@ def attend_varlen(
     scale: float | None = None,
     precision: str = "full",
     pv_threshold: PerHead | None = None,
+    compensate: str | None = None,
     backend: str | None = None,
 ) -> AttentionOutput:
     """Attention over sequences of different lengths, packed one after another.
@@ -221,7 +229,7 @@ def attend_varlen(
         cu_seqlens_kv: the same for keys and values.
         block_mask: over the packed token axis: its lengths are (total_q, total_kv).
         causal, window: inside each sequence, whose last query is at its last key's position.
-        scale, precision, pv_threshold, backend: as in `attend`.
+        scale, precision, pv_threshold, compensate, backend: as in `attend`.
 
     Returns:
         `AttentionOutput` with output `[total_q, heads, value_dim]` and lse fp32 `[heads, total_q]`.
@@ -264,6 +272,7 @@ def attend_varlen(
         segments=(q_segments, kv_segments),
         precision=precision,
         pv_threshold=pv_threshold,
+        compensate=compensate,
         backend=backend,
     )
     return AttentionOutput(result.output[0].transpose(0, 1), result.lse[0], result.stats)

@@ -22,6 +22,7 @@ from tamis.errors import UnsupportedError
 DTYPES = (torch.float32, torch.bfloat16, torch.float16)
 LARGEST, SMALLEST = torch.finfo(torch.float32).max, torch.finfo(torch.float32).tiny  # numbers become fp32
 PRECISIONS = ("full", "int8", "fp8")
+COMPENSATIONS = ("centroid",)
 
 PerHead: TypeAlias = "float | Sequence[float] | Tensor"
 Pair: TypeAlias = "tuple[Tensor | None, Tensor | None]"
@@ -172,7 +173,7 @@ def make_call(
         sink_logits=None if sink_logits is None else _check_sinks(sink_logits, query),
         precision=_check_choice(precision, "precision", PRECISIONS),
         pv_threshold=None if pv_threshold is None else _check_threshold(pv_threshold, query),
-        compensate=compensate,
+        compensate=None if compensate is None else _check_choice(compensate, "compensate", COMPENSATIONS),
     )
 
 

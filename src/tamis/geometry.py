@@ -126,6 +126,23 @@ def visible_pairs(
     return seen
 
 
+def sees_whole(
+    q_positions: Tensor, q_segments: Tensor | None, kv_bounds: Tensor, *, causal: bool, window: int | None
+) -> Tensor:
+    """Key blocks of which a row sees every token that counts, bool `[batch | 1, queries, kv_blocks]`; none is empty."""
+    q_at = q_positions[:, :, None]
+    k_min, k_max, segment_min, segment_max = kv_bounds[:, None].unbind(-1)
+    seen = (k_min <= k_max).expand(-1, q_at.shape[1], -1)
+    if causal:
+        seen = seen & (q_at >= k_max)
+    if window is not None:
+        seen = seen & _ahead_less(q_at, k_min, window) & _ahead_less(k_max, q_at, window)
+    if q_segments is not None:
+        segment = q_segments[:, :, None]
+        seen = seen & (segment_min == segment) & (segment_max == segment) & (segment >= 0)
+    return seen
+
+
 def _ahead_less(this: Tensor, other: Tensor, window: int) -> Tensor:
     """this - other < window, right even where the difference does not fit 64 bits."""
     difference = this - other

@@ -32,6 +32,7 @@ class AttentionStats:
         backend: name of the backend that ran.
         target: instruction set or device the backend ran on, or None if it has only one.
         dense_reason: why the call did not run sparse; None if it did.
+        compensate: what stood in for the skipped blocks, e.g. "centroid"; None if nothing did. No density counts it.
     """
 
     def __init__(
@@ -43,11 +44,13 @@ class AttentionStats:
         formats: Formats,
         rows: int,
         dense_reason: str | None,
+        compensate: str | None = None,
     ) -> None:
         self.counts = counts
         self.backend = backend
         self.target = target
         self.dense_reason = dense_reason
+        self.compensate = compensate
         # Looked at when read: asking a symbolic length here would bind a compiled graph to one side of the answer.
         self._formats, self._rows = formats, rows
 
@@ -104,11 +107,12 @@ class AttentionStats:
 
     def __repr__(self) -> str:
         where = self.backend if self.target is None else f"{self.backend}/{self.target}"
+        instead = "" if self.compensate is None else f", compensate={self.compensate!r}"
         dense = "" if self.dense_reason is None else f", dense_reason={self.dense_reason!r}"
         return (
             f"AttentionStats(density={self.density:.3f}, qk_density={self.qk_density:.3f}, "
             f"pv_density={self.pv_density:.3f}, backend={where}, qk_dtype={self.qk_dtype}, "
-            f"pv_dtype={self.pv_dtype}{dense})"
+            f"pv_dtype={self.pv_dtype}{instead}{dense})"
         )
 
 

@@ -139,15 +139,10 @@ def choose(call: Call, backend: str | None) -> str:
         UnsupportedError: it can't, or none can; the message lists every backend's reasons.
     """
     wanted = BACKENDS if backend is None else (backend,)
-    if call.compensate is None:
-        for name in wanted:
-            if not load(name).reasons(call):
-                return name
-    reasons = {}
-    for name in BACKENDS:
-        reasons[name] = load(name).reasons(call)
-        if call.compensate is not None:
-            reasons[name] = [f"compensate={call.compensate!r} is not offered", *reasons[name]]
+    for name in wanted:
+        if not load(name).reasons(call):
+            return name
+    reasons = {name: load(name).reasons(call) for name in BACKENDS}
     raise unsupported("no backend can serve this call" if backend is None else f"backend {backend!r} can't", reasons)
 
 
