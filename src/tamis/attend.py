@@ -12,7 +12,7 @@ from torch.nn.attention.bias import CausalBias, CausalVariant
 from tamis.backends import base
 from tamis.block_mask import BlockMask
 from tamis.call import DTYPES, Call, PerHead, Prepared, flatten, make_call, refuse_gradients
-from tamis.compensate import centroids
+from tamis.compensate import add_centroids
 from tamis.errors import UnsupportedError
 from tamis.packed import PackedKV, check_layout, check_tensor, length_tensor, tails
 from tamis.predictors.base import Predictor
@@ -190,7 +190,7 @@ def _run(call: Call, backend: str | None, prepared: Prepared | None) -> tuple[Te
     output, lse, counts = base.attend(call, name)
     skips = call.kv_indices is not None
     if call.compensate is not None and skips:
-        output, lse = centroids(call, name, output, lse)
+        add_centroids(call, name, output, lse)
     target, formats = base.description(name, call)
     stats = AttentionStats(
         counts,

@@ -30,18 +30,18 @@ from tamis.call import Call
 TILE = 64  # keys of a `PackedKV` that share a scale
 # Bytes of scores at a time: on a CPU what its caches hold, elsewhere what keeps a device busy.
 CPU_BUDGET, BUDGET = 4 * 2**20, 32 * 2**20
-LARGEST = 1e30  # entry of a mean with which products stay inside the range of fp32
+LARGEST = 1e18  # entry of a mean with which products with any sane query stay inside the range of fp32
 LOG2E = 1.4426950408889634
 _MINUS_INF = float("-inf")
 
 Place: TypeAlias = "tuple[int, slice, slice]"  # sample of the batch, query heads, query rows
 
 
-def centroids(call: Call, backend: str, output: Tensor, lse: Tensor) -> tuple[Tensor, Tensor]:
-    """Output and log-sum-exp of a sparse call, `output` and `lse`, with its skipped blocks approximated."""
+def add_centroids(call: Call, backend: str, output: Tensor, lse: Tensor) -> None:
+    """Approximate what a sparse call has skipped, in its output and log-sum-exp."""
     assert call.kv_num_blocks is not None
     assert call.kv_indices is not None
-    made: tuple[Tensor, Tensor] = _centroids(
+    _add_centroids(
         output,
         lse,
         call.query,
@@ -62,11 +62,10 @@ def centroids(call: Call, backend: str, output: Tensor, lse: Tensor) -> tuple[Te
         call.softcap,
         backend,
     )
-    return made
 
 
-@torch.library.custom_op("tamis::centroids", mutates_args=())
-def _centroids(
+@torch.library.custom_op("tamis::add_centroids", mutates_args=("output", "lse"))
+def _add_centroids(
     output: Tensor,
     lse: Tensor,
     query: Tensor,
@@ -87,10 +86,10 @@ def _centroids(
     kv_segments: Tensor | None,
     softcap: float | None,
     backend: str,
-) -> tuple[Tensor, Tensor]:
+) -> None:
     kv_len = int(packed[7]) if key is None else key.shape[2]
     if query.numel() == 0 or kv_len == 0:
-        return output.clone(), lse.clone()
+        return
     # Keys that a mask hides from every row are padding: no mean holds them.
     counted = geometry.without_hidden(attn_mask, kv_segments)
     sight = _sight(
@@ -110,20 +109,19 @@ def _centroids(
         k_means, v_means = _packed_means(packed, kv_len, block_kv, counted)
     numbers = _numbers(counted, kv_len, block_kv, query.device)
     means = _means(k_means, v_means, numbers, scale=scale, heads=query.shape[1])
-    merged, merged_lse = torch.empty_like(output), torch.empty_like(lse)
     for at in _places(query, block_q, numbers.shape[1]):
         lists = (*at[:2], slice(at[2].start // block_q, geometry.num_blocks(at[2].stop, block_q)))
         # A GPU has not looked into the lists: what is out of range there must not become an error of its own.
         indices = kv_indices[lists].clamp(0, max(0, numbers.shape[1] - 1))
         skipped = ~dense_blocks(kv_num_blocks[lists], indices, numbers.shape[1])
         scores = _scores(query[at], at, means, sight, skipped, softcap)
-        merged[at], merged_lse[at] = _join(output[at], lse[at], scores, at, means)
-    return merged, merged_lse
+        if scores.shape[-1] > 0:
+            _join(output[at], lse[at], scores, at, means)
 
 
-@_centroids.register_fake
-def _fake_centroids(output: Tensor, lse: Tensor, *_: object) -> tuple[Tensor, Tensor]:
-    return torch.empty_like(output), torch.empty_like(lse)
+@_add_centroids.register_fake
+def _fake_add_centroids(*_: object) -> None:
+    return
 
 
 def _places(query: Tensor, block_q: int, kv_blocks: int) -> Iterator[Place]:
@@ -302,8 +300,8 @@ def _of(tensor: Tensor, sample: int) -> Tensor:
 
 
 def _allow(scores: Tensor, allowed: Tensor) -> None:
-    """Write -inf where not allowed; many times as fast as masked_fill on a CPU."""
-    torch.minimum(scores, torch.where(allowed, -_MINUS_INF, _MINUS_INF), out=scores)
+    """Write -inf where not allowed, many times as fast as masked_fill on a CPU; what is allowed becomes finite."""
+    torch.minimum(scores, torch.where(allowed, LARGEST, _MINUS_INF), out=scores)
 
 
 def _scores(query: Tensor, at: Place, means: _Means, sight: _Sight, skipped: Tensor, softcap: float | None) -> Tensor:
@@ -320,23 +318,24 @@ def _scores(query: Tensor, at: Place, means: _Means, sight: _Sight, skipped: Ten
     return scores
 
 
-def _join(output: Tensor, lse: Tensor, scores: Tensor, at: Place, means: _Means) -> tuple[Tensor, Tensor]:
-    """The result of some rows, `[heads, rows, value_dim]` and `[heads, rows]`, with the means of the scores in it."""
+def _join(output: Tensor, lse: Tensor, scores: Tensor, at: Place, means: _Means) -> None:
+    """Bring the means into the result of some rows, `[heads, rows, value_dim]` and `[heads, rows]`, by their scores."""
     sample, heads, _ = at
     blocks = scores.shape[-1]
-    if blocks == 0:
-        return output, lse
     most = scores.amax(-1)
-    joins = most.isfinite()  # not where nothing does, nor where a score is out of range
     # exp2: torch's exp takes forty times as long on a CPU where it underflows.
-    weights = scores.sub_(torch.where(joins, most, 0.0)[..., None]).exp2_()
-    number = torch.where(joins, weights @ _of(means.numbers, sample)[:blocks], 0.0)
+    weights = scores.sub_(_finite_or_zero(most)[..., None]).exp2_()
+    number = weights @ _of(means.numbers, sample)[:blocks]
     values = weights @ means.values[sample, heads, :blocks]
-    most = torch.where(joins, most / LOG2E, _MINUS_INF)
-    top = torch.maximum(lse, most)
-    top = torch.where(top == _MINUS_INF, 0.0, top)
+    most = most / LOG2E
+    top = _finite_or_zero(torch.maximum(lse, most))
     ours, theirs = torch.exp(most - top), torch.exp(lse - top)
     total = theirs + ours * number
     theirs, ours = (torch.where(part == 0, 0.0, part / total)[..., None] for part in (theirs, ours))
-    merged = output * theirs + torch.where(ours == 0, 0.0, values * ours)
-    return merged, top + torch.log(total)
+    output.copy_(values.mul_(ours).addcmul_(output.to(torch.float32), theirs))
+    lse.copy_(top + torch.log(total))
+
+
+def _finite_or_zero(maximum: Tensor) -> Tensor:
+    """Where there is nothing the maximum is -inf; subtracting 0 keeps exp() at 0."""
+    return torch.where(maximum == _MINUS_INF, 0.0, maximum)
