@@ -52,6 +52,7 @@ def test_info_says_why_a_better_target_is_not_used(
         (["bench"], "BENCHMARK"),
         (["demo", "--pixels", "3"], "--pixels must be 14 or more"),
         (["bench", "decode", "--json", "/nowhere/file.json"], "--json: the folder of /nowhere/file.json is not there"),
+        (["bench", "compensate", "--tokens", "0"], "expected a whole number above 0, got '0'"),
         (["bench", "limits", "--roofline", "/nowhere/a.svg"], "--roofline: the folder of /nowhere/a.svg is not there"),
         (["bench", "cpu", "--density", "2"], r"expected a number in (0, 1], got '2'"),
     ],

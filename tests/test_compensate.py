@@ -146,6 +146,7 @@ OPTIONS: dict[str, Callable[[int, int], dict[str, Any]]] = {
     "softcap and scale": lambda n, m: {"softcap": 2.0, "scale": 0.7, "causal": True},
     "sinks": lambda n, m: {"sink_logits": torch.tensor([2.0, -1.0, 0.0, 1.0, 3.0, 0.5]), "causal": True},
     "documents": lambda n, m: {"segments": (documents(n, n // 3), documents(m, m // 3)), "causal": True},
+    "documents, both ways": lambda n, m: {"segments": (documents(n, n // 3), documents(m, m // 3))},
     "padding": lambda n, m: {
         "segments": (documents(n).expand(2, n), torch.stack([documents(m, padding=m // 5), documents(m)]))
     },

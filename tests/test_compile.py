@@ -74,6 +74,12 @@ def with_tensors(q: Tensor, k: Tensor, v: Tensor, backend: str) -> tuple[Tensor,
     return result.output, result.lse
 
 
+def compensated(q: Tensor, k: Tensor, v: Tensor, backend: str) -> tuple[Tensor, Tensor]:
+    kept = tamis.Sparge(topk=0.3, similarity=-1.0)(q, k, causal=True, backend=backend)
+    result = tamis.attend(q, k, v, kept, causal=True, softcap=3.0, compensate="centroid", backend=backend)
+    return result.output, result.lse
+
+
 def merged(q: Tensor, k: Tensor, v: Tensor, backend: str) -> tuple[Tensor, Tensor]:
     parts = [tamis.attend(q, k[:, :, part], v[:, :, part], backend=backend) for part in (slice(0, 70), slice(70, None))]
     result = tamis.merge([part.output for part in parts], [part.lse for part in parts])
@@ -88,7 +94,7 @@ def varlen(q: Tensor, k: Tensor, v: Tensor, backend: str) -> tuple[Tensor, Tenso
     return result.output, result.lse
 
 
-FUNCTIONS = [sparse, sparse_cross, full, int8, predicted, windowed, with_tensors, merged, varlen]
+FUNCTIONS = [sparse, sparse_cross, full, int8, predicted, windowed, with_tensors, compensated, merged, varlen]
 
 
 def flat(result: Any) -> list[Tensor]:
@@ -122,10 +128,11 @@ def test_a_new_length_does_not_recompile(function: Callable[..., Any], backend: 
 
 
 @pytest.mark.parametrize("backend", BACKENDS)
-def test_inductor(backend: str) -> None:
+@pytest.mark.parametrize("function", [sparse, compensated])
+def test_inductor(function: Callable[..., Any], backend: str) -> None:
     q, k, v = inputs()
-    compiled = torch.compile(lambda q, k, v: sparse(q * 1.5, k, v, backend) + 1, fullgraph=True)
-    expected = sparse(q * 1.5, k, v, backend) + 1
+    compiled = torch.compile(lambda q, k, v: flat(function(q * 1.5, k, v, backend))[0] + 1, fullgraph=True)
+    expected = flat(function(q * 1.5, k, v, backend))[0] + 1
     torch.testing.assert_close(compiled(q, k, v), expected, rtol=0, atol=0)
 
 
@@ -141,7 +148,7 @@ class Attention(torch.nn.Module):
 
 
 @pytest.mark.parametrize("backend", BACKENDS)
-@pytest.mark.parametrize("function", [sparse, full, int8, predicted, with_tensors])
+@pytest.mark.parametrize("function", [sparse, full, int8, predicted, with_tensors, compensated])
 def test_exports_with_a_dynamic_length(function: Callable[..., Any], backend: str) -> None:
     model = Attention(function, backend)
     length = torch.export.Dim("length", min=2, max=4096)
@@ -260,6 +267,26 @@ def test_opcheck_attend(backend: str, precision: str) -> None:
                 backend,
             ),
         )
+
+
+@pytest.mark.parametrize("backend", BACKENDS)
+def test_opcheck_add_centroids(backend: str) -> None:
+    q, k, v = qkv(heads=4, kv_heads=2, q_len=170, kv_len=250, dim=8, value_dim=5)
+    mask = block_mask((170, 250), heads=4)
+    lists = (mask.kv_num_blocks, mask.kv_indices)
+    torch.library.opcheck(
+        torch.ops.tamis.add_centroids.default,
+        (
+            *(torch.randn(1, 4, 170, 5), torch.randn(1, 4, 170)),
+            *(q, k, v, []),
+            *lists,
+            *(128, 64, True, 90, 0.3),
+            torch.randn(1, 1, 170, 250).expand(1, 4, -1, -1),
+            *(None, None),
+            *(torch.zeros(1, 170, dtype=torch.int64), torch.zeros(1, 250, dtype=torch.int64)),
+            *(2.0, backend),
+        ),
+    )
 
 
 def test_packed_compiles(any_engine: Engine) -> None:

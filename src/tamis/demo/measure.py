@@ -27,11 +27,12 @@ class Settings:
     pv_threshold: float | None
     precision: str = "int8"
     backend: str | None = None
+    compensate: str | None = None
 
     def as_json(self) -> dict[str, Any]:
         """Plain values for a report."""
         predictor = {name: _plain(value) for name, value in vars(self.predictor).items()}
-        rest = {"precision": self.precision, "pv_threshold": _plain(self.pv_threshold)}
+        rest = {"precision": self.precision, "pv_threshold": _plain(self.pv_threshold), "compensate": self.compensate}
         return {"predictor": type(self.predictor).__name__, **predictor, **rest}
 
 
@@ -165,6 +166,7 @@ def run_sparse(
         predictor=settings.predictor,
         precision=settings.precision,
         pv_threshold=settings.pv_threshold,
+        compensate=settings.compensate,
         backend=settings.backend,
         return_stats=True,
     )

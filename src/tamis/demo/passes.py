@@ -129,6 +129,7 @@ def install(model: Any, settings: Settings) -> Applied:
         settings.predictor,
         precision=settings.precision,
         pv_threshold=settings.pv_threshold,
+        compensate=settings.compensate,
         backend=settings.backend,
     )
 
