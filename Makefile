@@ -31,7 +31,7 @@ test-cpu: setup
 
 # The GPU's kernels in Triton's interpreter, on CPU tensors: their own tests whole, and of each test that all backends
 # share a sample, for the interpreter is slow.
-SHARED := attend masks stage2 int8 poison properties select predictors varlen pack decode sparse_attention defects regressions
+SHARED := attend masks stage2 int8 poison properties select predictors varlen pack decode sparse_attention defects regressions compensate
 test-triton: setup
 	TRITON_INTERPRET=1 TAMIS_TEST_SAMPLE=1 $(BIN)/python -m pytest $(SHARED:%=tests/test_%.py) & shared=$$!; \
 	TRITON_INTERPRET=1 $(BIN)/python -m pytest tests/test_triton.py tests/test_triton_real.py tests/test_bench_gpu.py; own=$$?; \

@@ -412,6 +412,16 @@ def test_empty_sizes(engine: Engine) -> None:
         assert (result.output == 0).all()
 
 
+def test_without_gradients(engine: Engine) -> None:
+    """Under no_grad and inference_mode what requires grad is taken as it is."""
+    q, k, v = qkv(q_len=300)
+    mask = block_mask((300, 300), heads=2, density=0.3)
+    plain = engine.attend(q, k, v, mask, compensate=CENTROID)
+    for mode in (torch.no_grad(), torch.inference_mode()):
+        with mode:
+            assert same(engine.attend(q.requires_grad_(), k, v, mask, compensate=CENTROID), plain)
+
+
 def test_strided_inputs(engine: Engine) -> None:
     q, k, v = (x.transpose(1, 2).contiguous().transpose(1, 2) for x in qkv(q_len=300, heads=4, kv_heads=2))
     check(engine, q, k[:, :1].expand(-1, 2, -1, -1), v, block_mask((300, 300), heads=4, density=0.3), causal=True)

@@ -139,7 +139,7 @@ def sees_whole(
         seen = seen & _ahead_less(q_at, k_min, window) & _ahead_less(k_max, q_at, window)
     if q_segments is not None:
         segment = q_segments[:, :, None]
-        seen = seen & (segment_min == segment) & (segment_max == segment) & (segment >= 0)
+        seen = seen & (segment_min == segment) & (segment_max == segment)  # those that count are not negative
     return seen
 
 
