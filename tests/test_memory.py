@@ -47,6 +47,10 @@ CASES = {
         mask = tamis.Window(256)(q, k, causal=True)
         out = tamis.attend(q, k, v, mask, causal=True, window=256, backend=BACKEND).output
     """,
+    "means of skipped blocks": """
+        mask = tamis.Window(256)(q, k, causal=True)
+        out = tamis.attend(q, k, v, mask, causal=True, compensate="centroid", backend=BACKEND).output
+    """,
     "dense, one row of queries": """
         out = tamis.attend(q[:, :, -1:], k, v, causal=True, precision="int8", backend=BACKEND).output
     """,
