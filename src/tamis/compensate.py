@@ -322,18 +322,17 @@ def _join(output: Tensor, lse: Tensor, scores: Tensor, at: Place, means: _Means)
     """Bring the means into the result of some rows, `[heads, rows, value_dim]` and `[heads, rows]`, by their scores."""
     sample, heads, _ = at
     blocks = scores.shape[-1]
-    most = scores.amax(-1)
+    top = _finite_or_zero(torch.maximum(lse, scores.amax(-1) / LOG2E))
     # exp2: torch's exp takes forty times as long on a CPU where it underflows.
-    weights = scores.sub_(_finite_or_zero(most)[..., None]).exp2_()
-    number = weights @ _of(means.numbers, sample)[:blocks]
-    values = weights @ means.values[sample, heads, :blocks]
-    most = most / LOG2E
-    top = _finite_or_zero(torch.maximum(lse, most))
-    ours, theirs = torch.exp(most - top), torch.exp(lse - top)
-    total = theirs + ours * number
-    theirs, ours = (torch.where(part == 0, 0.0, part / total)[..., None] for part in (theirs, ours))
-    output.copy_(values.mul_(ours).addcmul_(output.to(torch.float32), theirs))
+    weights = scores.sub_((top * LOG2E)[..., None]).exp2_()
+    kept = torch.exp(lse - top)
+    total = kept + weights @ _of(means.numbers, sample)[:blocks]
     lse.copy_(top + torch.log(total))
+    exact = output.to(torch.float32)  # the output itself if it is fp32
+    exact.mul_(kept[..., None]).baddbmm_(weights, means.values[sample, heads, :blocks])
+    exact.mul_(torch.where(total == 0, 0.0, 1 / total)[..., None])
+    if exact is not output:
+        output.copy_(exact)
 
 
 def _finite_or_zero(maximum: Tensor) -> Tensor:
