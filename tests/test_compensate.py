@@ -407,9 +407,10 @@ def test_empty_sizes(engine: Engine) -> None:
         q, k, v = qkv(batch=batch, q_len=q_len, kv_len=kv_len)
         grid = blocks_needed((q_len, kv_len), (128, 64))
         mask = tamis.BlockMask.from_dense(torch.zeros(*grid, dtype=torch.bool), seq_lens=(q_len, kv_len))
-        result = engine.attend(q, k, v, mask, compensate=CENTROID)
-        assert result.output.shape == q.shape
-        assert (result.output == 0).all()
+        for hidden in (None, torch.ones(q_len, kv_len, dtype=torch.bool)):
+            result = engine.attend(q, k, v, mask, attn_mask=hidden, compensate=CENTROID)
+            assert result.output.shape == q.shape
+            assert (result.output == 0).all()
 
 
 def test_without_gradients(engine: Engine) -> None:

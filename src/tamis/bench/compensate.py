@@ -8,6 +8,7 @@ default. Cost: random inputs and masks, since time does not depend on the values
 from __future__ import annotations
 
 import statistics
+import time
 from collections.abc import Callable
 from dataclasses import replace
 from typing import Any
@@ -19,7 +20,7 @@ from tamis.bench.layers import Layer, evaluate, image_layers, language_layers
 from tamis.bench.record import commit
 from tamis.block_mask import BlockMask
 from tamis.demo.machine import machine
-from tamis.demo.measure import Settings, interleaved, torch_dense
+from tamis.demo.measure import Settings, torch_dense
 from tamis.demo.progress import Progress
 from tamis.geometry import DEFAULT_BLOCK_SIZE, num_blocks
 from tamis.predictors.sparge import Sparge
@@ -33,7 +34,7 @@ COST_HEADS, COST_KV_HEADS, COST_DIM = 9, 3, 64  # as the language model has
 Row = dict[str, Any]
 
 
-def run(tokens: int = TOKENS, repeats: int = 9) -> dict[str, Any]:
+def run(tokens: int = TOKENS, repeats: int = 5) -> dict[str, Any]:
     """All measurements as plain values."""
     models: dict[str, Callable[[], list[Layer]]] = {
         "SmolLM2-135M": lambda: language_layers(tokens),
@@ -86,7 +87,7 @@ def _errors(layers: list[Layer], settings: Settings, advance: Callable[[], None]
 
 
 def _cost(causal: bool, dtype: torch.dtype, repeats: int) -> Row:
-    """Median seconds of int8 calls without and with means, and of torch's dense attention, all in turn."""
+    """Median CPU seconds, on one thread, of int8 calls without and with means and of torch's dense attention, in turn."""
     torch.manual_seed(0)
     query = torch.randn(1, COST_HEADS, COST_TOKENS, COST_DIM).to(dtype)
     key, value = (torch.randn(1, COST_KV_HEADS, COST_TOKENS, COST_DIM).to(dtype) for _ in range(2))
@@ -102,17 +103,32 @@ def _cost(causal: bool, dtype: torch.dtype, repeats: int) -> Row:
         "with": lambda: sparse("centroid"),
         "dense": lambda: torch_dense(query, key, value, causal=causal, scale=None),
     }
-    interleaved(list(calls.values()), 1)
-    runs = dict(zip(calls, interleaved(list(calls.values()), repeats), strict=True))
+    runs = _cpu_seconds(calls, repeats)
     shares = [(b - a) / dense for a, b, dense in zip(*runs.values(), strict=True)]
     return {
         "causal": causal,
         "dtype": str(dtype).removeprefix("torch."),
         "tokens": COST_TOKENS,
         "density": COST_DENSITY,
-        **{f"seconds_{name}": statistics.median(times) for name, times in runs.items()},
+        **{f"cpu_seconds_{name}": statistics.median(times) for name, times in runs.items()},
         "share_of_dense": statistics.median(shares),
     }
+
+
+def _cpu_seconds(calls: dict[str, Callable[[], object]], repeats: int) -> dict[str, list[float]]:
+    """CPU time of this process on one thread, `repeats` times after one to warm up: others on the machine count little."""
+    runs: dict[str, list[float]] = {name: [] for name in calls}
+    threads = torch.get_num_threads()
+    torch.set_num_threads(1)
+    try:
+        for _ in range(1 + repeats):
+            for name, call in calls.items():
+                start = time.process_time()
+                call()
+                runs[name].append(time.process_time() - start)
+    finally:
+        torch.set_num_threads(threads)
+    return {name: times[1:] for name, times in runs.items()}
 
 
 def table(result: dict[str, Any]) -> str:
@@ -131,10 +147,10 @@ def table(result: dict[str, Any]) -> str:
         )
     lines += [
         "",
-        "| inputs | causal | int8, ms | with means, ms | dense, ms | means, share of dense |",
+        "| inputs | causal | int8, CPU ms | with means | dense | means, share of dense |",
         "|---|---|---|---|---|---|",
     ]
     for row in result["cost"]:
-        times = " | ".join(f"{row[f'seconds_{name}'] * 1e3:.1f}" for name in ("without", "with", "dense"))
+        times = " | ".join(f"{row[f'cpu_seconds_{name}'] * 1e3:.1f}" for name in ("without", "with", "dense"))
         lines.append(f"| {row['dtype']} | {'yes' if row['causal'] else 'no'} | {times} | {row['share_of_dense']:.1%} |")
     return "\n".join(lines)
