@@ -119,11 +119,6 @@ def _add_centroids(
             _join(output[at], lse[at], scores, at, means)
 
 
-@_add_centroids.register_fake
-def _fake_add_centroids(*_: object) -> None:
-    return
-
-
 def _places(query: Tensor, block_q: int, kv_blocks: int) -> Iterator[Place]:
     """Parts of the query whose scores fit the budget (at least one block of one head); an unfinished block is alone."""
     batch, heads, q_len, _ = query.shape

@@ -87,7 +87,7 @@ def _errors(layers: list[Layer], settings: Settings, advance: Callable[[], None]
 
 
 def _cost(causal: bool, dtype: torch.dtype, repeats: int) -> Row:
-    """Median CPU seconds, on one thread, of int8 calls without and with means and of torch's dense attention, in turn."""
+    """Median CPU seconds, on one thread, of int8 calls without and with means and of torch's dense attention."""
     torch.manual_seed(0)
     query = torch.randn(1, COST_HEADS, COST_TOKENS, COST_DIM).to(dtype)
     key, value = (torch.randn(1, COST_KV_HEADS, COST_TOKENS, COST_DIM).to(dtype) for _ in range(2))
@@ -116,7 +116,7 @@ def _cost(causal: bool, dtype: torch.dtype, repeats: int) -> Row:
 
 
 def _cpu_seconds(calls: dict[str, Callable[[], object]], repeats: int) -> dict[str, list[float]]:
-    """CPU time of this process on one thread, `repeats` times after one to warm up: others on the machine count little."""
+    """CPU time on one thread, calls in turn, once to warm up and then `repeats` times: a busy machine counts little."""
     runs: dict[str, list[float]] = {name: [] for name in calls}
     threads = torch.get_num_threads()
     torch.set_num_threads(1)
