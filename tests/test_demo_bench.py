@@ -88,6 +88,12 @@ def test_compensate(monkeypatch: pytest.MonkeyPatch) -> None:
     json.dumps(result, allow_nan=False)
 
 
+def test_the_documented_table_is_the_measured_one() -> None:
+    root = Path(__file__).parent.parent
+    found = json.loads((root / "benchmarks" / "results" / "compensate-smollm2-dinov2.json").read_text(encoding="utf-8"))
+    assert compensate.table(found) in (root / "docs" / "compensate.md").read_text(encoding="utf-8")
+
+
 class Perplexities:
     """Stands in for the model: sparse reads are worse the less is kept."""
 
