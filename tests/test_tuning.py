@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import itertools
 import json
+import math
 from collections import Counter
 from collections.abc import Callable, Sequence
 from pathlib import Path
@@ -19,7 +20,9 @@ from tamis.profile import LayerSettings, Profile, Stage
 from tamis.tuning import Budget, candidates, choose, tune_source, whole
 from tamis.tuning.calls import LayerCall, exact_output
 from tamis.tuning.candidates import DENSE, GRID, Candidate
+from tamis.tuning.decide import decide
 from tamis.tuning.ending import End, weights
+from tamis.tuning.evaluate import Trial, evaluate
 from tamis.tuning.frontier import frontier, sample_rows
 from tamis.tuning.journal import Journal
 from tamis.tuning.run import Place
@@ -254,6 +257,8 @@ def test_several_processes_find_the_same(workers: int | str) -> None:
 def test_one_price_is_the_best_use_of_density() -> None:
     """Against all choices of three heads: none has less harm at no more density."""
     density, harm = torch.rand(5, 3, dtype=torch.float64), torch.rand(5, 3, dtype=torch.float64)
+    assert torch.equal(choose.priced(density, harm, 0.0), density.argmin(0))
+    assert torch.equal(choose.priced(density, harm, 1e9), harm.argmin(0))
     heads = torch.arange(3)
     everything = [torch.tensor(rows) for rows in itertools.product(range(5), repeat=3)]
     for price in (0.1, 0.5, 1.0, 2.0, 10.0):
@@ -401,10 +406,70 @@ def test_rungs_reach_from_sparse_to_dense() -> None:
         for head in choose.within(l1, density, budget):
             assert head[-1] == DENSE
             assert len(head) == 6
+    for head in choose.within(l1 + 1, density, 0.5):  # nothing holds
+        assert set(head) == {DENSE}
     place = Place("a", 0)
     surveyed = {place: {"density": density, "square": l1**2}}
     found = whole.rungs(surveyed, {place: torch.ones(3, dtype=torch.float64)}, 0.1)
     assert all(head[-1] == DENSE and len(head) == 6 for head in found[place])
+
+
+def test_the_worst_input_decides() -> None:
+    """Two candidates: the sparser one holds on one input of two only, the other on both; stage 2 has its own bound."""
+    count = len(choose.THRESHOLDS)
+    l1 = torch.full((2, 2 * count, 1), 0.05, dtype=torch.float64)
+    l1[1, :count] = 0.2
+    l1[0, count + 3 :] = 0.085
+    l1[0, count + 5 :] = 0.095
+    density = torch.linspace(0.3, 0.1, count, dtype=torch.float64).repeat(2)[None, :, None].expand(2, -1, 1).clone()
+    density[:, count:] += 0.4
+    assert choose.best(l1, density, 0.08, 0.09) == torch.tensor([count + 4])
+    assert choose.best(l1, density, 0.08, 0.08) == torch.tensor([count + 2])
+    assert choose.best(l1, density, 0.01, 0.09) is None
+
+
+def test_every_head_gets_its_own_trial() -> None:
+    tried = [
+        Trial((Candidate(topk=0.1), Candidate(topk=0.2)), (4.0, 5.0)),
+        Trial((Candidate(topk=0.3), Candidate(topk=0.4)), (6.0, 7.0)),
+    ]
+    found = {
+        "l1": torch.tensor([[[0.01, 0.02], [0.03, 0.04]], [[0.05, 0.06], [0.07, 0.08]]]),
+        "density": torch.tensor([[[0.1, 0.2], [0.3, 0.4]]] * 2),
+    }
+    made = decide(tried, torch.tensor([1, 0]), found, "int8")
+    assert made.trial == Trial((Candidate(topk=0.3), Candidate(topk=0.2)), (6.0, 5.0))
+    assert made.evidence.l1 == pytest.approx((0.05, 0.04))
+    assert made.evidence.l1_worst == pytest.approx((0.07, 0.06))
+    assert made.evidence.density == pytest.approx((0.3, 0.2))
+
+
+def test_trials_run_as_they_will_be_used() -> None:
+    """Candidates, thresholds of their own and precision: error and density of each are those of `sparse_attention`."""
+    asked = call((700, 700), causal=True)
+    heads = (Candidate(topk=0.3), DENSE, Candidate(cdf=0.8), Candidate(cdf=0.9, similarity=0.3))
+    tried = [Trial(heads, (math.inf,) * 4), Trial(heads, (math.inf, 1.0, 2.0, 0.5)), Trial((DENSE,) * 4, (3.0,) * 4)]
+    truth = oracle.attention(asked.query, asked.key, asked.value, causal=True).output
+    for precision in ("int8", "full"):
+        found = evaluate(asked, tried, precision, None)
+        for number, trial in enumerate(tried):
+            output, stats = tamis.sparse_attention(
+                asked.query,
+                asked.key,
+                asked.value,
+                is_causal=True,
+                enable_gqa=True,
+                predictor=candidates.predictor_of(trial.heads),
+                pv_threshold=None if number == 0 else trial.thresholds,
+                precision=precision,
+                return_stats=True,
+            )
+            assert torch.equal(found.density[number], stats.density_per_head)
+            error = (output - truth).abs().sum((0, 2, 3)) / truth.abs().sum((0, 2, 3))
+            assert found.l1[number].tolist() == pytest.approx(error.tolist(), abs=2e-6)
+            square = (output - truth).square().mean((0, 2, 3))
+            assert found.square[number].tolist() == pytest.approx(square.tolist(), rel=1e-3, abs=1e-12)
+        assert found.density[1].sum() < found.density[0].sum(), "stage 2 was at work"
 
 
 def test_a_profile_remembers_its_end(tmp_path: Path) -> None:

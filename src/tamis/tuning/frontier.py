@@ -46,19 +46,18 @@ def sample_rows(call: LayerCall, most: int) -> list[int]:
 
 
 def frontier(call: LayerCall, masks: Tensor, rows: Sequence[int]) -> Frontier:
-    """Error and density of masks, `[masks, heads, rows, kv_blocks]`, over the rows of query blocks they are for."""
+    """Error and density of masks of visible blocks, `[masks, heads, rows, kv_blocks]`, over those rows of query blocks."""
     call = call.full()
     heads, groups, count = call.query.shape[1], call.groups, masks.shape[0]
     wrong, square, kept = (torch.zeros(count, heads, dtype=torch.float64) for _ in range(3))
     size, visible = (torch.zeros(heads, dtype=torch.float64) for _ in range(2))
     entries = 0
     for place, row in enumerate(rows):
-        seen = _seen(call, row)
-        visible += seen.sum()
-        kept += (masks[:, :, place] & seen).sum(-1)
+        visible += _seen(call, row).sum()
+        kept += masks[:, :, place].sum(-1)
         for kv_head in range(call.key.shape[1]):
             mine = slice(kv_head * groups, (kv_head + 1) * groups)
-            weights = (masks[:, mine, place] & seen).float()
+            weights = masks[:, mine, place].float()
             exact, outputs = _outputs(call, row, kv_head, weights.transpose(0, 1))
             error = outputs.sub_(exact[:, None])
             size[mine] += vector_norm(exact, 1, dim=(1, 2))
