@@ -6,19 +6,25 @@ from tamis.errors import UnsupportedError
 from tamis.integrations.transformers import apply
 from tamis.merge import merge
 from tamis.packed import PackedKV
-from tamis.predictors import Sparge, Window
+from tamis.predictors import Antidiagonal, Oracle, Probe, QuerySampled, Random, Sparge, VerticalSlash, Window
 from tamis.profile import Profile
 from tamis.stats import AttentionOutput, AttentionStats
 from tamis.tuning import tune
 
 __all__ = [
+    "Antidiagonal",
     "AttentionOutput",
     "AttentionStats",
     "BlockMask",
+    "Oracle",
     "PackedKV",
+    "Probe",
     "Profile",
+    "QuerySampled",
+    "Random",
     "Sparge",
     "UnsupportedError",
+    "VerticalSlash",
     "Window",
     "apply",
     "attend",

@@ -131,7 +131,7 @@ def _add_tune(commands: Any) -> None:
         "--text", type=Path, nargs="+", default=[], metavar="FILE", help="UTF-8 texts, held out ones last"
     )
     tune.add_argument("--inputs", type=_positive, default=5, metavar="N", help="built-in inputs to tune on (5)")
-    tune.add_argument("--held-out", type=_count, default=5, metavar="N", help="inputs to evaluate on at the end (5)")
+    tune.add_argument("--held-out", type=_natural, default=5, metavar="N", help="inputs to evaluate on at the end (5)")
     tune.add_argument("--tokens", type=_positive, metavar="N", help="tokens of each text (4096)")
     tune.add_argument("--pixels", type=_positive, metavar="N", help="side of the photographs (1036)")
     tune.add_argument("--precision", choices=("int8", "full"), default="int8", help="that settings will run in (int8)")
@@ -197,7 +197,16 @@ def _add_bench(commands: Any) -> None:
     compensate = kinds.add_parser("compensate", help="what means of skipped blocks do to the error, and what they cost")
     compensate.add_argument("--tokens", type=_positive, default=4096, metavar="N", help="length of the text (4096)")
     compensate.set_defaults(command=_bench_compensate)
-    for kind in (cpu, gpu, decode, limits, ablation, defaults, static, tuned, compensate):
+    frontier = kinds.add_parser("frontier", help="density against error of every predictor on a real model")
+    frontier.add_argument("--tokens", type=_positive, default=4096, metavar="N", help="length of the text (4096)")
+    frontier.add_argument("--start", type=_natural, default=90000, metavar="N", help="its first token (90000)")
+    frontier.add_argument("--every", type=_positive, default=1, metavar="N", help="take only each N-th layer (1)")
+    frontier.add_argument("--picture", type=Path, metavar="FILE", help="also draw the curves as SVG")
+    frontier.add_argument(
+        "--markdown", type=Path, metavar="FILE", help="measure nothing: print this result as tables, and draw it"
+    )
+    frontier.set_defaults(command=_bench_frontier)
+    for kind in (cpu, gpu, decode, limits, ablation, defaults, static, tuned, compensate, frontier):
         kind.add_argument(
             "--json", type=Path, metavar="FILE", help="result (NAME-DATE.json, under benchmarks/results if there)"
         )
@@ -211,6 +220,10 @@ def _positive(text: str) -> int:
     if number < 1:
         raise argparse.ArgumentTypeError(f"expected a whole number above 0, got {text!r}")
     return number
+
+
+def _natural(text: str) -> int:
+    return 0 if text == "0" else _positive(text)
 
 
 def _share(text: str) -> float:
@@ -231,10 +244,6 @@ def _size(text: str) -> float:
     if not 0 < number < float("inf"):
         raise argparse.ArgumentTypeError(f"expected a number above 0, got {text!r}")
     return number
-
-
-def _count(text: str) -> int:
-    return 0 if text == "0" else _positive(text)
 
 
 def _workers(text: str) -> int | str:
@@ -457,6 +466,22 @@ def _bench_compensate(options: argparse.Namespace) -> None:
     result = compensate.run(options.tokens)
     print(compensate.table(result))
     _write(options.json, "compensate", result)
+
+
+def _bench_frontier(options: argparse.Namespace) -> None:
+    _check_folder(options.json)
+    _check_folder(options.picture, "--picture")
+    from tamis.bench import frontier, frontier_report
+
+    if options.markdown is None:
+        result = frontier.run(options.tokens, options.start, options.every)
+        print(frontier_report.markdown(result))
+        _write(options.json, "frontier", result)
+    else:
+        result = json.loads(options.markdown.read_text(encoding="utf-8"))
+        print(frontier_report.markdown(result))
+    if options.picture is not None:
+        options.picture.write_text(frontier_report.svg(result), encoding="utf-8")
 
 
 def _check_folder(path: Path | None, option: str = "--json") -> None:

@@ -40,10 +40,10 @@ class Layer:
         return Layer(cut, self.exact[:, :, :tokens])
 
 
-def language_layers(tokens: int) -> list[Layer]:
-    """Every attention call of SmolLM2-135M-Instruct while it reads the demo's text."""
+def language_layers(tokens: int, start: int = 0) -> list[Layer]:
+    """Every attention call of SmolLM2-135M-Instruct while it reads the demo's text from a token on."""
     model, tokenizer, _ = load_language_model(None)
-    ids = encode(tokenizer, default_text(), tokens)
+    ids = encode(tokenizer, default_text(), start + tokens)[:, start:]
     return _layers(model, lambda: backbone(model, ids), f"capturing {tokens} tokens")
 
 

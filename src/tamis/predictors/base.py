@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Protocol, TypeAlias
 
@@ -15,6 +15,7 @@ from tamis.call import Call
 from tamis.packed import check_layout
 
 Range: TypeAlias = "tuple[int | None, int | None]"
+Setting: TypeAlias = "float | Sequence[float] | Tensor"
 
 
 class Predictor(Protocol):
@@ -88,6 +89,30 @@ def as_keep(keep: Keep | Mapping[str, Sequence[Range]] | None) -> Keep | None:
     if unknown:
         raise ValueError(f"keep knows 'keys' and 'queries', got {unknown}")
     return Keep(**keep)
+
+
+_INTERVALS: dict[str, Callable[[float], bool]] = {
+    "in (0, 1]": lambda value: 0 < value <= 1,
+    "in [0, 1]": lambda value: 0 <= value <= 1,
+    "in [-1, 1)": lambda value: -1 <= value < 1,
+}
+
+
+def numbers(setting: Setting, name: str, allowed: str) -> float | tuple[float, ...]:
+    """A setting as plain numbers, so that a predictor can be compared, hashed and saved."""
+    if isinstance(setting, Tensor):
+        setting = setting.tolist()
+    if not isinstance(setting, (int, float, Sequence)) or isinstance(setting, str):
+        raise TypeError(f"{name} must be a number or one per query head, got {setting!r}")
+    values = [setting] if isinstance(setting, (int, float)) else list(setting)
+    if not values:
+        raise ValueError(f"{name} must be a number or one per query head, got an empty sequence")
+    for value in values:
+        if isinstance(value, bool) or not isinstance(value, (int, float)):
+            raise TypeError(f"{name} must be a number or one per query head, got {value!r}")
+        if not _INTERVALS[allowed](value):
+            raise ValueError(f"{name} must be {allowed}, got {value}")
+    return float(values[0]) if isinstance(setting, (int, float)) else tuple(float(value) for value in values)
 
 
 def detached(tensor: Tensor, name: str) -> Tensor:

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
-from typing import TypeAlias
 
 from torch import Tensor
 
@@ -12,9 +11,7 @@ from tamis import geometry
 from tamis.backends import base as backends
 from tamis.block_mask import BlockMask, may_trim
 from tamis.call import Call, Prepared, make_call, per_head
-from tamis.predictors.base import Keep, Range, as_keep, detached, must_blocks
-
-Setting: TypeAlias = "float | Sequence[float] | Tensor"
+from tamis.predictors.base import Keep, Range, Setting, as_keep, detached, must_blocks, numbers
 
 # Measured by `tamis bench defaults` on SmolLM2-135M: the lowest density whose relative L1 over its 270 heads at 4,096
 # tokens stays within .08 on average, and its perplexity on three texts of 8,192 within .5%.
@@ -67,7 +64,7 @@ class Sparge:
         for name, allowed in (("cdf", "in (0, 1]"), ("topk", "in (0, 1]"), ("similarity", "in [-1, 1)")):
             setting = getattr(self, name)
             if setting is not None or name == "similarity":
-                object.__setattr__(self, name, _numbers(setting, name, allowed))
+                object.__setattr__(self, name, numbers(setting, name, allowed))
         if not isinstance(self.sink, bool):
             raise TypeError(f"sink must be True or False, got {type(self.sink).__name__}")
         object.__setattr__(self, "keep", as_keep(self.keep))
@@ -166,20 +163,3 @@ class Sparge:
         keep = self.keep if isinstance(self.keep, Keep) else None
         diagonal = call.causal and call.q_bounds is not None
         return must_blocks(call, keep, diagonal=diagonal) if diagonal or keep is not None else None
-
-
-def _numbers(setting: Setting, name: str, allowed: str) -> float | tuple[float, ...]:
-    """A setting as plain numbers, so that a `Sparge` can be compared, hashed and saved."""
-    if isinstance(setting, Tensor):
-        setting = setting.tolist()
-    if not isinstance(setting, (int, float, Sequence)) or isinstance(setting, str):
-        raise TypeError(f"{name} must be a number or one per query head, got {setting!r}")
-    values = [setting] if isinstance(setting, (int, float)) else list(setting)
-    if not values:
-        raise ValueError(f"{name} must be a number or one per query head, got an empty sequence")
-    for value in values:
-        if isinstance(value, bool) or not isinstance(value, (int, float)):
-            raise TypeError(f"{name} must be a number or one per query head, got {value!r}")
-        if not (0 < value <= 1 if allowed == "in (0, 1]" else -1 <= value < 1):
-            raise ValueError(f"{name} must be {allowed}, got {value}")
-    return float(values[0]) if isinstance(setting, (int, float)) else tuple(float(value) for value in values)
