@@ -46,7 +46,7 @@ def sample_rows(call: LayerCall, most: int) -> list[int]:
 
 
 def frontier(call: LayerCall, masks: Tensor, rows: Sequence[int]) -> Frontier:
-    """Error and density of masks of visible blocks, `[masks, heads, rows, kv_blocks]`, over those rows of query blocks."""
+    """Error and density of masks of visible blocks, `[masks, heads, rows, kv_blocks]`, over some rows of blocks."""
     call = call.full()
     heads, groups, count = call.query.shape[1], call.groups, masks.shape[0]
     wrong, square, kept = (torch.zeros(count, heads, dtype=torch.float64) for _ in range(3))
