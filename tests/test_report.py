@@ -32,7 +32,7 @@ from report_pages import (
 )
 
 from tamis import report
-from tamis.report import charts, colour, maps, numbers
+from tamis.report import axes, charts, colour, maps, numbers
 from tamis.report.markup import element
 
 
@@ -230,7 +230,7 @@ def test_errors_that_cannot_be_drawn_say_so(errors: list[float]) -> None:
 def test_log_axis_holds_the_data_and_has_labels(span: tuple[float, float]) -> None:
     low, high = charts.log_range([{"relative_l1": [error]} for error in span], span)
     assert low - 1e-3 <= math.log10(span[0]) <= math.log10(span[1]) <= high + 1e-3
-    ticks = charts.log_ticks(low, high)
+    ticks = axes.log_ticks(low, high)
     assert 2 <= len(ticks) <= 8
     for place, label in ticks:
         assert -1e-6 <= place <= 1 + 1e-6

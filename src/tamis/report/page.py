@@ -4,13 +4,10 @@ from __future__ import annotations
 
 import base64
 import binascii
-import hashlib
-import json
 from collections.abc import Callable, Mapping, Sequence
-from importlib import resources
 from typing import Any
 
-from tamis.report import charts, colour, maps, numbers, summary
+from tamis.report import charts, maps, numbers, shell, summary
 from tamis.report.markup import Markup, element, join
 from tamis.report.parts import Part, entries, head_count, layer_name, part_of, per_head
 
@@ -23,68 +20,19 @@ LEAD = (
 )
 ALONE = "All layers together, prediction and quantisation included."
 WHOLE = "One pass through the model's layers, attention and everything else."
-SIEVE = (
-    '<svg viewBox="0 0 24 24" aria-hidden="true" fill="none" stroke="currentColor" stroke-width="1.8">'
-    '<circle cx="12" cy="12" r="10"/><path d="M8 3v18M12 2v20M16 3v18M3 8h18M2 12h20M3 16h18" stroke-width="1"/></svg>'
-)
 
 
 def render(result: Mapping[str, Any]) -> str:
     """The report about a demo result as one self-contained HTML document."""
     language, image, machine = (part_of(result, name) for name in ("language", "image", "machine"))
-    title = summary.headline(language, image)
-    script = asset("page.js")
-    digest = base64.b64encode(hashlib.sha256(script.encode()).digest()).decode("ascii")
-    head = element(
-        "head",
-        element("meta", charset="utf-8"),
-        element("meta", name="viewport", content="width=device-width, initial-scale=1"),
-        element(
-            "meta",
-            http_equiv="Content-Security-Policy",
-            content=f"default-src 'none'; img-src data:; style-src 'unsafe-inline'; script-src 'sha256-{digest}'",
-        ),
-        element("title", f"tamis report: {title}"),
-        element("link", rel="icon", href="data:,"),
-        element("style", style()),
+    return shell.document(
+        summary.headline(language, image),
+        LEAD if language or image else "No run was recorded, neither on text nor on an image.",
+        language_section(language) if language else None,
+        image_section(image) if image else None,
+        settings_section(language, image, machine),
+        foot=shell.made_by(machine.get("tamis"), machine.get("date")),
     )
-    body = element(
-        "body",
-        element(
-            "header",
-            element("div", Markup(SIEVE), "tamis report", class_="brand"),
-            element("h1", title),
-            element(
-                "p",
-                LEAD if language or image else "No run was recorded, neither on text nor on an image.",
-                class_="lead",
-            ),
-        ),
-        element(
-            "main",
-            language_section(language) if language else None,
-            image_section(image) if image else None,
-            settings_section(language, image, machine),
-        ),
-        element("footer", footer(machine)),
-        element("script", Markup(script)),
-    )
-    return "<!doctype html>\n" + element("html", head, body, lang="en") + "\n"
-
-
-def asset(name: str) -> str:
-    return resources.files("tamis.report").joinpath(name).read_text(encoding="utf-8")
-
-
-def style() -> Markup:
-    light = colour.css(colour.LIGHT) + swatch_rules(colour.LIGHT, colour.LIGHT_UNSEEN)
-    dark = colour.css(colour.DARK) + swatch_rules(colour.DARK, colour.DARK_UNSEEN)
-    return Markup(f"{asset('page.css')}{light}@media (prefers-color-scheme: dark){{{dark}}}")
-
-
-def swatch_rules(ramp: Sequence[colour.Colour], unseen: colour.Colour) -> str:
-    shown = {"much": ramp[-1], "little": ramp[0], "unseen": unseen}
-    return "".join(f".swatch-{name}{{background:#{bytes(c).hex()}}}" for name, c in shown.items())
 
 
 def language_section(part: Part) -> Markup:
@@ -244,7 +192,7 @@ def settings_section(language: Part, image: Part, machine: Part) -> Markup:
         )
         if facts
     ]
-    blocks = (element("div", element("h3", title), fact_list(facts)) for title, facts in columns)
+    blocks = (element("div", element("h3", title), shell.fact_list(facts)) for title, facts in columns)
     body = (
         element("div", *blocks, class_="columns") if columns else element("p", "Neither was recorded.", class_="note")
     )
@@ -261,37 +209,3 @@ def settings_of(part: Part) -> dict[str, Any]:
         times = ", ".join(f"{kind} {numbers.seconds(time)}" for kind, time in probed.items())
         facts["dense, one layer"] = times
     return facts
-
-
-def fact_list(facts: Mapping[str, Any]) -> Markup:
-    return element(
-        "dl",
-        *(
-            join(element("dt", str(name).replace("_", " ")), element("dd", fact(value)))
-            for name, value in facts.items()
-        ),
-        class_="facts",
-    )
-
-
-def fact(value: object) -> str:
-    if isinstance(value, str):
-        return value
-    if value is None:
-        return "none"
-    if isinstance(value, bool):
-        return "yes" if value else "no"
-    if isinstance(value, int):
-        return str(value)
-    if isinstance(value, float):
-        return numbers.odd(value) if numbers.finite(value) is None else f"{value:.6g}"
-    return json.dumps(value, ensure_ascii=False, default=str)
-
-
-def footer(machine: Part) -> str:
-    made = "Made by tamis" + (f" {machine['tamis']}" if machine.get("tamis") else "")
-    return (
-        made
-        + (f", {machine['date']}" if machine.get("date") else "")
-        + ". This page is complete in itself and loads nothing."
-    )
