@@ -73,3 +73,10 @@ def log_ticks(low: float, high: float) -> list[tuple[float, str]]:
     every = tick_step(len(decades), 7)
     exponents = [e + step for e in decades for step in (ROUND if high - low <= 2 else ROUND[:1]) if e % every == 0]
     return [((high - e) / (high - low), f"{10**e:.3g}") for e in exponents if low - 1e-9 <= e <= high + 1e-9]
+
+
+def linear_ticks(high: float, most: int = 6) -> list[float]:
+    """0 and multiples of 1, 2 or 5 times a power of ten, at most `most`, the last not above `high` (above 0)."""
+    exponent = math.floor(math.log10(high / most))
+    step = next(s for e in range(exponent, exponent + 3) for r in ROUND if high / (s := 10 ** (e + r)) < most)
+    return [index * step for index in range(math.floor(high / step * 1.0001) + 1)]

@@ -9,7 +9,7 @@ for (const figure of document.querySelectorAll("figure")) {
     line.textContent = title.textContent;
     line.classList.add("live");
   };
-  svg.addEventListener("pointerover", (event) => show(event.target.closest(".heat rect, .bar")));
+  svg.addEventListener("pointerover", (event) => show(event.target.closest(".heat rect, .bar, .mark")));
   if (!svg.classList.contains("heat")) continue;
   const cells = [...svg.querySelectorAll("rect")];
   const rows = Number(svg.dataset.rows);

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import json
 import zlib
+from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
@@ -39,19 +40,21 @@ class Journal:
             self._append({"head": head})
 
     def _read(self, data: bytes, head: dict[str, Any]) -> None:
-        for number, line in enumerate(data.splitlines(), start=1):
-            check, _, text = line.partition(b" ")
-            if check != _checksum(text):
-                raise ValueError(f"{self._path} is damaged in line {number}: delete it to start anew")
-            entry = json.loads(text)
-            if number > 1:
-                self._found[entry["key"]] = entry["value"]
-                continue
-            different = [name for name in {**head, **entry["head"]} if head.get(name) != entry["head"].get(name)]
-            if different:
-                raise ValueError(
-                    f"{self._path} is of another run (other {', '.join(sorted(different))}): delete it, or name another"
-                )
+        try:
+            for number, entry in enumerate(_entries(self._path, data), start=1):
+                if number == 1:
+                    self._compare(head, entry["head"])
+                else:
+                    self._found[entry["key"]] = entry["value"]
+        except Damaged as error:
+            raise ValueError(f"{error}: delete it to start anew") from error
+
+    def _compare(self, head: dict[str, Any], known: dict[str, Any]) -> None:
+        different = [name for name in {**head, **known} if head.get(name) != known.get(name)]
+        if different:
+            raise ValueError(
+                f"{self._path} is of another run (other {', '.join(sorted(different))}): delete it, or name another"
+            )
 
     def __contains__(self, key: str) -> bool:
         return key in self._found
@@ -70,6 +73,38 @@ class Journal:
         text = json.dumps(entry, separators=(",", ":")).encode()
         with self._path.open("ab") as file:
             file.write(_checksum(text) + b" " + text + b"\n")
+
+
+class Damaged(ValueError):
+    """A journal that cannot be read; the message says which, and where."""
+
+
+def read(path: Path, prefix: str) -> tuple[dict[str, Any], dict[str, Any]]:
+    """The head of a journal's file, and those of its results whose keys start with a prefix; the file stays as it is.
+
+    Raises:
+        Damaged: it is no journal, or damaged.
+        OSError: it cannot be read.
+    """
+    data = path.read_bytes()
+    entries = _entries(path, data[: data.rfind(b"\n") + 1], prefix)
+    try:
+        head = next(entries)["head"]
+        found = {entry["key"]: entry["value"] for entry in entries}
+    except (StopIteration, KeyError, TypeError) as error:
+        raise Damaged(f"{path} is no journal of `tamis tune --resume`") from error
+    return head, found
+
+
+def _entries(path: Path | None, data: bytes, prefix: str = "") -> Iterator[Any]:
+    """The head, and of the results in whole lines those whose keys start with a prefix."""
+    wanted = b'{"key":' + json.dumps(prefix)[:-1].encode() if prefix else b""
+    for number, line in enumerate(data.split(b"\n")[:-1], start=1):
+        check, _, text = line.partition(b" ")
+        if check != _checksum(text):
+            raise Damaged(f"{path} is damaged in line {number}")
+        if number == 1 or text.startswith(wanted):
+            yield json.loads(text)
 
 
 def _checksum(text: bytes) -> bytes:
