@@ -1,4 +1,4 @@
-"""The `tamis` command: demo, capture, tune, bench, info.
+"""The `tamis` command: demo, capture, tune, report, bench, info.
 
 Exit codes: 0 done, 1 failed, 2 wrong usage, 130 interrupted. Results go to stdout, progress and errors to stderr.
 """
@@ -53,6 +53,7 @@ def _parser() -> argparse.ArgumentParser:
     _add_demo(commands)
     _add_capture(commands)
     _add_tune(commands)
+    _add_report(commands)
     _add_bench(commands)
     info = commands.add_parser("info", help="backends, CPU target, threads, versions")
     info.add_argument("--json", action="store_true", help="print JSON")
@@ -138,6 +139,18 @@ def _add_tune(commands: Any) -> None:
     tune.add_argument("--workers", type=_workers, default=1, metavar="N|ray", help="processes, or a Ray cluster (1)")
     tune.add_argument("--resume", type=Path, metavar="FILE", help="keep what was found there, and go on from it")
     tune.set_defaults(command=_tune)
+
+
+def _add_report(commands: Any) -> None:
+    report = commands.add_parser("report", help="a page about the profile of `tamis tune`")
+    report.add_argument("profile", type=Path, metavar="PROFILE", help="the profile, JSON")
+    report.add_argument(
+        "--journal", type=Path, metavar="FILE", help="the file of `tamis tune --resume`: adds what else there was"
+    )
+    report.add_argument(
+        "--out", type=Path, default=Path("tamis-tuning.html"), metavar="FILE", help="the page (tamis-tuning.html)"
+    )
+    report.set_defaults(command=_report)
 
 
 def _add_bench(commands: Any) -> None:
@@ -333,6 +346,21 @@ def _tune(options: argparse.Namespace) -> None:
     profile.save(options.out)
     print(profile)
     print(f"profile: {options.out}")
+
+
+def _report(options: argparse.Namespace) -> None:
+    for path, what in ((options.profile, "PROFILE"), (options.journal, "--journal")):
+        if path is not None and not path.is_file():
+            raise _UsageError(f"{what}: {path} is not there")
+    _check_folder(options.out, "--out")
+    from tamis import report
+    from tamis.profile import Profile
+    from tamis.tuning import surveys
+
+    profile = Profile.load(options.profile)
+    survey = None if options.journal is None else surveys.read(options.journal)
+    print(profile)
+    print(f"report: {report.write_tuning(options.out, profile, survey)}")
 
 
 def _bench_cpu(options: argparse.Namespace) -> None:

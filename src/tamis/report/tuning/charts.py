@@ -9,7 +9,7 @@ from tamis.report import axes, colour, heat, numbers
 from tamis.report.markup import Markup, element, join
 from tamis.report.tuning.heads import Head, Layer, Measured, Steps, beyond, every_head
 
-FLOOR = 300  # errors smaller than the largest by more than this are drawn at the edge
+FLOOR = 20  # errors smaller than the largest by more than this are drawn at the edge
 
 
 def heat_maps(part: Steps, limit: float | None) -> Markup:
@@ -20,11 +20,9 @@ def heat_maps(part: Steps, limit: float | None) -> Markup:
         kinds.append(("held-out inputs", lambda h: h.held))
     errors = numbers.finite_only(of(head).worst for head in heads for _, of in kinds)
     top = limit or max(errors, default=0) or 1.0
-    density = [figure(part, f"Density, {name}", lambda h, of=of: density_step(of(h).density)) for name, of in kinds]
-    error = [
-        figure(part, f"Largest L1, {name}", lambda h, of=of: error_step(of(h).worst, limit, top)) for name, of in kinds
-    ]
-    marks = [(share, f"{share * top:.3g}") for share in (0, 0.25, 0.5, 0.75, 1)]
+    density = [density_map(part, name, of) for name, of in kinds]
+    error = [error_map(part, name, of, limit, top) for name, of in kinds]
+    marks = [(share, f"{share * top:.3g}") for share in (0, 0.5, 1)]
     scale = heat.legend(marks, "exact", "budget" if limit else "largest", "colour scale of the error")
     return join(
         element("div", *density, class_="two"),
@@ -36,12 +34,20 @@ def heat_maps(part: Steps, limit: float | None) -> Markup:
     )
 
 
-def density_step(density: float | None) -> str:
-    return "none" if density is None else f"s{colour.step_of(density)}"
+def density_map(part: Steps, name: str, of: Callable[[Head], Measured]) -> Markup:
+    def step(head: Head) -> str:
+        density = of(head).density
+        return "none" if density is None else f"s{colour.step_of(density)}"
+
+    return figure(part, f"Density, {name}", step)
 
 
-def error_step(error: float | None, limit: float | None, top: float) -> str:
-    return "none" if error is None else "odd" if beyond(error, limit) else f"s{colour.step_of(error / top)}"
+def error_map(part: Steps, name: str, of: Callable[[Head], Measured], limit: float | None, top: float) -> Markup:
+    def step(head: Head) -> str:
+        error = of(head).worst
+        return "none" if error is None else "odd" if beyond(error, limit) else f"s{colour.step_of(error / top)}"
+
+    return figure(part, f"Largest L1, {name}", step)
 
 
 def figure(part: Steps, title: str, step: Callable[[Head], str]) -> Markup:
@@ -118,7 +124,7 @@ def scatter(heads: Sequence[Head], limits: Sequence[tuple[str, float]]) -> Marku
     return element(
         "figure",
         axes.chart(
-            svg, across, axes.ticks(marks, "top", "y-ticks"), "↑ held out, log scale", 8, x_title="tuning inputs →"
+            svg, across, axes.ticks(marks, "top", "y-ticks"), "↑ held out, log scale", 5, x_title="tuning inputs →"
         ),
         axes.readout("Point at a dot or tap it for its numbers."),
         element("p", *_keys(known, limits), class_="keys"),

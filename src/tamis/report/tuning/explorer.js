@@ -26,15 +26,15 @@
     const beyond = limit !== null && worst > limit ? ", beyond the budget" : limit !== null ? ", within the budget" : "";
     return `mean ${number(mean)}, largest ${number(worst)}${beyond}`;
   };
-  const cost = (density) => (density >= 1 ? "all of dense attention's blocks"
-    : density > 0 ? `${percent(density)} of dense attention's blocks, ${number(1 / density)}\u00d7 fewer` : "none");
+  const cost = (density) => (density >= 1 ? "as much as dense attention"
+    : density > 0 ? `${percent(density)} of dense attention, which computes ${number(1 / density)}\u00d7 as much` : "nothing");
 
   const show = () => {
     const { chosen, settings, points } = head();
     const [density, mean, worst, candidate] = points[stop.value];
     draw(".at", `M${place(density, worst)}h0`);
     const rows = [
-      ["place", `${Number(stop.value) + 1} of ${points.length}`],
+      ["stop", `${Number(stop.value) + 1} of ${points.length}`],
       ["settings", facts.grid[candidate]],
       ["density", `${density.toFixed(3)}: ${cost(density)}`],
       ["error", errors(mean, worst)],

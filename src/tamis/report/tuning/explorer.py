@@ -68,7 +68,7 @@ def section(profile: Profile, parts: Sequence[Steps], survey: Survey) -> Markup:
         element(
             "p",
             "Across: density from 0 to 1. Up: the bound, on the same scale as above. A curve that stays left is a "
-            "layer that is sparse at any price; a flat one gains nothing from a larger budget.",
+            "layer that can be sparse; a steep one gains little from a larger budget, a flat one much.",
         ),
         multiples,
         slider(surveyed, names, scale, survey),

@@ -69,7 +69,7 @@ def generalises(heads: Sequence[Head], limits: Sequence[tuple[str, float]]) -> M
         return None
     text = (
         "Every dot is a head: its largest error on the inputs it was tuned on, across, and on inputs that decided "
-        "nothing, up. Dots on the diagonal promise what they keep."
+        "nothing, up. Above the diagonal a head does worse than it promised. Errors off the scale are at its edge."
     )
     return join(element("h3", "Tuned against held out"), element("p", text), drawn)
 

@@ -11,8 +11,8 @@ from tamis.report.summary import bars, card
 from tamis.report.tuning.heads import Head, Measured, Steps, beyond, every_head, limit_of
 
 NAMES = {
-    "l1": "relative L1 of a head, blocks left out",
-    "pv_l1": "relative L1 of a head, stage 2 included",
+    "l1": "relative L1 of a head by its mask",
+    "pv_l1": "relative L1 of a head with stage 2",
     "end_l1": "relative L1 of the model's output",
     "end_perplexity": "relative change of perplexity",
 }
@@ -98,8 +98,19 @@ def worst_card(heads: Sequence[Head], limit: float | None) -> Markup:
     if not found:
         return card("Worst head", numbers.MISSING, element("p", "The profile holds no evidence."))
     error, where, head = max(found, key=lambda entry: entry[0])
+    rows = [
+        (name, size, numbers.plain(size), dense)
+        for name, size, dense in (
+            ("budget", limit, True),
+            ("tuning inputs", head.tuned.worst, False),
+            ("held out", head.held.worst, False),
+        )
+        if size is not None
+    ]
     note = f"Relative L1 of {head.name}, {where}. It runs with {head.settings}."
-    return card("Worst head", numbers.plain(error), element("p", note), tone="bad" if beyond(error, limit) else None)
+    return card(
+        "Worst head", numbers.plain(error), bars(rows), element("p", note), tone="bad" if beyond(error, limit) else None
+    )
 
 
 def end_card(profile: Profile) -> Markup | None:
@@ -124,7 +135,9 @@ def dense_card(parts: Sequence[Steps]) -> Markup:
     full = sum(layer.precision == "full" for layer in layers)
     share = dense / len(heads) if heads else None
     rows = [("of all heads", share, numbers.percent(share), False)]
-    note = "Heads for which no sparse setting stayed within the budget: they keep all blocks."
+    note = (
+        "Heads that keep all blocks: no sparse setting that was tried was good enough." if dense else "None keeps all."
+    )
     more = f" {count(full, 'layer')} run in full precision, since rounding alone went beyond it." if full else ""
     return card("Dense heads", f"{dense:,}", bars(rows, full=1), element("p", note + more))
 
