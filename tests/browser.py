@@ -46,6 +46,16 @@ os.execv(sys.argv[3], sys.argv[3:])
 """
 
 
+# What sticks out of the window and does not scroll inside a box of its own.
+OVERFLOW = """
+[...document.querySelectorAll("body, body *")].filter((e) => {
+  if (e.closest(".scroll") && !e.matches(".scroll")) return false;
+  const box = e.getBoundingClientRect();
+  return box.right > innerWidth + 1 || box.left < -1;
+}).map((e) => `${e.tagName}.${e.getAttribute("class")}`)
+"""
+
+
 def find_chromium() -> str | None:
     """The path of a Chromium or Chrome on this machine, if there is one."""
     names = ("chromium", "chromium-browser", "google-chrome", "google-chrome-stable")

@@ -12,6 +12,7 @@ from collections.abc import Iterator
 
 import pytest
 import torch
+from browser import Browser, find_chromium
 from engines import DEVICE, Engine, engines
 
 INTERPRETS = os.environ.get("TRITON_INTERPRET") == "1"
@@ -78,6 +79,15 @@ def poisoned_memory(request: pytest.FixtureRequest) -> Iterator[None]:
     assert torch.empty(1, device=DEVICE).isnan().all()
     yield
     torch.use_deterministic_algorithms(False)
+
+
+@pytest.fixture(scope="module")
+def browser(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Browser]:
+    executable = find_chromium()
+    if executable is None:
+        pytest.skip("no Chromium or Chrome on this machine: install Debian's chromium to run the browser tests")
+    with Browser(executable, tmp_path_factory.mktemp("browser") / "profile") as running:
+        yield running
 
 
 @pytest.fixture

@@ -187,3 +187,29 @@ class Page(HTMLParser):
         return [
             a for name, a in self.tags if name == tag and (class_ is None or class_ in (a.get("class") or "").split())
         ]
+
+
+def check_page(html: str, scripts: int) -> Page:
+    """A page that is well formed, asks for nothing and runs nothing but its own scripts."""
+    page = Page(html)
+    assert html.startswith("<!doctype html>\n")
+    assert len(page.all("h1")) == 1
+    assert len(page.all("main")) == 1
+    assert sum("type" not in attributes for attributes in page.all("script")) == scripts
+    for tag, attributes in page.tags:
+        for name, value in attributes.items():
+            assert name not in ("href", "src", "srcset", "action", "data") or (value or "").startswith("data:"), (
+                tag,
+                name,
+            )
+            assert not name.startswith("on"), (tag, name)
+            assert "url(" not in (value or ""), (tag, name, value)
+    styles = page.words("style")
+    assert "@import" not in styles
+    assert "url(" not in styles
+    assert "http:" not in html
+    assert "https:" not in html
+    for svg in page.all("svg"):
+        assert svg.get("aria-label") or svg.get("aria-hidden") == "true"
+    assert all(image.get("alt") for image in page.all("img"))
+    return page

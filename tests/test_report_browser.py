@@ -5,12 +5,11 @@ from __future__ import annotations
 import math
 import re
 from collections import Counter
-from collections.abc import Iterator
 from itertools import pairwise
 from pathlib import Path
 
 import pytest
-from browser import Browser, find_chromium, pixels
+from browser import OVERFLOW, Browser, pixels
 from report_pages import CASES
 
 from tamis import report
@@ -18,28 +17,9 @@ from tamis.report import colour, maps
 
 
 @pytest.fixture(scope="module")
-def browser(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Browser]:
-    executable = find_chromium()
-    if executable is None:
-        pytest.skip("no Chromium or Chrome on this machine: install Debian's chromium to run the browser tests")
-    with Browser(executable, tmp_path_factory.mktemp("browser") / "profile") as running:
-        yield running
-
-
-@pytest.fixture(scope="module")
 def pages(tmp_path_factory: pytest.TempPathFactory) -> dict[str, Path]:
     folder = tmp_path_factory.mktemp("pages")
     return {case: report.write(folder / f"{case}.html", result) for case, result in CASES.items()}
-
-
-# What sticks out of the window and does not scroll inside a box of its own.
-OVERFLOW = """
-[...document.querySelectorAll("body, body *")].filter((e) => {
-  if (e.closest(".scroll") && !e.matches(".scroll")) return false;
-  const box = e.getBoundingClientRect();
-  return box.right > innerWidth + 1 || box.left < -1;
-}).map((e) => `${e.tagName}.${e.getAttribute("class")}`)
-"""
 
 
 @pytest.mark.parametrize("width", [400, 1400])

@@ -9,6 +9,7 @@ from tamis.report import axes, colour, heat, numbers
 from tamis.report.markup import Markup, element, join
 from tamis.report.tuning.heads import Head, Layer, Measured, Steps, beyond, every_head
 
+LARGEST = 1e6  # errors beyond it are drawn at the edge
 FLOOR = 20  # errors smaller than the largest by more than this are drawn at the edge
 
 
@@ -91,8 +92,8 @@ def scatter(heads: Sequence[Head], limits: Sequence[tuple[str, float]]) -> Marku
     sizes = [size for _, *both in known for size in both if size > 0]
     if not sizes:
         return None
-    largest = max(*sizes, *(size for _, size in limits))
-    low, high = axes.log_range(max(min(sizes), largest / FLOOR), largest)
+    largest = min(max(*sizes, *(size for _, size in limits)), LARGEST)
+    low, high = axes.log_range(max(min(*sizes, largest), largest / FLOOR), largest)
     strict = max((size for _, size in limits), default=None)
 
     def up(error: float) -> float:

@@ -4,7 +4,7 @@
   if (!box) return;
   const facts = JSON.parse(document.getElementById("survey").textContent);
   const [layers, heads, stop, said] = ["layer", "head", "stop", "said"].map((id) => document.getElementById(id));
-  const [low, high, limit] = facts.scale;
+  const [low, high, maskLimit, limit] = facts.scale; // of a mask alone, and with all that adds to it
   const draw = (name, d) => box.querySelector(`svg ${name}`).setAttribute("d", d);
   const down = (error) => {
     const exponent = error > 0 ? Math.log10(error) : low;
@@ -22,7 +22,7 @@
   }));
   const head = () => facts.layers[layers.value].heads[heads.value];
 
-  const errors = (mean, worst) => {
+  const errors = (mean, worst, limit) => {
     const beyond = limit !== null && worst > limit ? ", beyond the budget" : limit !== null ? ", within the budget" : "";
     return `mean ${number(mean)}, largest ${number(worst)}${beyond}`;
   };
@@ -37,13 +37,13 @@
       ["stop", `${Number(stop.value) + 1} of ${points.length}`],
       ["settings", facts.grid[candidate]],
       ["density", `${density.toFixed(3)}: ${cost(density)}`],
-      ["error", errors(mean, worst)],
+      ["error", errors(mean, worst, maskLimit)],
     ];
     if (chosen) {
       const now = facts.density / facts.heads;
       const then = now + (density - chosen[0]) / facts.heads;
       rows.push(["whole model", `mean density ${now.toFixed(4)} with what was chosen, ${then.toFixed(4)} with this`]);
-      rows.push(["chosen", `${settings}: density ${chosen[0].toFixed(3)}, ${errors(chosen[1], chosen[2])} (measured)`]);
+      rows.push(["chosen", `${settings}: density ${chosen[0].toFixed(3)}, ${errors(chosen[1], chosen[2], limit)} (measured)`]);
     }
     tell(rows);
     stop.setAttribute("aria-valuetext", rows.slice(1, 4).map((row) => row.join(" ")).join(", "));

@@ -10,18 +10,19 @@ from tamis.profile import Profile
 from tamis.report import axes, numbers, shell
 from tamis.report.markup import Markup, element, join
 from tamis.report.tuning.frontier import Frontier, Survey, density_within, frontiers
-from tamis.report.tuning.heads import Head, Layer, Steps, candidate_words, limit_of
+from tamis.report.tuning.heads import Head, Layer, Steps, candidate_words, limit_of, positive
 
 CURVE = 60  # bounds at which a curve is drawn
 MANY = 48  # small drawings; more are folded away
 
 
 class Scale(NamedTuple):
-    """The errors that the drawings show, as exponents of ten, and the budget of a head."""
+    """The errors that the drawings show, as exponents of ten, and the budgets of a head: by its mask, and in all."""
 
     low: float
     high: float
     limit: float | None
+    measured: float | None
 
     def down(self, error: float) -> float:
         """The place of an error, from the top, as a share; errors beyond the scale are at its edge."""
@@ -48,7 +49,7 @@ def section(profile: Profile, parts: Sequence[Steps], survey: Survey) -> Markup:
         for layer in part.layers
         if (found := survey.found.get((layer.name, layer.stage))) is not None
     ]
-    scale = scale_of(surveyed, limit_of(profile))
+    scale = scale_of(surveyed, profile)
     names = [name_of(entry, parts) for entry in surveyed]
     small = [small_curve(entry, name, scale) for entry, name in zip(surveyed, names, strict=True)]
     multiples: Markup = element("div", *small, class_="multiples")
@@ -84,11 +85,12 @@ def name_of(entry: Surveyed, parts: Sequence[Steps]) -> str:
     return said if len(parts) == 1 else f"{said}, {part.title.lower()}"
 
 
-def scale_of(surveyed: Sequence[Surveyed], limit: float | None) -> Scale:
+def scale_of(surveyed: Sequence[Surveyed], profile: Profile) -> Scale:
     """Two decades around the budget, or around the middle of the errors."""
     errors = [p.worst for entry in surveyed for heads in entry.worst for p in heads if p.worst > 0]
-    middle = limit or numbers.median(errors) or 0.1
-    return Scale(*axes.log_range(middle / 12, middle * 8), limit)
+    limit = positive(profile.budget.get("l1"))
+    middle = min(max(limit or numbers.median(errors) or 0.1, 1e-12), 1e12)
+    return Scale(*axes.log_range(middle / 12, middle * 8), limit, limit_of(profile))
 
 
 def model_curve(surveyed: Sequence[Surveyed], scale: Scale) -> Markup:
@@ -141,7 +143,7 @@ def keys(scale: Scale) -> Markup:
         element("span", element("span", class_="key-dot odd"), "chosen, as measured"),
     ]
     if scale.limit is not None:
-        found.append(element("span", element("span", class_="key key-budget"), f"budget {scale.limit:.4g}"))
+        found.append(element("span", element("span", class_="key key-budget"), f"budget of a mask, {scale.limit:.4g}"))
     return element("p", *found, class_="keys")
 
 
@@ -242,10 +244,10 @@ def facts_of(surveyed: Sequence[Surveyed], names: Sequence[str], scale: Scale, s
     """What the script knows: every head's frontier and what was chosen."""
     heads = [head for entry in surveyed for head in entry.layer.heads]
     return {
-        "scale": [scale.low, scale.high, scale.limit],
+        "scale": list(scale),
         "grid": [candidate_words(*candidate) for candidate in survey.grid],
         "heads": len(heads),
-        "density": sum(numbers.finite_only(head.tuned.density for head in heads)),
+        "density": numbers.finite(sum(numbers.finite_only(head.tuned.density for head in heads))) or 0.0,
         "layers": [
             {"name": name, "heads": [head_facts(*pair) for pair in zip(entry.layer.heads, entry.worst, strict=False)]}
             for entry, name in zip(surveyed, names, strict=True)

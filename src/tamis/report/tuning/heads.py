@@ -95,7 +95,11 @@ def every_head(parts: Sequence[Steps]) -> list[Head]:
 
 def limit_of(profile: Profile) -> float | None:
     """The largest error of a head that was accepted, or None if the budget is for the model's end."""
-    return profile.budget.get("pv_l1", profile.budget.get("l1"))
+    return positive(profile.budget.get("pv_l1", profile.budget.get("l1")))
+
+
+def positive(size: float | None) -> float | None:
+    return size if size is not None and size > 0 else None
 
 
 def beyond(error: float | None, limit: float | None) -> bool:

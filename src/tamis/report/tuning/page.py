@@ -46,7 +46,7 @@ def by_head(part: Steps, profile: Profile, name: str, parts: int) -> Markup:
     if all(head.tuned.density is None for head in heads):
         text = "The profile holds no evidence for these settings, so there is nothing to draw."
         return element("section", element("h2", title, id=name), element("p", text), table(part), aria_labelledby=name)
-    limits = [(key, size) for key, size in profile.budget.items() if key in ("l1", "pv_l1")]
+    limits = [(key, size) for key, size in profile.budget.items() if key in ("l1", "pv_l1") and size > 0]
     return element(
         "section",
         element("h2", title, id=name),
