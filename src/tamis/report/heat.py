@@ -34,7 +34,7 @@ def grid(names: Sequence[str], heads: int, cell: Callable[[int, int], Cell], lab
             element("rect", element("title", c.title), class_=c.class_, x=x, y=y, width=1, height=1)
             for x, y, c in cells
         ),
-        *(element("path", class_="dot", d=f"M{x + 0.5} {y + 0.5}h0") for x, y, c in cells if c.dot),
+        *(dot(x, y, c) for x, y, c in cells if c.dot),
         viewBox=f"0 0 {len(names)} {heads}",
         preserveAspectRatio="none",
         role="img",
@@ -49,6 +49,11 @@ def grid(names: Sequence[str], heads: int, cell: Callable[[int, int], Cell], lab
         axes.chart(svg, axes.name_ticks(names), axes.ticks(marks, "top", "y-ticks"), "↓ head", len(names)),
         axes.readout("Point at a cell or tap it for its numbers; the arrow keys work too."),
     )
+
+
+def dot(x: int, y: int, cell: Cell) -> Markup:
+    """A dot in the middle of a cell: a line without length and with round ends, which no stretching deforms."""
+    return element("path", class_="dot on-odd" if cell.class_ == "odd" else "dot", d=f"M{x + 0.5} {y + 0.5}h0")
 
 
 def density_legend() -> Markup:

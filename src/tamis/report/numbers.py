@@ -37,7 +37,7 @@ def median(values: Iterable[object]) -> float | None:
 
 def mean(values: Iterable[object]) -> float | None:
     numbers = finite_only(values)
-    return statistics.fmean(numbers) if numbers else None
+    return math.fsum(number / len(numbers) for number in numbers) if numbers else None
 
 
 def odd(value: object) -> str:

@@ -50,9 +50,9 @@ def frontiers(found: Mapping[str, Tensor], by: str = "worst") -> list[Frontier]:
     columns = [t.T.tolist() for t in (found["density"].double().mean(0), l1.mean(0), l1.amax(0))]
     heads = []
     for density, mean, worst in zip(*columns, strict=True):
-        points = sorted(Point(*values, number) for number, values in enumerate(zip(density, mean, worst, strict=True)))
+        points = [Point(*values, number) for number, values in enumerate(zip(density, mean, worst, strict=True))]
         kept: Frontier = []
-        for point in points:
+        for point in sorted(points, key=lambda point: (point.density, getattr(point, by))):
             if not kept or getattr(point, by) < getattr(kept[-1], by):
                 kept.append(point)
         heads.append(kept)

@@ -76,12 +76,17 @@ class Steps:
 
 
 def steps_of(profile: Profile) -> list[Steps]:
-    """The ranges of steps of a profile in their order, each with its layers; most profiles have one."""
+    """The ranges of steps of a profile in their order, each with its layers; most profiles have one.
+
+    Raises:
+        ValueError: evidence is impossible.
+    """
     shorts = dict(zip(profile.layers, short_names(list(profile.layers)), strict=True))
     ranges: dict[tuple[int, int | None], list[Layer]] = {}
     for name, stages in profile.layers.items():
         for number, stage in enumerate(stages):
             heads = tuple(_heads(spoken(name, shorts[name]), stage))
+            _check(name, heads)
             samples = 0 if stage.evidence is None else stage.evidence.samples
             layer = Layer(name, shorts[name], number, stage.settings.precision, samples, heads)
             ranges.setdefault((stage.first, stage.last), []).append(layer)
@@ -142,6 +147,16 @@ def _heads(layer: str, stage: Stage) -> Iterator[Head]:
             tuned[number] if number < len(tuned) else Measured(),
             held[number] if number < len(held) else Measured(),
         )
+
+
+def _check(layer: str, heads: Sequence[Head]) -> None:
+    for head in heads:
+        for found in (head.tuned, head.held):
+            errors = [error for error in (found.l1, found.worst) if error is not None]
+            if not 0 <= (found.density or 0.0) <= 1 or min(errors, default=0.0) < 0:
+                raise ValueError(
+                    f"the profile's evidence for layer {layer!r}, head {head.number} is impossible: {found}"
+                )
 
 
 def measured(evidence: Evidence | None, prefix: str) -> list[Measured]:
