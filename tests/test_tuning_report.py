@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import json
 import re
+from collections import Counter
+from collections.abc import Callable
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -19,8 +21,10 @@ from tamis.profile import Evidence, LayerSettings, Profile, Stage
 from tamis.report import axes, colour
 from tamis.report.tuning import frontier, render
 from tamis.report.tuning.heads import short_names, words
-from tamis.tuning import surveys
+from tamis.tuning import Budget, surveys, tune_source
+from tamis.tuning.calls import LayerCall
 from tamis.tuning.candidates import GRID
+from tamis.tuning.run import survey as survey_call
 
 
 def page_of(case: str, surveyed: bool) -> str:
@@ -322,6 +326,35 @@ def test_a_survey_is_read_as_it_was_written(tmp_path: Path) -> None:
         for name, array in arrays.items():
             assert torch.equal(read.found[place][name], array)
     assert render(profile, read) == render(profile, survey)
+
+
+class OneCall:
+    """A source of one call."""
+
+    name, left_out = "One", Counter[str]()
+
+    def __len__(self) -> int:
+        return 1
+
+    def visit(self, number: int, function: Callable[[LayerCall], None]) -> None:
+        q, k, v = torch.randn(3, 1, 2, 640, 16, generator=torch.Generator().manual_seed(0))
+        function(LayerCall("a/layer", number, 0, 0, 3 * q, k, v, True, None, None))
+
+    def identity(self) -> str:
+        return "one"
+
+
+def test_the_journal_of_a_real_run_fits_its_profile(tmp_path: Path) -> None:
+    profile = tune_source(OneCall(), None, Budget(0.2, 0.25), resume=tmp_path / "journal")
+    read = surveys.read(tmp_path / "journal")
+    found = read.found["a/layer", 0]
+    call: list[LayerCall] = []
+    OneCall().visit(0, call.append)
+    expected = survey_call(call[0], 16, None)
+    assert {name: array[0].tolist() for name, array in found.items()} == expected
+    assert read.grid == GRID
+    page = Page(render(profile, read))
+    assert "What another budget would give" in page.words("h2")
 
 
 def test_a_run_that_goes_on_is_read_as_far_as_it_is(tmp_path: Path) -> None:
