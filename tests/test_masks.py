@@ -10,6 +10,8 @@ import torch
 from engines import Engine
 from samples import assert_reordered, block_mask, qkv
 
+from tamis import geometry
+
 BATCH, HEADS, KV_HEADS = 2, 4, 2
 
 ALONE = ["bool mask", "additive mask", "causal", "window", "positions", "segments", "softcap", "sinks"]
@@ -187,3 +189,20 @@ def test_int8_against_its_formulas(engine: Engine, names: list[str]) -> None:
     options = options_for(names, 130, 200)
     mask = block_mask((130, 200), batch=BATCH, heads=HEADS, block_size=(64, 128), density=0.6)
     engine.check_int8(q, k, v, block_mask=mask, **options)
+
+
+@pytest.mark.parametrize("lengths", [(1, 4099), (3000, 1), (3000, 4099)], ids=str)
+def test_a_mask_is_reduced_in_few_steps(lengths: tuple[int, int]) -> None:
+    """However many blocks it has: on a GPU each step is a kernel. None of them copies the mask."""
+    mask = torch.rand(1, 2, *lengths) > 0.999
+    with torch.profiler.profile(activities=[torch.profiler.ProfilerActivity.CPU], profile_memory=True) as profile:
+        seen = geometry.mask_blocks(mask, 3000, 4099, 128, 64)
+    steps = [event for event in profile.events() if event.name in ("aten::amax", "aten::cat", "aten::copy_")]
+    assert 0 < len(steps) <= 8
+    assert max(event.cpu_memory_usage for event in profile.events()) <= max(mask.numel() // 8, seen.numel())
+    rows, keys = (geometry.num_blocks(length, block) for length, block in ((3000, 128), (4099, 64)))
+    assert seen.shape == (1, 2, rows, keys)
+    for row in range(rows):
+        for key in (0, 1, keys - 1):
+            part = mask.expand(1, 2, 3000, 4099)[..., row * 128 : row * 128 + 128, key * 64 : key * 64 + 64]
+            assert torch.equal(seen[..., row, key], part.any(-1).any(-1))

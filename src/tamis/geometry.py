@@ -207,9 +207,18 @@ def mask_blocks(attn_mask: Tensor, q_len: int, kv_len: int, block_q: int, block_
     reduced = attn_mask
     for dim, block in ((-2, block_q), (-1, block_kv)):
         if reduced.shape[dim] > 1:
-            reduced = torch.cat([piece.amax(dim, keepdim=True) for piece in torch.split(reduced, block, dim)], dim)
+            reduced = _block_maxima(reduced, dim, block)
     seen = reduced if reduced.dtype == torch.bool else reduced != float("-inf")
     return seen.expand(-1, -1, num_blocks(q_len, block_q), num_blocks(kv_len, block_kv)).clone()
+
+
+def _block_maxima(x: Tensor, dim: int, block: int) -> Tensor:
+    """Maximum of every block along a dim, the last one possibly partial: few ops, and no copy of `x`."""
+    blocks, rest = divmod(x.shape[dim], block)
+    whole = torch.unflatten(x.narrow(dim, 0, blocks * block), dim, (blocks, block)).amax(dim)
+    if rest == 0:
+        return whole
+    return torch.cat([whole, x.narrow(dim, blocks * block, rest).amax(dim, keepdim=True)], dim)
 
 
 @mask_blocks.register_fake
