@@ -13,8 +13,8 @@ import torch
 
 import tamis
 from tamis.demo import assets, image, language, models, text
-from tamis.demo.capture import Captured, capture
 from tamis.demo.measure import torch_dense
+from tamis.integrations.capture import Captured, capture
 
 for needed in ("transformers", "gguf", "onnx"):
     pytest.importorskip(needed)
