@@ -31,6 +31,8 @@ def install() -> None:
     import triton.language as tl
     from triton.runtime import interpreter
 
+    from tamis.backends.triton import chips
+
     builder, executor = interpreter.InterpreterBuilder, interpreter.GridExecutor
     handle, numpy_dtype = interpreter.TensorHandle, interpreter._get_np_dtype
 
@@ -103,6 +105,7 @@ def install() -> None:
         setattr(builder, name, made)
     interpreter._patch_lang_tensor, executor.__call__ = patch, call
     interpreter._patch_lang, interpreter._get_np_dtype = patch_once, quick_dtype
+    chips.interpreter_is_mended = True
 
 
 def _numbers(data: np.ndarray, name: str) -> torch.Tensor:

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import dataclasses
 import json
-from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
@@ -15,47 +14,6 @@ import tamis
 from tamis.backends.triton import chips, launch, settings
 from tamis.bench import gpu_static
 from tamis.call import per_head
-
-
-@pytest.fixture
-def fresh() -> Iterator[None]:
-    """What is missing is found out once; here anew."""
-    chips._missing.cache_clear()
-    yield
-    chips._missing.cache_clear()
-
-
-def reasons() -> str:
-    token = torch.zeros(1, 1, 4, 8)
-    with pytest.raises(tamis.UnsupportedError) as error:
-        tamis.attend(token, token, token, backend="triton")
-    return str(error.value)
-
-
-def test_cpu_tensors_are_refused(fresh: None) -> None:
-    assert "triton: it runs on GPU tensors" in reasons()
-
-
-def test_no_triton_names_the_remedy(fresh: None, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(chips.importlib.util, "find_spec", lambda name: None)
-    assert "pip install 'triton>=3.6'" in reasons()
-
-
-def test_no_compiler_names_the_remedy(fresh: None, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(chips.shutil, "which", lambda name: None)
-    assert "C compiler" in reasons()
-
-
-def test_an_unknown_gpu_is_refused_by_name(fresh: None, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(chips, "name_of", lambda device: "sm_75")
-    assert "this GPU is sm_75" in str(chips.missing("cuda", 0))
-    with pytest.raises(RuntimeError, match="sm_75"):
-        chips.of(torch.device("cuda", 0))
-    assert "not xpu" in str(chips.missing("xpu", 0))
-    for name, elder in (("sm_87", "sm_86"), ("sm_103", "sm_100"), ("sm_121", "sm_120")):
-        monkeypatch.setattr(chips, "name_of", lambda device, name=name: name)
-        assert chips.missing("cuda", 0) is None
-        assert chips.of(torch.device("cuda", 0)).name == elder
 
 
 @pytest.mark.parametrize(

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import importlib
 import re
+import warnings
 from collections.abc import Callable
 from typing import Any, Protocol, cast
 
@@ -121,6 +122,11 @@ _ATTEND_NAMES = re.findall(r"(\w+)(?:,|\))", _SCHEMAS[-1].split(" -> ")[0])
 _library: Any = torch.library.Library("tamis", "FRAGMENT")  # type: ignore[no-untyped-call]
 _ops: Any = torch.ops.tamis
 _loaded: dict[str, Backend] = {}
+_warned: list[bool] = []
+_MEMORY = """\
+tamis: the memory of the device ran out in {}; the inputs are as they were. Call with fewer heads or a smaller batch at
+a time. precision="full" makes no 8-bit copies: "int8" takes a byte per element of query and key, "fp8" of value too.
+Predicted lists take 4 bytes per head and pair of blocks, half of that with block_size=(128, 128)."""
 
 
 def load(name: str) -> Backend:
@@ -141,9 +147,26 @@ def choose(call: Call, backend: str | None) -> str:
     wanted = BACKENDS if backend is None else (backend,)
     for name in wanted:
         if not load(name).reasons(call):
+            if backend is None and name == "reference" and not torch.compiler.is_compiling():
+                _warn_of_plain_torch(call)
             return name
     reasons = {name: load(name).reasons(call) for name in BACKENDS}
-    raise unsupported("no backend can serve this call" if backend is None else f"backend {backend!r} can't", reasons)
+    what = "no backend can" if backend is None else f"backend {backend!r} can't"
+    raise unsupported(f"{what} serve this call", reasons)
+
+
+def _warn_of_plain_torch(call: Call) -> None:
+    """Say once per process that a GPU's tensors land where nobody wants them."""
+    if call.query.device.type != "cuda" or _warned:
+        return
+    _warned.append(True)
+    why = "; ".join(load("triton").reasons(call))
+    warnings.warn(
+        f"this call and others like it run in plain torch, right and very slow, because the triton backend can't "
+        f"serve them: {why}",
+        RuntimeWarning,
+        stacklevel=4,
+    )
 
 
 def description(name: str, call: Call) -> tuple[str | None, Formats]:
@@ -340,9 +363,12 @@ def _register() -> None:
             if _name == "attend":
                 _check_values(*arguments)
             module = load(cast(str, arguments[-1]))
-            if _name == "predict" and not hasattr(module, "predict"):
-                return _predict_in_steps(module, *arguments[:-1])
-            return getattr(module, _name)(*arguments[:-1])
+            try:
+                if _name == "predict" and not hasattr(module, "predict"):
+                    return _predict_in_steps(module, *arguments[:-1])
+                return getattr(module, _name)(*arguments[:-1])
+            except torch.OutOfMemoryError as error:
+                raise torch.OutOfMemoryError(f"{error}\n{_MEMORY.format(_name)}") from error
 
         _library.define(schema, tags=(torch.Tag.pt2_compliant_tag,))
         _library.impl(name, run, "CompositeExplicitAutograd")

@@ -34,7 +34,7 @@ _MINUS_INF = float("-inf")
 
 def reasons(call: Call) -> list[str]:
     """Why this backend can't serve the call; empty if it can."""
-    return ["precision 'fp8' needs a GPU backend"] if call.precision == "fp8" else []
+    return ["precision 'fp8' needs a GPU: use precision='int8'"] if call.precision == "fp8" else []
 
 
 def target(device: torch.device) -> str | None:

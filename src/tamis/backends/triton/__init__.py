@@ -7,8 +7,8 @@
 
 Precision "full" multiplies in the inputs' dtype (fp32 by three products of tf32), "int8" has int8 scores and 16-bit
 values, "fp8" int8 scores and e4m3 values; sums are fp32. Stage 2 skips whole tiles: up to 128 query rows by 64 keys.
-Triton needs a C compiler at hand the first time a kernel starts. With `TRITON_INTERPRET=1` everything runs on CPU
-tensors, slowly. Lists of blocks are not read before they are used: one that is out of order or range gives a wrong
+Triton needs a C compiler and Python's headers the first time a kernel starts. Its interpreter (`TRITON_INTERPRET=1`) is
+refused outside of the tests, which mend it: as it comes, it rounds bf16 wrongly. Lists of blocks are not read before they are used: one that is out of order or range gives a wrong
 output, and never an access outside of the tensors.
 """
 
@@ -39,24 +39,21 @@ def reasons(call: Call) -> list[str]:
     found = []
     if max(call.query.shape[3], call.value_dim) > _MAX_HEAD_DIM:
         found.append(f"it takes head dims up to {_MAX_HEAD_DIM}")
-    found += _lacks(call.precision, device.type, device.index or 0)
+    if (lack := lacks(call.precision, device.type, device.index or 0)) is not None:
+        found.append(lack)
     return found
 
 
 @torch.compiler.assume_constant_result  # type: ignore[untyped-decorator]
-def _lacks(precision: str, kind: str, index: int) -> list[str]:
-    chip = chips.of(torch.device(kind, index))
+def lacks(precision: str, kind: str, index: int) -> str | None:
+    """Why a device on which nothing is missing can't run a precision, or None."""
+    device = torch.device(kind, index)
+    chip, name = chips.of(device), chips.name_of(device)
     if precision == "fp8" and chip.fp8 is None:
-        return [f"precision 'fp8' needs sm_89 or newer, and this GPU is {chip.name}"]
-    if precision != "full" and not chip.int8 and not _new_triton():
-        return [f"precision {precision!r} needs Triton 3.9 or newer on {chip.name}"]
-    return []
-
-
-def _new_triton() -> bool:
-    import triton
-
-    return tuple(int(part) for part in triton.__version__.split(".")[:2]) >= (3, 9)
+        return f"precision 'fp8' needs sm_89 or newer, and this GPU is {name}: use precision='int8'"
+    if precision != "full" and not chip.int8 and (chips.triton_version() or (0, 0)) < (3, 9):
+        return f"precision {precision!r} needs Triton 3.9 or newer on {name}: use precision='full'"
+    return None
 
 
 def target(device: torch.device) -> str | None:

@@ -3,14 +3,18 @@
 from __future__ import annotations
 
 import contextlib
-import functools
-import importlib.util
+import importlib
 import os
+import re
 import shutil
+import sysconfig
 from collections.abc import Iterator
 from dataclasses import dataclass
+from pathlib import Path
 
 import torch
+
+OLDEST_TRITON = (3, 6)
 
 
 @dataclass(frozen=True)
@@ -56,6 +60,9 @@ CHIPS = {
 # Chips of one family run the code of their elder.
 _SAME = {"sm_87": "sm_86", "sm_103": "sm_100", "sm_121": "sm_120"}
 _assumed: list[str] = []
+# Set by the tests' interpreter.py, which mends what Triton's interpreter gets wrong; without it numbers are not right.
+interpreter_is_mended = False
+_compilers: list[bool] = []  # filled once there is one: searching for it takes longer than starting a kernel
 
 
 @contextlib.contextmanager
@@ -69,8 +76,8 @@ def assume(name: str) -> Iterator[None]:
 
 
 def interpreting() -> bool:
-    """Whether Triton runs its kernels in Python, on CPU tensors."""
-    return os.environ.get("TRITON_INTERPRET", "0") == "1"
+    """Whether Triton runs its kernels in Python, on CPU tensors: the words are those that Triton takes for yes."""
+    return os.environ.get("TRITON_INTERPRET", "").lower() in ("1", "true", "on")
 
 
 def name_of(device: torch.device) -> str:
@@ -92,36 +99,80 @@ def of(device: torch.device) -> Chip:
         RuntimeError: tamis does not know it.
     """
     name = name_of(device)
-    name = _SAME.get(name, name)
-    if name not in CHIPS:
-        raise RuntimeError(f"the triton backend knows {', '.join(CHIPS)}, not {name}")
-    return CHIPS[name]
-
-
-@functools.cache
-def _missing() -> str | None:
-    if importlib.util.find_spec("triton") is None:
-        return "Triton is not installed: pip install 'triton>=3.6'"
-    if not interpreting() and not any(
-        shutil.which(name) for name in (os.environ.get("CC", "cc"), "cc", "gcc", "clang")
-    ):
-        return "Triton needs a C compiler to start kernels: install gcc or clang, or set CC"
-    return None
+    if (why := _unknown(name)) is not None:
+        raise RuntimeError(why)
+    return CHIPS[_SAME.get(name, name)]
 
 
 @torch.compiler.assume_constant_result  # type: ignore[untyped-decorator]
 def missing(kind: str, index: int) -> str | None:
-    """Why the backend can't run on a device, or None; a constant, since a graph compiler cannot look into it."""
+    """Why the backend can't run on a device, or None; a constant, since a graph compiler cannot look into it.
+
+    What nobody can mend comes first, and a refusal is never remembered: it may be mended while the process lives.
+    """
     if _assumed:
         return None
-    if (why := _missing()) is not None:
-        return why
+    if interpreting():
+        if not interpreter_is_mended:
+            return "TRITON_INTERPRET is set, and Triton's interpreter is for the tests of tamis alone: unset it"
+        return _no_triton()
     if kind == "cpu":
-        return None if interpreting() else "it runs on GPU tensors"
+        return "query is on cpu: move query, key and value to a GPU"
     if kind != "cuda":
         return f"it runs on cuda and hip tensors, not {kind}"
-    if interpreting():
+    return _unknown(name_of(torch.device(kind, index))) or _no_triton() or _no_compiler()
+
+
+def triton_version() -> tuple[int, int] | None:
+    """Major and minor version of the Triton that is imported here, or None."""
+    try:
+        found = importlib.import_module("triton")
+    except ImportError:
         return None
-    name = name_of(torch.device(kind, index))
-    name = _SAME.get(name, name)
-    return None if name in CHIPS else f"it knows {', '.join(sorted(CHIPS))}, and this GPU is {name}"
+    numbers = re.match(r"(\d+)\.(\d+)", getattr(found, "__version__", ""))
+    return None if numbers is None else (int(numbers[1]), int(numbers[2]))
+
+
+def how_to_install() -> str:
+    """The way to a Triton that fits the torch that is here."""
+    if torch.version.hip is not None:  # triton of the package index is NVIDIA's
+        return "install a newer ROCm build of torch, which brings its own"
+    return "pip install 'torch>=2.10', whose CUDA build brings Triton 3.6, or pip install 'triton>=3.6'"
+
+
+def _unknown(name: str) -> str | None:
+    if _SAME.get(name, name) in CHIPS:
+        return None
+    known = ", ".join(chip.name for chip in CHIPS.values() if chip.kind != "cpu")
+    plain = "without backend='triton' calls run in plain torch, right and very slow"
+    if re.fullmatch(r"sm_[1-7]\d", name):
+        return f"this GPU is {name}, and the kernels need sm_80 or newer: {plain}"
+    return f"this GPU is {name}, and the kernels are made for {known}: {plain}"
+
+
+def _no_triton() -> str | None:
+    version = triton_version()
+    if version is None:
+        return f"Triton is not installed: {how_to_install()}"
+    if version < OLDEST_TRITON:
+        return f"Triton {version[0]}.{version[1]} is here, and 3.6 or newer is needed: {how_to_install()}"
+    return None
+
+
+def _no_compiler() -> str | None:
+    """What Triton compiles its launchers with: the program that CC names, or gcc or clang, and Python's headers."""
+    if _compilers:
+        return None
+    named = os.environ.get("CC")
+    if named is not None and shutil.which(named) is None:
+        return f"CC={named} is not a program, and Triton would start kernels with it: unset CC, or name a C compiler"
+    if named is None and not (shutil.which("gcc") or shutil.which("clang")):
+        return "Triton needs a C compiler to start kernels: install gcc or clang, or name another in CC"
+    # As Triton does: Debian's own scheme names a folder that pip installs to.
+    scheme = sysconfig.get_default_scheme().replace("posix_local", "posix_prefix")
+    own = sysconfig.get_path("include", scheme)
+    more = [folder for name in ("CPATH", "C_INCLUDE_PATH") for folder in os.environ.get(name, "").split(os.pathsep)]
+    if not any(Path(folder, "Python.h").is_file() for folder in (own, *filter(None, more))):
+        return f"Triton needs Python's headers, and {own} has no Python.h: install python3-dev or python3-devel"
+    _compilers.append(True)
+    return None
