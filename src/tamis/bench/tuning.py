@@ -33,8 +33,8 @@ from tamis.tuning import Budget, tune_source
 from tamis.tuning.ending import output_of, perplexity
 from tamis.tuning.sources import ModelSource
 
-BOUNDS = (0.05, 0.08, 0.12)  # for every head
-GLOBAL = (0.95, 0.98, 0.99, 0.995)  # cdf for all heads
+BOUNDS = (0.08, 0.05, 0.12)  # for every head
+GLOBAL = (0.975, 0.99, 0.995)  # cdf for all heads
 MAIN = 0.08
 _STAGE_2 = 1.125  # what stage 2 may add: .09 of .08
 
@@ -68,11 +68,11 @@ def run(options: TuneOptions, journal: Path | None) -> dict[str, Any]:
         "commit": commit(),
     }
     for bound in BOUNDS:
-        note(f"bound {bound}")
         budget = Budget(bound, bound * _STAGE_2)
         profile = main if bound == MAIN else _tuned(tuned, held_out, budget, journal)[0]
         row = {"l1": bound, **judge(profile)}
         result["one bound"].append(row)
+        note(str(row))
         if bound != MAIN:
             continue
         profile, spent = _tuned(tuned, held_out, Budget(end_l1=row["end_l1"]), journal)

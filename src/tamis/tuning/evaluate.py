@@ -39,6 +39,7 @@ class Outcome(NamedTuple):
 def evaluate(call: LayerCall, trials: Sequence[Trial], precision: str, backend: str | None) -> Outcome:
     """Run every trial on a call; trials with the same candidates that follow each other share their prediction."""
     exact = exact_output(call)
+    size = _sum_of_sizes(exact).clamp(min=torch.finfo(torch.float64).tiny)
     found: list[tuple[Tensor, Tensor, Tensor]] = []
     block_mask, predicted = None, None
     for trial in trials:
@@ -62,8 +63,11 @@ def evaluate(call: LayerCall, trials: Sequence[Trial], precision: str, backend: 
         )
         assert result.stats is not None
         error = result.output.float() - exact
-        wrong, size = (vector_norm(x, 1, dim=(0, 2, 3), dtype=torch.float64) for x in (error, exact))
-        square = vector_norm(error, 2, dim=(0, 2, 3), dtype=torch.float64).square() / error[:, 0].numel()
-        relative = wrong / size.clamp(min=torch.finfo(torch.float64).tiny)
-        found.append((relative.cpu(), square.cpu(), result.stats.density_per_head.cpu()))
+        square = vector_norm(error, 2, dim=3).double().square().sum((0, 2)) / error[:, 0].numel()
+        found.append(((_sum_of_sizes(error) / size).cpu(), square.cpu(), result.stats.density_per_head.cpu()))
     return Outcome(*(torch.stack(column) for column in zip(*found, strict=True)))
+
+
+def _sum_of_sizes(x: Tensor) -> Tensor:
+    """sum|x| of every head, float64 `[heads]`; in fp32 along the short axis, which is many times as fast."""
+    return vector_norm(x, 1, dim=3).sum((0, 2), dtype=torch.float64)
