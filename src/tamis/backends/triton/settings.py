@@ -44,7 +44,8 @@ def tiles(
         # Decoding: few rows, and the time is that of reading the keys.
         rows, warps = 16, 4
     if block_q < rows:
-        rows, warps = block_q, 4  # a tile of half the rows has half the warps
+        # A tile of half the rows has half the warps, where registers last for its channels.
+        rows, warps = block_q, 4 if wide <= 64 else warps
     return Tiles(rows, min(keys, block_kv, 64 if kind == "packed" else 128), warps, stages)
 
 
@@ -63,7 +64,7 @@ _MEND = (Tiles(16, 16, 4, 1), Tiles(16, 32, 8, 1), Tiles(16, 16, 8, 1))
 # For head dims up to 64, 128 and 256.
 _TABLE: dict[tuple[str, str], tuple[Tiles, Tiles, Tiles]] = {
     # sm_90 and sm_100: 227 KB of shared memory, from which the matrix units read both operands.
-    ("hopper", "half"): (Tiles(128, 64, 4, 3), Tiles(128, 64, 8, 3), Tiles(128, 32, 8, 2)),
+    ("hopper", "half"): (Tiles(128, 64, 8, 3), Tiles(128, 64, 8, 3), Tiles(128, 32, 8, 2)),
     ("hopper", "int8"): (Tiles(128, 64, 8, 3), Tiles(128, 64, 8, 3), Tiles(128, 32, 8, 2)),
     # The product with e4m3 values cannot add to the output in place: both take registers.
     ("hopper", "fp8"): (Tiles(128, 64, 8, 4), Tiles(128, 64, 8, 4), Tiles(64, 32, 8, 2)),
