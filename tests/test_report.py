@@ -330,6 +330,7 @@ def test_page_size_is_bounded() -> None:
         (numbers.change(0.0, 1.0), None),
         (numbers.unit(1.0), "1.000"),
         (numbers.count(8192), "8,192"),
+        (numbers.plain(numbers.mean([1e308, 1e308])), "1.00e+308"),
     ],
 )
 def test_numbers_read_well(written: str | None, expected: str | None) -> None:

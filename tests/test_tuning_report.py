@@ -109,6 +109,7 @@ def test_evidence_on_the_budget_is_within_it() -> None:
     """Evidence is rounded to six places: what lies on the budget is not beyond it."""
     assert 'class="odd"' not in render(replace(small(), budget={"l1": 0.12})), "held out .12 of .12"
     assert render(replace(small(), budget={"l1": 0.12})).count("mark over") == 0
+    assert 'class="odd"' not in render(replace(small(), budget={"l1": 0.1199996})), "which rounds to .12"
     assert render(replace(small(), budget={"l1": 0.119})).count('class="mark over"') == 1
 
 
@@ -164,10 +165,11 @@ def test_dots_stand_where_both_errors_say() -> None:
 
 
 def test_work_is_the_sum_of_densities() -> None:
-    html = render(small())
-    assert "layer 0: 62% of the kept blocks, those of 1.25 dense heads of 2" in html
-    assert "layer 1: 38% of the kept blocks, those of 0.750 dense heads of 2" in html
-    assert "The densest quarter of the heads keeps 50% of them." in html
+    made = small()
+    html = render(replace(made, layers={**made.layers, "blocks.2.attn": made.layers["blocks.1.attn"]}))
+    assert "layer 0: 45% of the kept blocks, those of 1.25 dense heads of 2" in html
+    assert "layer 1: 27% of the kept blocks, those of 0.750 dense heads of 2" in html
+    assert "The densest quarter of the heads keeps 55% of them." in html, "two of six: 1.5 of 2.75"
     heights = [float(h) for h in re.findall(r'class="fill" [^>]* height="([\d.]+)"', html)]
     assert heights[0] / heights[1] == pytest.approx(1.25 / 0.75, rel=1e-3)
 

@@ -86,8 +86,7 @@ def read(path: Path, prefix: str) -> tuple[dict[str, Any], dict[str, Any]]:
         Damaged: it is no journal, or damaged.
         OSError: it cannot be read.
     """
-    data = path.read_bytes()
-    entries = _entries(path, data[: data.rfind(b"\n") + 1], prefix)
+    entries = _entries(path, path.read_bytes(), prefix)
     try:
         head = next(entries)["head"]
         found = {entry["key"]: entry["value"] for entry in entries}
@@ -97,7 +96,7 @@ def read(path: Path, prefix: str) -> tuple[dict[str, Any], dict[str, Any]]:
 
 
 def _entries(path: Path | None, data: bytes, prefix: str = "") -> Iterator[Any]:
-    """The head, and of the results in whole lines those whose keys start with a prefix."""
+    """The head, and of the results in whole lines (the last may be cut off) those whose keys start with a prefix."""
     wanted = b'{"key":' + json.dumps(prefix)[:-1].encode() if prefix else b""
     for number, line in enumerate(data.split(b"\n")[:-1], start=1):
         check, _, text = line.partition(b" ")
