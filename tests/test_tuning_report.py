@@ -93,7 +93,7 @@ def test_cards_say_what_the_profile_says() -> None:
     assert "Worst head 0.120 budget 0.0900 tuning inputs 0.0500 held out 0.120" in text
     assert "Relative L1 of layer 0, head 0, on a held-out input. It runs with cdf 0.9, pv threshold 4." in text
     assert "Dense heads 1 of all heads 25%" in text
-    assert "1 layer run in full precision" in text
+    assert "In full precision, since rounding alone went beyond the budget: 1 layer." in text
 
 
 def test_a_budget_for_the_end_is_judged_there() -> None:

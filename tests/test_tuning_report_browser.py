@@ -15,21 +15,30 @@ from tamis import report
 from tamis.report import colour
 
 
+class Pages(dict[str, Path]):
+    """Pages by name, each written when it is first asked for; "x, surveyed" is that of profile x with its survey."""
+
+    def __init__(self, folder: Path) -> None:
+        super().__init__()
+        self.folder = folder
+
+    def __missing__(self, name: str) -> Path:
+        case, _, surveyed = name.partition(", ")
+        survey = make_survey(PROFILES[case], SURVEYED[case]) if surveyed else None
+        self[name] = report.write_tuning(self.folder / f"{len(self)}.html", PROFILES[case], survey)
+        return self[name]
+
+
 @pytest.fixture(scope="module")
-def pages(tmp_path_factory: pytest.TempPathFactory) -> dict[str, Path]:
-    folder = tmp_path_factory.mktemp("tuning")
-    written = {case: report.write_tuning(folder / f"{case}.html", made) for case, made in PROFILES.items()}
-    for case, bounds in SURVEYED.items():
-        survey = make_survey(PROFILES[case], bounds)
-        written[f"{case}, surveyed"] = report.write_tuning(folder / f"{case}-surveyed.html", PROFILES[case], survey)
-    return written
+def pages(tmp_path_factory: pytest.TempPathFactory) -> Pages:
+    return Pages(tmp_path_factory.mktemp("tuning"))
 
 
 NAMES = [*PROFILES, *(f"{case}, surveyed" for case in SURVEYED)]
 
 
 @pytest.mark.parametrize("name", NAMES)
-def test_page_loads_quietly_and_fits(browser: Browser, pages: dict[str, Path], name: str) -> None:
+def test_page_loads_quietly_and_fits(browser: Browser, pages: Pages, name: str) -> None:
     for width in (375, 1400):
         browser.view(width)
         browser.open(pages[name])
@@ -63,7 +72,7 @@ def centre(browser: Browser, what: str) -> tuple[float, float]:
     return float(x), float(y)
 
 
-def test_the_slider_moves_and_the_text_follows(browser: Browser, pages: dict[str, Path]) -> None:
+def test_the_slider_moves_and_the_text_follows(browser: Browser, pages: Pages) -> None:
     browser.view(375)
     browser.open(pages["whole, surveyed"])
     facts = data(browser)
@@ -99,7 +108,7 @@ def test_the_slider_moves_and_the_text_follows(browser: Browser, pages: dict[str
     assert browser.problems == []
 
 
-def test_keys_move_the_slider(browser: Browser, pages: dict[str, Path]) -> None:
+def test_keys_move_the_slider(browser: Browser, pages: Pages) -> None:
     browser.view(1400)
     browser.open(pages["whole, surveyed"])
     choose(browser, "stop", 1)
@@ -143,7 +152,7 @@ def test_hostile_names_are_only_names(browser: Browser, tmp_path: Path) -> None:
 
 
 @pytest.mark.parametrize("scheme", ["light", "dark"])
-def test_screenshot_shows_maps_and_frontier(browser: Browser, pages: dict[str, Path], scheme: str) -> None:
+def test_screenshot_shows_maps_and_frontier(browser: Browser, pages: Pages, scheme: str) -> None:
     """Cells have the colour of their figure, and the chosen dot is where its figures say."""
     browser.view(1400, scheme=scheme)
     browser.open(pages["whole, surveyed"])
@@ -168,7 +177,7 @@ def test_screenshot_shows_maps_and_frontier(browser: Browser, pages: dict[str, P
     assert picture[int(y * box[3])][int(x * box[2])] == odd
 
 
-def test_pointing_at_a_dot_reads_it_out(browser: Browser, pages: dict[str, Path]) -> None:
+def test_pointing_at_a_dot_reads_it_out(browser: Browser, pages: Pages) -> None:
     browser.view(1400)
     browser.open(pages["stages"])
     browser.evaluate("document.querySelector('.scatter').scrollIntoView()")

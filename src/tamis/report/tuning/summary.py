@@ -138,7 +138,7 @@ def dense_card(parts: Sequence[Steps]) -> Markup:
     note = (
         "Heads that keep all blocks: no sparse setting that was tried was good enough." if dense else "None keeps all."
     )
-    more = f" {count(full, 'layer')} run in full precision, since rounding alone went beyond it." if full else ""
+    more = f" In full precision, since rounding alone went beyond the budget: {count(full, 'layer')}." if full else ""
     return card("Dense heads", f"{dense:,}", bars(rows, full=1), element("p", note + more))
 
 
