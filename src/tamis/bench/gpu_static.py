@@ -120,6 +120,7 @@ def compile_launch(item: launch.Launch, name: str) -> Any:
     import triton
     from triton.backends.compiler import BaseBackend, GPUTarget
     from triton.compiler import ASTSource, make_backend
+    from triton.experimental.gluon._runtime import GluonASTSource
 
     kind = chips.CHIPS[name].kind
     target = GPUTarget("hip", name, 64) if kind == "hip" else GPUTarget("cuda", int(name[3:]), 32)
@@ -142,7 +143,8 @@ def compile_launch(item: launch.Launch, name: str) -> Any:
             constants[parameter.name] = value if key is None else key
         elif isinstance(key, str):
             attributes[(index,)] = backend.parse_attr(key)
-    source = ASTSource(item.kernel, signature, constants, attributes)
+    form = GluonASTSource if item.kernel.is_gluon() else ASTSource
+    source = form(item.kernel, signature, constants, attributes)
     options = {"num_warps": item.warps, "num_stages": item.stages}
     return triton.compile(source, target=target, options=options)
 

@@ -1,0 +1,720 @@
+"""Block-sparse attention for sm_90 in Gluon: the sums of attend.py, with memory and arithmetic in warps of their own.
+
+One producer warp walks the lists of kept blocks and copies tiles of keys and values into a ring in shared memory; two
+warpgroups of consumers, each with 64 query rows, multiply and sum:
+
+    producer    wait empty, copy K(j);  wait empty, copy V(j)
+    consumer    issue q K(j+1)^T;  softmax of scores j meanwhile;  wait;  o = o * 2^(m - m') + p V(j)
+
+While one consumer computes exponentials the other's products run. A place of the ring has two barriers: "ready" counts
+the bytes that have come, "empty" the consumers that are done. The n-th use of a place waits for phase n & 1.
+
+Programs stay: each takes every gridDim-th item, an item being a tile of query rows of one head, long rows first.
+"""
+
+from __future__ import annotations
+
+import triton
+from triton.experimental import gluon
+from triton.experimental.gluon import language as gl
+
+from tamis.backends.triton.gluon_api import load_tile, mbarrier, warpgroup_mma, warpgroup_mma_wait
+
+LOG2E = gl.constexpr(1.4426950408889634)
+
+
+@gluon.jit
+def _place(place, q_tiles, heads, section):
+    """Row tile and head of an item: the last rows first, for a section of heads at a time, whose keys share the L2."""
+    group = place // (section * q_tiles)
+    inside = place - group * section * q_tiles
+    size = gl.minimum(section, heads - group * section)
+    return q_tiles - 1 - inside // size, group * section + inside % size
+
+
+@gluon.jit
+def _block(indices, entry, num, end, LISTS: gl.constexpr):
+    """The block at an entry of the list, and `end` where nothing follows that can be seen."""
+    if not LISTS:
+        return gl.minimum(entry, end)
+    else:
+        block = gl.load(indices + gl.minimum(entry, gl.maximum(num - 1, 0)))
+        block = gl.minimum(gl.maximum(block, 0), end)
+        return gl.where(entry < num, block, end)
+
+
+@gluon.jit
+def _item(
+    place,
+    lists,
+    sizes,
+    LISTS: gl.constexpr,
+    CAUSAL: gl.constexpr,
+    BLOCK_KV: gl.constexpr,
+    ROWS: gl.constexpr,
+):
+    """What both kinds of warps know of an item: its tile and head, its list, and where edges and the visible end."""
+    kv_num, kv_indices, stride_numb, stride_numh, stride_numq, stride_idxb, stride_idxh, stride_idxq = lists
+    q_len, kv_len, heads, all_heads, kv_group, q_tiles, kv_blocks, max_blocks, section = sizes
+    tile, head_at = _place(place, q_tiles, all_heads, section)
+    batch, head = head_at // heads, head_at % heads
+    end, whole_end = kv_blocks, kv_len // BLOCK_KV
+    if CAUSAL:
+        low = tile * ROWS + (kv_len - q_len)
+        high = gl.minimum(q_len, (tile + 1) * ROWS) - 1 + (kv_len - q_len)
+        end = gl.minimum(end, (gl.maximum(high + 1, 0) + BLOCK_KV - 1) // BLOCK_KV)
+        whole_end = gl.minimum(whole_end, gl.maximum(low + 1, 0) // BLOCK_KV)
+    num = end
+    indices = kv_indices
+    if LISTS:
+        at = batch.to(gl.int64) * stride_numb + head.to(gl.int64) * stride_numh + tile.to(gl.int64) * stride_numq
+        num = gl.minimum(gl.maximum(gl.load(kv_num + at), 0), max_blocks)
+        at = batch.to(gl.int64) * stride_idxb + head.to(gl.int64) * stride_idxh + tile.to(gl.int64) * stride_idxq
+        indices = kv_indices + at
+    return tile, batch, head, head_at, indices, num, whole_end, end
+
+
+@gluon.jit
+def _produce(
+    descs,
+    rooms,
+    bars,
+    lists,
+    sizes,
+    v_flags,
+    flags,
+    who,
+    LISTS: gl.constexpr,
+    CAUSAL: gl.constexpr,
+    BLOCK_KV: gl.constexpr,
+    TILE_K: gl.constexpr,
+    STAGES: gl.constexpr,
+    SPLIT: gl.constexpr,
+    PARTS: gl.constexpr,
+    PV8: gl.constexpr,
+    MENDS: gl.constexpr,
+):
+    """Copy the tiles of queries, keys and values that the consumers want, as soon as there is room."""
+    q_desc, k_desc, v_desc, edge_desc = descs
+    q_room, k_room, v_room = rooms
+    q_ready, q_empty, k_ready, k_empty, v_ready, v_empty = bars
+    q_len, kv_len, heads, all_heads, kv_group, q_tiles, kv_blocks, max_blocks, section = sizes
+    ROWS: gl.constexpr = 64 if SPLIT else 128
+    PER_BLOCK: gl.constexpr = BLOCK_KV // TILE_K
+    base = who * STAGES if SPLIT else 0
+    first = gl.program_id(0) * 2 + who if SPLIT else gl.program_id(0)
+    every = gl.num_programs(0) * 2 if SPLIT else gl.num_programs(0)
+    round = 0
+    turn = 0
+    for place in range(first, q_tiles * all_heads, every):
+        tile, batch, head, head_at, indices, num, whole_end, end = _item(
+            place, lists, sizes, LISTS, CAUSAL, BLOCK_KV, ROWS
+        )
+        kv_head = head // kv_group
+        for part in gl.static_range(1 if SPLIT else 2):
+            mine = who + part
+            mbarrier.wait(q_empty.index(mine), (round & 1) ^ 1)
+            mbarrier.expect(q_ready.index(mine), q_desc.block_type.nbytes)
+            load_tile(q_desc, [batch, head, tile * ROWS + part * 64, 0], q_ready.index(mine), q_room.index(mine))
+        round += 1
+        step = 0
+        broken = 0
+        block = _block(indices, 0, num, end, LISTS)
+        while block < end:
+            following = _block(indices, (step + 1) // PER_BLOCK, num, end, LISTS)
+            start = block * BLOCK_KV + (step % PER_BLOCK) * TILE_K
+            slot = base + turn % STAGES
+            phase = (turn // STAGES & 1) ^ 1
+            mbarrier.wait(k_empty.index(slot), phase)
+            mbarrier.expect(k_ready.index(slot), k_desc.block_type.nbytes)
+            load_tile(k_desc, [batch, kv_head, start, 0], k_ready.index(slot), k_room.index(slot))
+            mbarrier.wait(v_empty.index(slot), phase)
+            mbarrier.expect(v_ready.index(slot), v_desc.block_type.nbytes * PARTS)
+            edge = block >= whole_end
+            for part in gl.static_range(PARTS):
+                room = v_room.index(slot * PARTS + part)
+                if PV8:
+                    load_tile(v_desc, [batch, kv_head, part * 128, start], v_ready.index(slot), room)
+                elif not MENDS:
+                    load_tile(v_desc, [batch, kv_head, start, part * 128], v_ready.index(slot), room)
+                else:
+                    # 0 * NaN is NaN: where keys are masked, values come from a copy without any.
+                    load_tile(v_desc, [batch, kv_head, start, part * 128], v_ready.index(slot), room, pred=~edge)
+                    load_tile(edge_desc, [batch, kv_head, start, part * 128], v_ready.index(slot), room, pred=edge)
+            if MENDS:
+                # The second pass, of attend.py, adds what those at the edges would have added.
+                v_tiles = (kv_len + 63) // 64
+                at = v_flags + (batch * (heads // kv_group) + kv_head).to(gl.int64) * v_tiles
+                for part in gl.static_range(TILE_K // 64):
+                    here = start // 64 + part
+                    broken |= gl.load(at + here, mask=edge & (here < v_tiles), other=0)
+            turn += 1
+            step += 1
+            block = following
+        if MENDS:
+            gl.store(flags + head_at.to(gl.int64) * q_tiles + tile, broken)
+
+
+@gluon.jit
+def _scores(
+    q, k_room, k_ready, slot, turn, S: gl.constexpr, TILE_K: gl.constexpr, D: gl.constexpr, STAGES: gl.constexpr
+):
+    """Start q k^T of a tile, when its keys are there."""
+    mbarrier.wait(k_ready.index(slot), turn // STAGES & 1)
+    k = k_room.index(slot).reshape([TILE_K, D]).permute((1, 0))
+    kind: gl.constexpr = gl.int32 if q.dtype == gl.int8 else gl.float32
+    return warpgroup_mma(q, k, gl.zeros([64, TILE_K], kind, S), use_acc=False, is_async=True)
+
+
+@gluon.jit
+def _visit(
+    s,
+    o,
+    m,
+    total,
+    skipped,
+    q,
+    room,
+    turn,
+    base,
+    start,
+    k_scale,
+    row_factor,
+    rows,
+    threshold,
+    q_len,
+    kv_len,
+    NEXT: gl.constexpr,
+    EDGE: gl.constexpr,
+    CAUSAL: gl.constexpr,
+    TILE_K: gl.constexpr,
+    D: gl.constexpr,
+    STAGES: gl.constexpr,
+    PARTS: gl.constexpr,
+    S: gl.constexpr,
+    O: gl.constexpr,
+    STAGE2: gl.constexpr,
+    HEADROOM: gl.constexpr,
+):
+    """Take in the scores of one tile, while those of the next are being computed."""
+    k_room, v_room, k_ready, k_empty, v_ready, v_empty = room
+    QK8: gl.constexpr = s.dtype == gl.int32
+    PV8: gl.constexpr = v_room.dtype == gl.float8e4nv
+    BY_ROW: gl.constexpr = gl.SliceLayout(1, S)
+    n = gl.arange(0, TILE_K, gl.SliceLayout(0, S))
+    x = s.to(gl.float32)  # [64, TILE_K]
+    after = base + (turn + 1) % STAGES
+    if NEXT:
+        coming = _scores(q, k_room, k_ready, after, turn + 1, S, TILE_K, D, STAGES)
+    # What multiplies scores is the row's where it can be, and then one multiply-add with the maximum.
+    factor = row_factor
+    if QK8:
+        k_step = gl.load(k_scale + start // 64)
+        if TILE_K == 64:
+            factor = row_factor * k_step
+        else:
+            behind = gl.load(k_scale + start // 64 + 1, mask=start + 64 < kv_len, other=0.0)
+            x = x * gl.where(n < 64, k_step, behind)[None, :]
+    if EDGE:
+        seen = (rows < q_len)[:, None] & (start + n < kv_len)[None, :]
+        if CAUSAL:
+            seen = seen & (rows + (kv_len - q_len))[:, None] >= (start + n)[None, :]
+        x = gl.where(seen, x * factor[:, None], float("-inf"))
+        m_local = gl.max(x, 1)
+    else:
+        m_local = gl.max(x, 1) * factor
+    m_next = gl.maximum(m, m_local)
+    reference = gl.where(m_next == float("-inf"), 0.0, m_next)
+    decay = gl.exp2(m - reference)
+    if PV8:
+        less = gl.where(m_local == float("-inf"), 0.0, m_local) - HEADROOM
+        gain = gl.exp2(m_local - reference)
+    else:
+        less = reference
+        gain = decay
+    if EDGE:
+        p = gl.exp2(x - less[:, None])
+    else:
+        p = gl.exp2(x * factor[:, None] - less[:, None])
+    if PV8:
+        total = total * decay + gl.sum(p, 1) * gain
+    else:
+        total = total * decay + gl.sum(p, 1)
+
+    weights = _weights(p, v_room.dtype, TILE_K, O)
+    if NEXT:
+        s = warpgroup_mma_wait(0, deps=[coming])
+        mbarrier.arrive(k_empty.index(after))
+    slot = base + turn % STAGES
+    mbarrier.wait(v_ready.index(slot), turn // STAGES & 1)
+    if STAGE2:
+        behind = gl.where(rows < q_len, m_local - reference, float("-inf"))
+        taken = gl.max(gl.where(behind == behind, behind, 0.0), 0) > -threshold
+        if EDGE:
+            taken = taken | (gl.max(m_local, 0) == float("-inf"))
+        skipped += gl.where(taken, 0, 1)
+        if taken:
+            o = _add(o, weights, v_room, slot, decay, gain, PARTS, O)
+    else:
+        o = _add(o, weights, v_room, slot, decay, gain, PARTS, O)
+    mbarrier.arrive(v_empty.index(slot))
+    return s, o, m_next, total, skipped
+
+
+@gluon.jit
+def _weights(p, KIND: gl.constexpr, TILE_K: gl.constexpr, O: gl.constexpr):
+    """P as the left operand of the second product, in registers."""
+    if KIND == gl.float8e4nv:
+        WIDTH: gl.constexpr = 4
+    else:
+        WIDTH: gl.constexpr = 2
+    return gl.convert_layout(p.to(KIND), gl.DotOperandLayout(0, O, WIDTH))
+
+
+@gluon.jit
+def _add(o, weights, v_room, slot, decay, gain, PARTS: gl.constexpr, O: gl.constexpr):
+    """o * decay + p v."""
+    PV8: gl.constexpr = v_room.dtype == gl.float8e4nv
+    BY_ROW: gl.constexpr = gl.SliceLayout(1, O)
+    WIDTH: gl.constexpr = o[0].shape[1]
+    TILE_K: gl.constexpr = weights.shape[1]
+    decay = gl.convert_layout(decay, BY_ROW)
+    gain = gl.convert_layout(gain, BY_ROW)
+    made = ()
+    for part in gl.static_range(PARTS):
+        room = v_room.index(slot * PARTS + part)
+        if PV8:
+            # The sum inside a product of e4m3 keeps few bits: from tile to tile it is added up in fp32.
+            v = room.reshape([WIDTH, TILE_K]).permute((1, 0))
+            product = warpgroup_mma(weights, v, gl.zeros([64, WIDTH], gl.float32, O), use_acc=False, is_async=True)
+            product = warpgroup_mma_wait(0, deps=[product])
+            made = made + (o[part] * decay[:, None] + product * gain[:, None],)
+        else:
+            v = room.reshape([TILE_K, WIDTH])
+            product = warpgroup_mma(weights, v, o[part] * decay[:, None], is_async=True)
+            made = made + (warpgroup_mma_wait(0, deps=[product]),)
+    return made
+
+
+@gluon.jit
+def _consume(
+    rooms,
+    bars,
+    tensors,
+    lists,
+    sizes,
+    kv_tiles,
+    factor,
+    who,
+    LISTS: gl.constexpr,
+    CAUSAL: gl.constexpr,
+    BLOCK_KV: gl.constexpr,
+    TILE_K: gl.constexpr,
+    STAGES: gl.constexpr,
+    SPLIT: gl.constexpr,
+    PARTS: gl.constexpr,
+    D: gl.constexpr,
+    DV: gl.constexpr,
+    VALUE_DIM: gl.constexpr,
+    STAGE2: gl.constexpr,
+    HEADROOM: gl.constexpr,
+):
+    """Attention for 64 query rows after 64 query rows."""
+    q_room, k_room, v_room = rooms
+    output, lse, counts, q_scale, k_scale, v_scale, q_shift, pv_threshold = tensors
+    q_ready, q_empty, k_ready, k_empty, v_ready, v_empty = bars
+    q_len, kv_len, heads, all_heads, kv_group, q_tiles, kv_blocks, max_blocks, section = sizes
+    room = (k_room, v_room, k_ready, k_empty, v_ready, v_empty)
+    QK8: gl.constexpr = q_room.dtype == gl.int8
+    PV8: gl.constexpr = v_room.dtype == gl.float8e4nv
+    ROWS: gl.constexpr = 64 if SPLIT else 128
+    PER_BLOCK: gl.constexpr = BLOCK_KV // TILE_K
+    WIDTH: gl.constexpr = DV // PARTS
+    S: gl.constexpr = gl.NVMMADistributedLayout([3, 0], [4, 1], [16, TILE_K, 32 if QK8 else 16])
+    O: gl.constexpr = gl.NVMMADistributedLayout([3, 0], [4, 1], [16, WIDTH, 32 if PV8 else 16])
+    BY_ROW: gl.constexpr = gl.SliceLayout(1, S)
+    OUT_ROW: gl.constexpr = gl.SliceLayout(1, O)
+    base = who * STAGES if SPLIT else 0
+    first = gl.program_id(0) * 2 + who if SPLIT else gl.program_id(0)
+    every = gl.num_programs(0) * 2 if SPLIT else gl.num_programs(0)
+    round = 0
+    turn = 0
+    for place in range(first, q_tiles * all_heads, every):
+        tile, batch, head, head_at, indices, num, whole_end, end = _item(
+            place, lists, sizes, LISTS, CAUSAL, BLOCK_KV, ROWS
+        )
+        start_row = tile * ROWS + (0 if SPLIT else who * 64)
+        rows = start_row + gl.arange(0, 64, BY_ROW)
+        row_at = head_at.to(gl.int64) * q_len + rows
+        row_factor = gl.full([64], factor, gl.float32, BY_ROW)
+        scales = k_scale
+        if QK8:
+            row_factor = gl.load(q_scale + row_at, mask=rows < q_len, other=0.0) * factor
+            scales = k_scale + (batch * (heads // kv_group) + head // kv_group).to(gl.int64) * kv_tiles
+        threshold = factor
+        if STAGE2:
+            threshold = gl.load(pv_threshold + head) * LOG2E
+
+        o = ()
+        for part in gl.static_range(PARTS):
+            o = o + (gl.zeros([64, WIDTH], gl.float32, O),)
+        m = gl.full([64], float("-inf"), gl.float32, BY_ROW)
+        total = gl.zeros([64], gl.float32, BY_ROW)
+        skipped = 0
+        step = 0
+        mbarrier.wait(q_ready.index(who), round & 1)
+        q = q_room.index(who).reshape([64, D])
+        block = _block(indices, 0, num, end, LISTS)
+        if block < end:
+            following = _block(indices, 1 // PER_BLOCK, num, end, LISTS)
+            slot = base + turn % STAGES
+            s = warpgroup_mma_wait(0, deps=[_scores(q, k_room, k_ready, slot, turn, S, TILE_K, D, STAGES)])
+            mbarrier.arrive(k_empty.index(slot))
+            while (following < end) & (block < whole_end):
+                later = _block(indices, (step + 2) // PER_BLOCK, num, end, LISTS)
+                start = block * BLOCK_KV + (step % PER_BLOCK) * TILE_K
+                s, o, m, total, skipped = _visit(
+                    *(s, o, m, total, skipped, q, room, turn, base, start, scales),
+                    *(row_factor, rows, threshold, q_len, kv_len),
+                    *(True, False, CAUSAL, TILE_K, D, STAGES, PARTS, S, O, STAGE2, HEADROOM),
+                )
+                turn += 1
+                step += 1
+                block = following
+                following = later
+            while following < end:
+                later = _block(indices, (step + 2) // PER_BLOCK, num, end, LISTS)
+                start = block * BLOCK_KV + (step % PER_BLOCK) * TILE_K
+                s, o, m, total, skipped = _visit(
+                    *(s, o, m, total, skipped, q, room, turn, base, start, scales),
+                    *(row_factor, rows, threshold, q_len, kv_len),
+                    *(True, True, CAUSAL, TILE_K, D, STAGES, PARTS, S, O, STAGE2, HEADROOM),
+                )
+                turn += 1
+                step += 1
+                block = following
+                following = later
+            mbarrier.arrive(q_empty.index(who))
+            start = block * BLOCK_KV + (step % PER_BLOCK) * TILE_K
+            s, o, m, total, skipped = _visit(
+                *(s, o, m, total, skipped, q, room, turn, base, start, scales),
+                *(row_factor, rows, threshold, q_len, kv_len),
+                *(False, True, CAUSAL, TILE_K, D, STAGES, PARTS, S, O, STAGE2, HEADROOM),
+            )
+            turn += 1
+            step += 1
+        else:
+            mbarrier.arrive(q_empty.index(who))
+        round += 1
+
+        empty = total == 0
+        sum_log = m + gl.log2(total) - HEADROOM
+        if QK8:
+            sum_log += gl.load(q_shift + row_at, mask=rows < q_len, other=0.0) * factor
+        gl.store(lse + row_at, gl.where(empty, float("-inf"), sum_log) / LOG2E, mask=rows < q_len)
+        inverse = gl.convert_layout(gl.where(empty, 0.0, 1.0 / total), OUT_ROW)
+        none = gl.convert_layout(empty, OUT_ROW)
+        out_rows = start_row + gl.arange(0, 64, OUT_ROW)
+        for part in gl.static_range(PARTS):
+            d = part * WIDTH + gl.arange(0, WIDTH, gl.SliceLayout(0, O))
+            made = o[part] * inverse[:, None]
+            if PV8:
+                kv_at = (batch * (heads // kv_group) + head // kv_group).to(gl.int64)
+                made = made * gl.load(v_scale + kv_at * DV + d)[None, :]
+            made = gl.where(none[:, None], 0.0, made)
+            at = output + (head_at.to(gl.int64) * q_len + out_rows)[:, None] * VALUE_DIM + d[None, :]
+            inside = (out_rows < q_len)[:, None] & (d < VALUE_DIM)[None, :]
+            gl.store(at, made.to(output.dtype.element_ty), mask=inside)
+
+        # Blocks visible and kept, of the whole item; what was left out, of each half of it.
+        halves: gl.constexpr = 1 if SPLIT else 2
+        tiles = (q_len + 63) // 64
+        here = tile * halves + (0 if SPLIT else who)
+        if here < tiles:
+            count_at = counts + (head_at.to(gl.int64) * tiles + here) * 3
+            leads = here % halves == 0
+            kept = gl.where(leads, step // PER_BLOCK, 0).to(gl.float64)
+            of_rows = gl.minimum(q_len - start_row, 64).to(gl.float64)
+            of_item = gl.minimum(q_len - tile * ROWS, ROWS).to(gl.float64)
+            gl.store(count_at, gl.where(leads, end, 0).to(gl.float64))
+            gl.store(count_at + 1, kept)
+            gl.store(count_at + 2, kept - skipped.to(gl.float64) / PER_BLOCK * of_rows / of_item)
+
+
+@gluon.jit(
+    do_not_specialize=[
+        "stride_numb",
+        "stride_numh",
+        "stride_numq",
+        "stride_idxb",
+        "stride_idxh",
+        "stride_idxq",
+        "q_len",
+        "kv_len",
+        "heads",
+        "all_heads",
+        "kv_group",
+        "q_tiles",
+        "kv_blocks",
+        "max_blocks",
+        "section",
+        "kv_tiles",
+        "factor",
+    ]
+)
+def hopper_kernel(
+    q_desc,
+    k_desc,
+    v_desc,
+    edge_desc,
+    output,
+    lse,
+    counts,
+    flags,
+    v_flags,
+    q_scale,
+    k_scale,
+    v_scale,
+    q_shift,
+    kv_num,
+    kv_indices,
+    pv_threshold,
+    stride_numb,
+    stride_numh,
+    stride_numq,
+    stride_idxb,
+    stride_idxh,
+    stride_idxq,
+    q_len,
+    kv_len,
+    heads,
+    all_heads,
+    kv_group,
+    q_tiles,
+    kv_blocks,
+    max_blocks,
+    section,
+    kv_tiles,
+    factor,
+    D: gl.constexpr,
+    DV: gl.constexpr,
+    VALUE_DIM: gl.constexpr,
+    BLOCK_KV: gl.constexpr,
+    TILE_K: gl.constexpr,
+    STAGES: gl.constexpr,
+    CAUSAL: gl.constexpr,
+    SPLIT: gl.constexpr,
+    LISTS: gl.constexpr,
+    STAGE2: gl.constexpr,
+    MENDS: gl.constexpr,
+    HEADROOM: gl.constexpr,
+):
+    """Attention over lists of blocks; any number of programs."""
+    PARTS: gl.constexpr = 1 if DV <= 128 else DV // 128
+    RINGS: gl.constexpr = 2 if SPLIT else 1
+    PV8: gl.constexpr = v_desc.dtype == gl.float8e4nv
+    q_room = gl.allocate_shared_memory(q_desc.dtype, [2] + q_desc.block_type.shape, q_desc.layout)
+    k_room = gl.allocate_shared_memory(k_desc.dtype, [RINGS * STAGES] + k_desc.block_type.shape, k_desc.layout)
+    v_room = gl.allocate_shared_memory(v_desc.dtype, [RINGS * STAGES * PARTS] + v_desc.block_type.shape, v_desc.layout)
+    BAR: gl.constexpr = mbarrier.MBarrierLayout()
+    q_ready = gl.allocate_shared_memory(gl.int64, [2, 1], BAR)
+    q_empty = gl.allocate_shared_memory(gl.int64, [2, 1], BAR)
+    k_ready = gl.allocate_shared_memory(gl.int64, [RINGS * STAGES, 1], BAR)
+    k_empty = gl.allocate_shared_memory(gl.int64, [RINGS * STAGES, 1], BAR)
+    v_ready = gl.allocate_shared_memory(gl.int64, [RINGS * STAGES, 1], BAR)
+    v_empty = gl.allocate_shared_memory(gl.int64, [RINGS * STAGES, 1], BAR)
+    for i in gl.static_range(2):
+        mbarrier.init(q_ready.index(i), count=1)
+        mbarrier.init(q_empty.index(i), count=1)
+    for i in gl.static_range(RINGS * STAGES):
+        mbarrier.init(k_ready.index(i), count=1)
+        mbarrier.init(k_empty.index(i), count=1 if SPLIT else 2)
+        mbarrier.init(v_ready.index(i), count=1)
+        mbarrier.init(v_empty.index(i), count=1 if SPLIT else 2)
+    # Written out: a constant that a variable holds is one no more.
+    rooms = (q_room, k_room, v_room)
+    bars = (q_ready, q_empty, k_ready, k_empty, v_ready, v_empty)
+    descs = (q_desc, k_desc, v_desc, edge_desc)
+    tensors = (output, lse, counts, q_scale, k_scale, v_scale, q_shift, pv_threshold)
+    lists = (kv_num, kv_indices, stride_numb, stride_numh, stride_numq, stride_idxb, stride_idxh, stride_idxq)
+    sizes = (q_len, kv_len, heads, all_heads, kv_group, q_tiles, kv_blocks, max_blocks, section)
+    if SPLIT:
+        gl.warp_specialize(
+            [
+                (
+                    _consume,
+                    (
+                        rooms,
+                        bars,
+                        tensors,
+                        lists,
+                        sizes,
+                        kv_tiles,
+                        factor,
+                        0,
+                        LISTS,
+                        CAUSAL,
+                        BLOCK_KV,
+                        TILE_K,
+                        STAGES,
+                        SPLIT,
+                        PARTS,
+                        D,
+                        DV,
+                        VALUE_DIM,
+                        STAGE2,
+                        HEADROOM,
+                    ),
+                ),
+                (
+                    _consume,
+                    (
+                        rooms,
+                        bars,
+                        tensors,
+                        lists,
+                        sizes,
+                        kv_tiles,
+                        factor,
+                        1,
+                        LISTS,
+                        CAUSAL,
+                        BLOCK_KV,
+                        TILE_K,
+                        STAGES,
+                        SPLIT,
+                        PARTS,
+                        D,
+                        DV,
+                        VALUE_DIM,
+                        STAGE2,
+                        HEADROOM,
+                    ),
+                ),
+                (
+                    _produce,
+                    (
+                        descs,
+                        rooms,
+                        bars,
+                        lists,
+                        sizes,
+                        v_flags,
+                        flags,
+                        0,
+                        LISTS,
+                        CAUSAL,
+                        BLOCK_KV,
+                        TILE_K,
+                        STAGES,
+                        SPLIT,
+                        PARTS,
+                        PV8,
+                        MENDS,
+                    ),
+                ),
+                (
+                    _produce,
+                    (
+                        descs,
+                        rooms,
+                        bars,
+                        lists,
+                        sizes,
+                        v_flags,
+                        flags,
+                        1,
+                        LISTS,
+                        CAUSAL,
+                        BLOCK_KV,
+                        TILE_K,
+                        STAGES,
+                        SPLIT,
+                        PARTS,
+                        PV8,
+                        MENDS,
+                    ),
+                ),
+            ],
+            [4, 1, 1],
+            [240, 24, 24],
+        )
+    else:
+        gl.warp_specialize(
+            [
+                (
+                    _consume,
+                    (
+                        rooms,
+                        bars,
+                        tensors,
+                        lists,
+                        sizes,
+                        kv_tiles,
+                        factor,
+                        0,
+                        LISTS,
+                        CAUSAL,
+                        BLOCK_KV,
+                        TILE_K,
+                        STAGES,
+                        SPLIT,
+                        PARTS,
+                        D,
+                        DV,
+                        VALUE_DIM,
+                        STAGE2,
+                        HEADROOM,
+                    ),
+                ),
+                (
+                    _consume,
+                    (
+                        rooms,
+                        bars,
+                        tensors,
+                        lists,
+                        sizes,
+                        kv_tiles,
+                        factor,
+                        1,
+                        LISTS,
+                        CAUSAL,
+                        BLOCK_KV,
+                        TILE_K,
+                        STAGES,
+                        SPLIT,
+                        PARTS,
+                        D,
+                        DV,
+                        VALUE_DIM,
+                        STAGE2,
+                        HEADROOM,
+                    ),
+                ),
+                (
+                    _produce,
+                    (
+                        descs,
+                        rooms,
+                        bars,
+                        lists,
+                        sizes,
+                        v_flags,
+                        flags,
+                        0,
+                        LISTS,
+                        CAUSAL,
+                        BLOCK_KV,
+                        TILE_K,
+                        STAGES,
+                        SPLIT,
+                        PARTS,
+                        PV8,
+                        MENDS,
+                    ),
+                ),
+            ],
+            [4, 1],
+            [240, 24],
+        )
