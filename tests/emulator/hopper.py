@@ -14,7 +14,7 @@ from torch import Tensor
 
 from emulator.machine import Partition, current, join
 from emulator.shared import Barrier, Shared
-from emulator.values import TORCH, TRITON, KernelError, Memory, Value, common_layout, raw, scalar
+from emulator.values import TORCH, TRITON, KernelError, Memory, Type, Value, common_layout, raw, scalar
 
 
 class Descriptor:
@@ -42,11 +42,7 @@ class Descriptor:
 
     @property
     def block_type(self) -> Any:
-        return tl.block_type(self.dtype, self.block_shape)
-
-    @property
-    def nbytes(self) -> int:
-        return int(torch.Size(self.block_shape).numel()) * self.memory.flat.itemsize
+        return Type(self.dtype, self.block_shape, self.layout)
 
     def places(self, coordinates: Any) -> tuple[Tensor, Tensor]:
         """Elements of a box in the flat tensor, and which of them exist."""
@@ -138,11 +134,11 @@ def load(tensor_desc: Descriptor, coord: Any, barrier: Shared, result: Shared, p
     def land() -> None:
         machine.copies -= 1
         result.put(tensor_desc.read(where))
-        place.land(tensor_desc.nbytes)
+        place.land(tensor_desc.block_type.nbytes)
 
     machine.copies += 1
     machine.later(land)
-    place.issue(tensor_desc.nbytes)
+    place.issue(tensor_desc.block_type.nbytes)
 
 
 def store(tensor_desc: Descriptor, coord: Any, src: Shared) -> None:

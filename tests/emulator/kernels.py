@@ -38,15 +38,14 @@ class Source:
         plain = kernel.fn
         if plain in self.made:
             return self.made[plain]
-        lines, first = inspect.getsourcelines(plain)
-        text = textwrap.dedent("".join(lines))
+        text = textwrap.dedent("".join(kernel.raw_src))
         if self.mutation is not None:
             text = self.mutation(plain.__name__, text)
         tree = ast.parse(text)
         (definition,) = tree.body
         assert isinstance(definition, ast.FunctionDef)
         definition.decorator_list = []
-        ast.increment_lineno(tree, first - 1)
+        ast.increment_lineno(tree, kernel.starting_line_number - 1)
         code = compile(ast.fix_missing_locations(_Casts().visit(tree)), inspect.getfile(plain), "exec")
         scope: dict[str, Any] = {"_to_tensor": language.to_tensor, "_span": language.span}
         exec(code, scope)
@@ -71,7 +70,7 @@ class Source:
             return thing.value
         if hasattr(thing, "__triton_builtin__"):
             return _builtin(thing)
-        if isinstance(thing, JITFunction) or type(thing).__name__ == "InterpretedFunction":
+        if isinstance(thing, JITFunction):
             return _builtin(thing.fn) if thing.fn.__module__.startswith("triton.") else self.function(thing)
         return thing
 

@@ -163,6 +163,10 @@ def reshape(input: Value, *shape: Any) -> Value:
     return input.reshape(*shape)
 
 
+def permute(input: Value, *order: Any) -> Value:
+    return input.permute(*order)
+
+
 def broadcast_to(input: Value, *shape: Any) -> Value:
     sizes = shape[0] if len(shape) == 1 and not isinstance(shape[0], int) else shape
     return Value(input.data.expand(_sizes(sizes)), input.layout)
@@ -276,7 +280,7 @@ FUNCTIONS: dict[str, dict[str, Any]] = {
             for function in (
                 *(arange, full, zeros, zeros_like, convert_layout, load, store, to_tensor, where, maximum, minimum),
                 *(fma, cdiv, cumsum, expand_dims, reshape, broadcast_to, dot, program_id, num_programs),
-                *(static_assert, device_assert, warp_specialize, static_range, trans, multiple_of),
+                *(static_assert, device_assert, warp_specialize, static_range, trans, permute, multiple_of),
             )
         },
     },

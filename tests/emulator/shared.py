@@ -13,12 +13,11 @@ import sys
 from typing import Any
 
 import torch
-import triton.language as tl
 from torch import Tensor
 from triton.experimental.gluon.language._layouts import SharedLayout
 
 from emulator.machine import Clock, current, join
-from emulator.values import TORCH, KernelError, Value, poison, raw, valued
+from emulator.values import TORCH, KernelError, Type, Value, poison, raw, valued
 
 _EMPTY, _GOOD, _COMING = 0, 1, 2
 _HERE = os.path.dirname(__file__) + os.sep
@@ -77,11 +76,7 @@ class Shared:
 
     @property
     def type(self) -> Any:
-        return tl.block_type(self.dtype, self.shape)
-
-    @property
-    def nbytes(self) -> int:
-        return self.data.numel() * self.data.itemsize
+        return Type(self.dtype, self.shape, self.layout)
 
     def _view(self, change: Any, name: str) -> Shared:
         return Shared(self.of, self.dtype, self.layout, (change(self.data), change(self.state)), name)

@@ -5,6 +5,7 @@ Every access to global memory is held against the bounds of the tensor that the 
 
 from __future__ import annotations
 
+import math
 import numbers
 from typing import Any
 
@@ -49,11 +50,18 @@ def poison(dtype: torch.dtype) -> Any:
 
 
 class Type:
-    """What kernels ask of `x.type`."""
+    """What kernels ask of `x.type` and `descriptor.block_type`."""
 
-    def __init__(self, element: Any, shape: tuple[int, ...], layout: Any) -> None:
+    def __init__(self, element: Any, shape: Any, layout: Any) -> None:
         self.element_ty = self.scalar = element
         self.shape, self.layout = list(shape), layout
+
+    def __repr__(self) -> str:
+        return f"{self.element_ty} {self.shape}"
+
+    @property
+    def nbytes(self) -> int:
+        return math.prod(self.shape) * TORCH[self.element_ty].itemsize
 
     def is_block(self) -> bool:
         return bool(self.shape)
@@ -80,7 +88,7 @@ class Value:
 
     @property
     def type(self) -> Type:
-        return Type(self.dtype, tuple(self.data.shape), self.layout)
+        return Type(self.dtype, self.data.shape, self.layout)
 
     def to(self, dtype: Any, bitcast: bool = False, fp_downcast_rounding: Any = None) -> Value:
         assert fp_downcast_rounding is None
@@ -114,6 +122,10 @@ class Value:
     def reshape(self, *shape: Any) -> Value:
         sizes = shape[0] if len(shape) == 1 and isinstance(shape[0], (list, tuple)) else shape
         return Value(self.data.reshape([int(size) for size in sizes]))
+
+    def permute(self, *order: Any) -> Value:
+        axes = order[0] if len(order) == 1 and isinstance(order[0], (list, tuple)) else order
+        return Value(self.data.permute(tuple(axes)))
 
     def __add__(self, other: Any) -> Any:
         return NotImplemented if isinstance(other, Pointer) else _binary(torch.add, self, other)
