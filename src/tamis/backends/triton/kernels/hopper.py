@@ -14,22 +14,12 @@ Programs stay: each takes every gridDim-th item, an item being a tile of query r
 
 from __future__ import annotations
 
-import triton
 from triton.experimental import gluon
 from triton.experimental.gluon import language as gl
 
 from tamis.backends.triton.gluon_api import load_tile, mbarrier, warpgroup_mma, warpgroup_mma_wait
 
 LOG2E = gl.constexpr(1.4426950408889634)
-
-
-@gluon.jit
-def _place(place, q_tiles, heads, section):
-    """Row tile and head of an item: the last rows first, for a section of heads at a time, whose keys share the L2."""
-    group = place // (section * q_tiles)
-    inside = place - group * section * q_tiles
-    size = gl.minimum(section, heads - group * section)
-    return q_tiles - 1 - inside // size, group * section + inside % size
 
 
 @gluon.jit
@@ -44,33 +34,33 @@ def _block(indices, entry, num, end, LISTS: gl.constexpr):
 
 
 @gluon.jit
-def _item(
-    place,
-    lists,
-    sizes,
-    LISTS: gl.constexpr,
-    CAUSAL: gl.constexpr,
-    BLOCK_KV: gl.constexpr,
-    ROWS: gl.constexpr,
-):
-    """What both kinds of warps know of an item: its tile and head, its list, and where edges and the visible end."""
-    kv_num, kv_indices, stride_numb, stride_numh, stride_numq, stride_idxb, stride_idxh, stride_idxq = lists
-    q_len, kv_len, heads, all_heads, kv_group, q_tiles, kv_blocks, max_blocks, section = sizes
-    tile, head_at = _place(place, q_tiles, all_heads, section)
-    batch, head = head_at // heads, head_at % heads
-    end, whole_end = kv_blocks, kv_len // BLOCK_KV
+def _item(place, lists, sizes, LISTS: gl.constexpr, CAUSAL: gl.constexpr, BLOCK_KV: gl.constexpr, ROWS: gl.constexpr):
+    """What both kinds of warps know of an item: its tile and heads, its list, and where edges and the visible end.
+
+    The last rows of every head come first, for a section of heads at a time, whose keys share the L2.
+    """
+    kv_num, kv_indices, stride_numb, stride_numh, stride_idxb, stride_idxh, stride_idxq, max_blocks = lists
+    q_len, kv_len, ahead, heads, kv_group, all_heads, q_tiles, items, section, section_items, programs = sizes
+    group = place // section_items
+    inside = place - group * section_items
+    size = gl.minimum(section, all_heads - group * section)
+    tile = q_tiles - 1 - inside // size
+    head_at = group * section + inside % size
+    batch = head_at // heads
+    head = head_at - batch * heads
+    end = (kv_len + BLOCK_KV - 1) // BLOCK_KV
+    whole_end = kv_len // BLOCK_KV
     if CAUSAL:
-        low = tile * ROWS + (kv_len - q_len)
-        high = gl.minimum(q_len, (tile + 1) * ROWS) - 1 + (kv_len - q_len)
+        low = tile * ROWS + ahead
+        high = gl.minimum(q_len, (tile + 1) * ROWS) - 1 + ahead
         end = gl.minimum(end, (gl.maximum(high + 1, 0) + BLOCK_KV - 1) // BLOCK_KV)
         whole_end = gl.minimum(whole_end, gl.maximum(low + 1, 0) // BLOCK_KV)
     num = end
     indices = kv_indices
     if LISTS:
-        at = batch.to(gl.int64) * stride_numb + head.to(gl.int64) * stride_numh + tile.to(gl.int64) * stride_numq
-        num = gl.minimum(gl.maximum(gl.load(kv_num + at), 0), max_blocks)
-        at = batch.to(gl.int64) * stride_idxb + head.to(gl.int64) * stride_idxh + tile.to(gl.int64) * stride_idxq
-        indices = kv_indices + at
+        num = gl.load(kv_num + (batch * stride_numb + head * stride_numh + tile))
+        num = gl.minimum(gl.maximum(num, 0), max_blocks)
+        indices = kv_indices + (batch * stride_idxb + head * stride_idxh + tile * stride_idxq)
     return tile, batch, head, head_at, indices, num, whole_end, end
 
 
@@ -98,15 +88,16 @@ def _produce(
     q_desc, k_desc, v_desc, edge_desc = descs
     q_room, k_room, v_room = rooms
     q_ready, q_empty, k_ready, k_empty, v_ready, v_empty = bars
-    q_len, kv_len, heads, all_heads, kv_group, q_tiles, kv_blocks, max_blocks, section = sizes
+    q_len, kv_len, ahead, heads, kv_group, all_heads, q_tiles, items, section, section_items, programs = sizes
     ROWS: gl.constexpr = 64 if SPLIT else 128
     PER_BLOCK: gl.constexpr = BLOCK_KV // TILE_K
+    WIDTH: gl.constexpr = v_desc.block_type.shape[2 if PV8 else 3]
     base = who * STAGES if SPLIT else 0
     first = gl.program_id(0) * 2 + who if SPLIT else gl.program_id(0)
-    every = gl.num_programs(0) * 2 if SPLIT else gl.num_programs(0)
+    every = programs * 2 if SPLIT else programs
     round = 0
     turn = 0
-    for place in range(first, q_tiles * all_heads, every):
+    for place in range(first, items, every):
         tile, batch, head, head_at, indices, num, whole_end, end = _item(
             place, lists, sizes, LISTS, CAUSAL, BLOCK_KV, ROWS
         )
@@ -134,18 +125,18 @@ def _produce(
             for part in gl.static_range(PARTS):
                 room = v_room.index(slot * PARTS + part)
                 if PV8:
-                    load_tile(v_desc, [batch, kv_head, part * 128, start], v_ready.index(slot), room)
+                    load_tile(v_desc, [batch, kv_head, part * WIDTH, start], v_ready.index(slot), room)
                 elif not MENDS:
-                    load_tile(v_desc, [batch, kv_head, start, part * 128], v_ready.index(slot), room)
+                    load_tile(v_desc, [batch, kv_head, start, part * WIDTH], v_ready.index(slot), room)
                 else:
                     # 0 * NaN is NaN: where keys are masked, values come from a copy without any.
-                    load_tile(v_desc, [batch, kv_head, start, part * 128], v_ready.index(slot), room, pred=~edge)
-                    load_tile(edge_desc, [batch, kv_head, start, part * 128], v_ready.index(slot), room, pred=edge)
+                    load_tile(v_desc, [batch, kv_head, start, part * WIDTH], v_ready.index(slot), room, pred=~edge)
+                    load_tile(edge_desc, [batch, kv_head, start, part * WIDTH], v_ready.index(slot), room, pred=edge)
             if MENDS:
                 # The second pass, of attend.py, adds what those at the edges would have added.
                 v_tiles = (kv_len + 63) // 64
                 at = v_flags + (batch * (heads // kv_group) + kv_head).to(gl.int64) * v_tiles
-                for part in gl.static_range(TILE_K // 64):
+                for part in gl.static_range((TILE_K + 63) // 64):
                     here = start // 64 + part
                     broken |= gl.load(at + here, mask=edge & (here < v_tiles), other=0)
             turn += 1
@@ -184,6 +175,7 @@ def _visit(
     threshold,
     q_len,
     kv_len,
+    ahead,
     NEXT: gl.constexpr,
     EDGE: gl.constexpr,
     CAUSAL: gl.constexpr,
@@ -210,15 +202,17 @@ def _visit(
     factor = row_factor
     if QK8:
         k_step = gl.load(k_scale + start // 64)
-        if TILE_K == 64:
+        if TILE_K <= 64:
             factor = row_factor * k_step
         else:
             behind = gl.load(k_scale + start // 64 + 1, mask=start + 64 < kv_len, other=0.0)
             x = x * gl.where(n < 64, k_step, behind)[None, :]
     if EDGE:
-        seen = (rows < q_len)[:, None] & (start + n < kv_len)[None, :]
+        limit = kv_len - start
         if CAUSAL:
-            seen = seen & (rows + (kv_len - q_len))[:, None] >= (start + n)[None, :]
+            limit = gl.minimum(limit, rows + (ahead + 1 - start))[:, None]
+        # A thread's columns are 8 i + j of a constant i each, and 2t of the thread: that one goes to the other side.
+        seen = (n & -7)[None, :] < limit - (n & 6)[None, :]
         x = gl.where(seen, x * factor[:, None], float("-inf"))
         m_local = gl.max(x, 1)
     else:
@@ -263,12 +257,17 @@ def _visit(
 
 @gluon.jit
 def _weights(p, KIND: gl.constexpr, TILE_K: gl.constexpr, O: gl.constexpr):
-    """P as the left operand of the second product, in registers."""
+    """P as the left operand of the second product, in registers.
+
+    A thread holds columns 2t, 2t + 1, 8 + 2t and 9 + 2t of every 16, and for e4m3 has to hold 4t .. 4t + 3. Values are
+    stored in that other order (`value_fp8_kernel`), so that nothing has to move.
+    """
     if KIND == gl.float8e4nv:
-        WIDTH: gl.constexpr = 4
+        p = p.reshape([64, TILE_K // 16, 2, 4, 2]).permute((0, 1, 3, 2, 4)).reshape([64, TILE_K])
+        weights = gl.convert_layout(p.to(KIND), gl.DotOperandLayout(0, O, 4), assert_trivial=True)
     else:
-        WIDTH: gl.constexpr = 2
-    return gl.convert_layout(p.to(KIND), gl.DotOperandLayout(0, O, WIDTH))
+        weights = gl.convert_layout(p.to(KIND), gl.DotOperandLayout(0, O, 2), assert_trivial=True)
+    return weights
 
 
 @gluon.jit
@@ -323,23 +322,24 @@ def _consume(
     q_room, k_room, v_room = rooms
     output, lse, counts, q_scale, k_scale, v_scale, q_shift, pv_threshold = tensors
     q_ready, q_empty, k_ready, k_empty, v_ready, v_empty = bars
-    q_len, kv_len, heads, all_heads, kv_group, q_tiles, kv_blocks, max_blocks, section = sizes
+    q_len, kv_len, ahead, heads, kv_group, all_heads, q_tiles, items, section, section_items, programs = sizes
     room = (k_room, v_room, k_ready, k_empty, v_ready, v_empty)
     QK8: gl.constexpr = q_room.dtype == gl.int8
     PV8: gl.constexpr = v_room.dtype == gl.float8e4nv
     ROWS: gl.constexpr = 64 if SPLIT else 128
     PER_BLOCK: gl.constexpr = BLOCK_KV // TILE_K
     WIDTH: gl.constexpr = DV // PARTS
+    HELD: gl.constexpr = D <= 128
     S: gl.constexpr = gl.NVMMADistributedLayout([3, 0], [4, 1], [16, TILE_K, 32 if QK8 else 16])
     O: gl.constexpr = gl.NVMMADistributedLayout([3, 0], [4, 1], [16, WIDTH, 32 if PV8 else 16])
     BY_ROW: gl.constexpr = gl.SliceLayout(1, S)
     OUT_ROW: gl.constexpr = gl.SliceLayout(1, O)
     base = who * STAGES if SPLIT else 0
     first = gl.program_id(0) * 2 + who if SPLIT else gl.program_id(0)
-    every = gl.num_programs(0) * 2 if SPLIT else gl.num_programs(0)
+    every = programs * 2 if SPLIT else programs
     round = 0
     turn = 0
-    for place in range(first, q_tiles * all_heads, every):
+    for place in range(first, items, every):
         tile, batch, head, head_at, indices, num, whole_end, end = _item(
             place, lists, sizes, LISTS, CAUSAL, BLOCK_KV, ROWS
         )
@@ -364,6 +364,10 @@ def _consume(
         step = 0
         mbarrier.wait(q_ready.index(who), round & 1)
         q = q_room.index(who).reshape([64, D])
+        if HELD:
+            # In registers queries take nothing of the bandwidth of shared memory, and their room is free at once.
+            q = q.load(gl.DotOperandLayout(0, S, 4 if QK8 else 2))
+            mbarrier.arrive(q_empty.index(who))
         block = _block(indices, 0, num, end, LISTS)
         if block < end:
             following = _block(indices, 1 // PER_BLOCK, num, end, LISTS)
@@ -375,7 +379,7 @@ def _consume(
                 start = block * BLOCK_KV + (step % PER_BLOCK) * TILE_K
                 s, o, m, total, skipped = _visit(
                     *(s, o, m, total, skipped, q, room, turn, base, start, scales),
-                    *(row_factor, rows, threshold, q_len, kv_len),
+                    *(row_factor, rows, threshold, q_len, kv_len, ahead),
                     *(True, False, CAUSAL, TILE_K, D, STAGES, PARTS, S, O, STAGE2, HEADROOM),
                 )
                 turn += 1
@@ -387,23 +391,24 @@ def _consume(
                 start = block * BLOCK_KV + (step % PER_BLOCK) * TILE_K
                 s, o, m, total, skipped = _visit(
                     *(s, o, m, total, skipped, q, room, turn, base, start, scales),
-                    *(row_factor, rows, threshold, q_len, kv_len),
+                    *(row_factor, rows, threshold, q_len, kv_len, ahead),
                     *(True, True, CAUSAL, TILE_K, D, STAGES, PARTS, S, O, STAGE2, HEADROOM),
                 )
                 turn += 1
                 step += 1
                 block = following
                 following = later
-            mbarrier.arrive(q_empty.index(who))
+            if not HELD:
+                mbarrier.arrive(q_empty.index(who))
             start = block * BLOCK_KV + (step % PER_BLOCK) * TILE_K
             s, o, m, total, skipped = _visit(
                 *(s, o, m, total, skipped, q, room, turn, base, start, scales),
-                *(row_factor, rows, threshold, q_len, kv_len),
+                *(row_factor, rows, threshold, q_len, kv_len, ahead),
                 *(False, True, CAUSAL, TILE_K, D, STAGES, PARTS, S, O, STAGE2, HEADROOM),
             )
             turn += 1
             step += 1
-        else:
+        elif not HELD:
             mbarrier.arrive(q_empty.index(who))
         round += 1
 
@@ -445,19 +450,21 @@ def _consume(
     do_not_specialize=[
         "stride_numb",
         "stride_numh",
-        "stride_numq",
         "stride_idxb",
         "stride_idxh",
         "stride_idxq",
+        "max_blocks",
         "q_len",
         "kv_len",
+        "ahead",
         "heads",
-        "all_heads",
         "kv_group",
+        "all_heads",
         "q_tiles",
-        "kv_blocks",
-        "max_blocks",
+        "items",
         "section",
+        "section_items",
+        "programs",
         "kv_tiles",
         "factor",
     ]
@@ -481,19 +488,21 @@ def hopper_kernel(
     pv_threshold,
     stride_numb,
     stride_numh,
-    stride_numq,
     stride_idxb,
     stride_idxh,
     stride_idxq,
+    max_blocks,
     q_len,
     kv_len,
+    ahead,
     heads,
-    all_heads,
     kv_group,
+    all_heads,
     q_tiles,
-    kv_blocks,
-    max_blocks,
+    items,
     section,
+    section_items,
+    programs,
     kv_tiles,
     factor,
     D: gl.constexpr,
@@ -510,7 +519,7 @@ def hopper_kernel(
     HEADROOM: gl.constexpr,
 ):
     """Attention over lists of blocks; any number of programs."""
-    PARTS: gl.constexpr = 1 if DV <= 128 else DV // 128
+    PARTS: gl.constexpr = 1 if DV <= 128 else DV // 64
     RINGS: gl.constexpr = 2 if SPLIT else 1
     PV8: gl.constexpr = v_desc.dtype == gl.float8e4nv
     q_room = gl.allocate_shared_memory(q_desc.dtype, [2] + q_desc.block_type.shape, q_desc.layout)
@@ -536,8 +545,8 @@ def hopper_kernel(
     bars = (q_ready, q_empty, k_ready, k_empty, v_ready, v_empty)
     descs = (q_desc, k_desc, v_desc, edge_desc)
     tensors = (output, lse, counts, q_scale, k_scale, v_scale, q_shift, pv_threshold)
-    lists = (kv_num, kv_indices, stride_numb, stride_numh, stride_numq, stride_idxb, stride_idxh, stride_idxq)
-    sizes = (q_len, kv_len, heads, all_heads, kv_group, q_tiles, kv_blocks, max_blocks, section)
+    lists = (kv_num, kv_indices, stride_numb, stride_numh, stride_idxb, stride_idxh, stride_idxq, max_blocks)
+    sizes = (q_len, kv_len, ahead, heads, kv_group, all_heads, q_tiles, items, section, section_items, programs)
     if SPLIT:
         gl.warp_specialize(
             [
