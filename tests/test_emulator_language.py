@@ -179,6 +179,135 @@ def test_broken_promises() -> None:
 
 
 @gluon.jit
+def solo_kernel(desc, out, RULE: gl.constexpr, LAYOUT: gl.constexpr):
+    room = gl.allocate_shared_memory(desc.dtype, desc.block_type.shape, desc.layout)
+    other = gl.allocate_shared_memory(desc.dtype, desc.block_type.shape, desc.layout)
+    ready = gl.allocate_shared_memory(gl.int64, [1], mbarrier.MBarrierLayout())
+    mbarrier.init(ready, count=1)
+    if RULE == "arrives beyond":
+        mbarrier.arrive(ready, count=2)
+    elif RULE == "expects twice":
+        mbarrier.expect(ready, desc.block_type.nbytes)
+        mbarrier.expect(ready, desc.block_type.nbytes)
+    elif RULE == "another box":
+        mbarrier.expect(ready, desc.block_type.nbytes)
+        tma.async_copy_global_to_shared(desc, [0, 0], ready, room)
+        tma.async_copy_global_to_shared(desc, [0, 0], ready, other)
+        mbarrier.wait(ready, 0)
+    elif RULE == "ends early":
+        mbarrier.expect(ready, desc.block_type.nbytes)
+        tma.async_copy_global_to_shared(desc, [0, 0], ready, room)
+    elif RULE == "nobody arrives":
+        mbarrier.wait(ready, 0)
+    elif RULE == "an older phase":
+        mbarrier.wait(ready, 1)
+    elif RULE == "invalidated":
+        mbarrier.invalidate(ready)
+        mbarrier.init(ready, count=1)
+        mbarrier.invalidate(ready)
+        mbarrier.arrive(ready)
+    elif RULE == "rows of two copies":
+        for row in gl.static_range(2):
+            mbarrier.expect(ready, desc.block_type.nbytes)
+            tma.async_copy_global_to_shared(desc, [row, 0], ready, room)
+            if row == 0:
+                mbarrier.wait(ready, 0)
+        at = gl.arange(0, 8, gl.SliceLayout(1, LAYOUT))[:, None] * 16
+        gl.store(out + at + gl.arange(0, 16, gl.SliceLayout(0, LAYOUT))[None, :], room.load(LAYOUT))
+        mbarrier.wait(ready, 1)
+
+
+def alone(rule: str, seed: int = 0, races: bool = True) -> torch.Tensor:
+    x, out = torch.arange(256.0).view(16, 16), torch.zeros(8, 16)
+    layout = gl.NVMMASharedLayout.get_default_for([8, 16], gl.float32)
+    registers = gl.BlockedLayout([1, 1], [2, 16], [4, 1], [1, 0])
+    desc = TensorDescriptor.from_tensor(x, [8, 16], layout)
+    emulator.run(solo_kernel, (1,), desc, out, RULE=rule, LAYOUT=registers, seed=seed, races=races)
+    return out
+
+
+@pytest.mark.parametrize(
+    ("rule", "message"),
+    [
+        ("arrives beyond", "2 arrive at ready, which waits for 1 of 1"),
+        ("expects twice", "1 arrive at ready, which waits for 0 of 1"),
+        ("another box", "ready expects (0|512) bytes, and copies bring (512|1024)|the program ends while copies"),
+        ("ends early", "the program ends while copies into its shared memory are under way"),
+        ("nobody arrives", "the kernel waits for parity 0 of ready .in phase 0, 1 of 1 arrivals missing"),
+        ("invalidated", "ready is no barrier"),
+    ],
+)
+def test_rules_of_barriers(rule: str, message: str) -> None:
+    for seed in range(4):
+        with pytest.raises(emulator.KernelError, match=message):
+            alone(rule, seed)
+
+
+def test_the_phase_before_the_first_is_over() -> None:
+    alone("an older phase")
+
+
+def test_a_place_is_poison_until_the_copy_lands() -> None:
+    """Neither what stood there nor a mixture: the new rows, or NaN."""
+    with pytest.raises(emulator.KernelError, match="race: room is read while one of the copies of ready writes it"):
+        alone("rows of two copies")
+    seen = [alone("rows of two copies", seed, races=False) for seed in range(16)]
+    late = torch.arange(16.0, 16 + 128).view(8, 16)
+    assert all(torch.equal(rows, late) or rows.isnan().all() for rows in seen)
+    assert any(rows.isnan().all() for rows in seen)
+    assert any(torch.equal(rows, late) for rows in seen)
+
+
+@gluon.jit
+def giver(desc, room, ready, empty):
+    for turn in range(2):
+        mbarrier.wait(empty, (turn & 1) ^ 1)
+        mbarrier.expect(ready, desc.block_type.nbytes)
+        tma.async_copy_global_to_shared(desc, [turn, 0], ready, room)
+
+
+@gluon.jit
+def taker(out, room, ready, empty, LATE: gl.constexpr, LAYOUT: gl.constexpr):
+    at = gl.arange(0, 8, gl.SliceLayout(1, LAYOUT))[:, None] * 16 + gl.arange(0, 16, gl.SliceLayout(0, LAYOUT))[None, :]
+    for turn in range(2):
+        mbarrier.wait(ready, turn & 1)
+        if LATE:
+            mbarrier.arrive(empty)
+        gl.store(out + at, room.load(LAYOUT))
+        if not LATE:
+            mbarrier.arrive(empty)
+
+
+@gluon.jit
+def duet_kernel(desc, out, LATE: gl.constexpr, LAYOUT: gl.constexpr):
+    room = gl.allocate_shared_memory(desc.dtype, desc.block_type.shape, desc.layout)
+    ready = gl.allocate_shared_memory(gl.int64, [1], mbarrier.MBarrierLayout())
+    empty = gl.allocate_shared_memory(gl.int64, [1], mbarrier.MBarrierLayout())
+    mbarrier.init(ready, count=1)
+    mbarrier.init(empty, count=1)
+    gl.warp_specialize(
+        [(taker, (out, room, ready, empty, LATE, LAYOUT)), (giver, (desc, room, ready, empty))], [1], [24]
+    )
+
+
+@pytest.mark.parametrize("late", [False, True])
+def test_threads_that_read_after_they_released(late: bool) -> None:
+    x, out = torch.arange(256.0).view(16, 16), torch.zeros(8, 16)
+    layout = gl.NVMMASharedLayout.get_default_for([8, 16], gl.float32)
+    registers = gl.BlockedLayout([1, 1], [2, 16], [4, 1], [1, 0])
+    desc = TensorDescriptor.from_tensor(x, [8, 16], layout)
+    for seed in range(6):
+        if late:
+            with pytest.raises(
+                emulator.KernelError, match=r"race: room is (overwritten while taker|read while one of the)"
+            ):
+                emulator.run(duet_kernel, (1,), desc, out, LATE=late, LAYOUT=registers, seed=seed)
+        else:
+            emulator.run(duet_kernel, (1,), desc, out, LATE=late, LAYOUT=registers, seed=seed)
+            assert torch.equal(out, x[1:9])
+
+
+@gluon.jit
 def unknown_kernel(x):
     gl.atomic_add(x, 1)
 

@@ -178,6 +178,8 @@ class Machine:
         self._ended(self.here)
         if self.copies:
             raise KernelError("the program ends while copies into its shared memory are under way")
+        for barrier in (barrier for allocation in self.shared for barrier in allocation.barriers.values()):
+            barrier.check()
 
 
 def _name(function: Any) -> str:

@@ -228,8 +228,6 @@ class Barrier:
     def issue(self, size: int) -> None:
         """A copy of so many bytes will land in this phase."""
         self.issued += size
-        if self.left == 0 and self.issued > self.expected:
-            raise KernelError(f"{self.name} expects {self.expected} bytes, and copies bring {self.issued} or more")
 
     def land(self, size: int) -> None:
         self.landed += size
@@ -238,13 +236,17 @@ class Barrier:
     def _maybe_complete(self) -> None:
         if self.left or self.landed < self.expected:
             return
-        if self.issued != self.expected:
-            raise KernelError(f"{self.name} expects {self.expected} bytes, and copies bring {self.issued}")
+        self.check()
         join(self.known, self.gathered)
         self.phase += 1
         self.known["copies", self] = self.phase
         self.left = self.count
         self.expected = self.issued = self.landed = 0
+
+    def check(self) -> None:
+        """Raise if a phase that is over, or the last one, saw other bytes than it expects."""
+        if self.issued != self.expected:
+            raise KernelError(f"{self.name} expects {self.expected} bytes, and copies bring {self.issued}")
 
     def missing(self) -> str:
         """What the phase still lacks."""
