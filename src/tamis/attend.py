@@ -200,6 +200,7 @@ def _run(call: Call, backend: str | None, prepared: Prepared | None) -> tuple[Te
         rows=call.query.shape[2],
         dense_reason=None if skips else "no block mask was given",
         compensate=call.compensate if skips else None,
+        kernel_reasons=base.kernel_reason(name, call),
     )
     return output, lse, stats
 

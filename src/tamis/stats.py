@@ -45,6 +45,7 @@ class AttentionStats:
         rows: int,
         dense_reason: str | None,
         compensate: str | None = None,
+        kernel_reasons: tuple[str | None, str | None] = (None, None),
     ) -> None:
         self.counts = counts
         self.backend = backend
@@ -52,7 +53,12 @@ class AttentionStats:
         self.dense_reason = dense_reason
         self.compensate = compensate
         # Looked at when read: asking a symbolic length here would bind a compiled graph to one side of the answer.
-        self._formats, self._rows = formats, rows
+        self._formats, self._rows, self._kernel_reasons = formats, rows, kernel_reasons
+
+    @property
+    def kernel_reason(self) -> str | None:
+        """Why a backend that has a faster kernel for some calls took the one for all calls; else None."""
+        return self._kernel_reasons[self._rows >= geometry.TILE_ROWS]
 
     @property
     def qk_dtype(self) -> str:
@@ -109,10 +115,11 @@ class AttentionStats:
         where = self.backend if self.target is None else f"{self.backend}/{self.target}"
         instead = "" if self.compensate is None else f", compensate={self.compensate!r}"
         dense = "" if self.dense_reason is None else f", dense_reason={self.dense_reason!r}"
+        kernel = "" if self.kernel_reason is None else f", kernel_reason={self.kernel_reason!r}"
         return (
             f"AttentionStats(density={self.density:.3f}, qk_density={self.qk_density:.3f}, "
             f"pv_density={self.pv_density:.3f}, backend={where}, qk_dtype={self.qk_dtype}, "
-            f"pv_dtype={self.pv_dtype}{instead}{dense})"
+            f"pv_dtype={self.pv_dtype}{instead}{dense}{kernel})"
         )
 
 

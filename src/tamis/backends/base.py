@@ -176,6 +176,14 @@ def description(name: str, call: Call) -> tuple[str | None, Formats]:
     return cast(tuple[str | None, Formats], made)
 
 
+def kernel_reason(name: str, call: Call) -> tuple[str | None, str | None]:
+    """Why a backend with a kernel for the machine at hand does not use it, with few query rows and with many."""
+    module = cast(Any, load(name))
+    if not hasattr(module, "kernel_reason"):
+        return None, None
+    return cast("tuple[str | None, str | None]", module.kernel_reason(call))
+
+
 @torch.compiler.assume_constant_result  # type: ignore[untyped-decorator]
 def _description(
     name: str, precision: str, dtype: torch.dtype, packed: bool, kind: str, index: int | None

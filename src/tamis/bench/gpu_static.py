@@ -2,11 +2,14 @@
 
 The backend is called as for each architecture, on small CPU tensors; what it would have started is compiled instead,
 and taken apart. A kernel fails if it spills registers, asks for more shared memory than there is, has its wgmma
-instructions serialised by the assembler, or lacks the matrix instructions its precision promises.
+instructions serialised by the assembler, or lacks the matrix instructions its precision promises. The one made for
+sm_90 also fails if it multiplies by older instructions, or does not hand registers from warps that copy to others.
 """
 
 from __future__ import annotations
 
+import contextlib
+import os
 import re
 import subprocess
 import tempfile
@@ -19,10 +22,11 @@ from typing import Any
 import torch
 
 import tamis
-from tamis.backends.triton import chips, launch
+from tamis.backends.triton import chips, hopper, launch
 from tamis.bench.record import commit
 
 DIMS = (64, 128, 256)
+GLUON_DIMS = (64, 128, 192, 256)  # 96 is padded to 128
 # Matrix instructions for 16-bit, int8, e4m3 and tf32 products. Hopper and Blackwell have their own for whole
 # warpgroups, and the older ones for tiles of fewer than 64 rows.
 _WARP = {"half": "HMMA.16816", "int8": "IMMA.16832", "fp8": "QMMA.16832", "tf32": "HMMA.1688.F32.TF32"}
@@ -69,6 +73,48 @@ def calls(name: str, dims: tuple[int, ...] = DIMS) -> Iterator[tuple[str, set[st
         yield f"full fp32 d={dim}", {"tf32"}, _noted(name, dim, torch.float32, "full", causal=True)
     for dim in dims[:2]:
         yield f"predict d={dim}", {"tf32"}, _predicted(name, dim)
+    if name == "sm_90":
+        yield from _gluon_calls(GLUON_DIMS if dims == DIMS else dims)
+
+
+def _gluon_calls(dims: tuple[int, ...]) -> Iterator[tuple[str, set[str], list[launch.Launch]]]:
+    """The kernel made for sm_90 in every form: head dims, precisions, and all that is compiled in."""
+    for dim in dims:
+        for precision, kinds in (("full", {"half"}), ("int8", {"int8", "half"}), ("fp8", {"int8", "fp8"})):
+            for block_q in (128, 64):
+                if hopper.cut(precision, dim, dim, block_q) is None:
+                    continue
+                for number in range(8):
+                    causal, lists, stage2 = bool(number & 1), bool(number & 2), bool(number & 4)
+                    words = [("causal", causal), ("lists", lists), ("stage 2", stage2), ("64 rows", block_q == 64)]
+                    what = " ".join([precision, f"d={dim}", *(word for word, there in words if there)])
+                    if block_q == 128 or (lists and stage2):  # blocks of 64 rows come with lists
+                        yield what, kinds, [gluon(dim, precision, block_q, causal=causal, lists=lists, stage2=stage2)]
+
+
+def gluon(dim: int, precision: str, block_q: int = 128, *, causal: bool, lists: bool, stage2: bool) -> launch.Launch:
+    """What a call starts of the kernel made for sm_90."""
+    query, key, value = _inputs(dim, torch.bfloat16)
+    blocks = torch.ones(1, 4, 256 // block_q, 4, dtype=torch.bool)
+    mask = tamis.BlockMask.from_dense(blocks, (block_q, 64), (256, 256)) if lists else None
+    threshold = 5.0 if stage2 else None
+    with _kernel("gluon"), chips.assume("sm_90"), launch.note() as launches:
+        tamis.attend(
+            query, key, value, mask, backend="triton", precision=precision, causal=causal, pv_threshold=threshold
+        )
+    return next(item for item in launches if item.kernel.fn.__name__ == "hopper_kernel")
+
+
+@contextlib.contextmanager
+def _kernel(name: str) -> Iterator[None]:
+    before = os.environ.get("TAMIS_GPU_KERNEL")
+    os.environ["TAMIS_GPU_KERNEL"] = name
+    try:
+        yield
+    finally:
+        del os.environ["TAMIS_GPU_KERNEL"]
+        if before is not None:
+            os.environ["TAMIS_GPU_KERNEL"] = before
 
 
 def _options(extra: str) -> dict[str, Any]:
@@ -98,13 +144,13 @@ def _inputs(dim: int, dtype: torch.dtype) -> tuple[torch.Tensor, torch.Tensor, t
 def _noted(name: str, dim: int, dtype: torch.dtype, precision: str, **options: Any) -> list[launch.Launch]:
     query, key, value = _inputs(dim, dtype)
     mask = tamis.BlockMask.from_dense(torch.ones(1, 4, 2, 4, dtype=torch.bool), seq_lens=(256, 256))
-    with chips.assume(name), launch.note() as launches:
+    with _kernel("triton"), chips.assume(name), launch.note() as launches:
         tamis.attend(query, key, value, mask, backend="triton", precision=precision, **options)
     return launches
 
 
 def attention(name: str, dim: int, dtype: torch.dtype, precision: str = "full", **options: Any) -> launch.Launch:
-    """The first pass of attention itself, among what a call would start."""
+    """The first pass of attention itself, by the kernel for all GPUs, among what a call would start."""
     return next(item for item in _noted(name, dim, dtype, precision, **options) if "FLAG_ROWS" in item.constants)
 
 
@@ -152,7 +198,8 @@ def compile_launch(item: launch.Launch, name: str) -> Any:
 def judge(item: launch.Launch, name: str, what: str, kinds: set[str]) -> Row:
     """Compile one launch and look at what came out."""
     chip = chips.CHIPS[name]
-    tile = f"{item.constants['TILE_Q']} x {item.constants['TILE_K']}" if "TILE_Q" in item.constants else ""
+    rows = _rows(item)
+    tile = f"{rows} x {item.constants['TILE_K']}" if rows else ""
     edges = " (edges)" if item.constants.get("FLAG_ROWS", 0) else ""
     row = Row(name, item.kernel.fn.__name__, what + edges, tile, item.warps, item.stages)
     try:
@@ -169,17 +216,29 @@ def judge(item: launch.Launch, name: str, what: str, kinds: set[str]) -> Row:
     for kind, pattern in _patterns(item, name).items():
         if found := len(re.findall(rf"\b{pattern}", code)):
             row.instructions[kind] = found
-    if row.kernel == "attend_kernel":
-        if item.constants["TILE_Q"] < 64 and name == "sm_90":
+    if row.kernel == "hopper_kernel":
+        row.faults += [
+            f"older matrix instructions: {old}" for old in ("HMMA", "IMMA") if re.search(rf"\b{old}\b", code)
+        ]
+        row.faults += [] if "USETMAXREG" in code else ["registers are not handed on"]
+    if row.kernel in ("attend_kernel", "hopper_kernel"):
+        if rows < 64 and name == "sm_90":
             kinds = {"half" if kind == "fp8" else kind for kind in kinds}  # which has e4m3 for warpgroups alone
         row.faults += [f"no {kind} matrix instructions" for kind in sorted(kinds - set(row.instructions))]
     return row
 
 
+def _rows(item: launch.Launch) -> int:
+    """Query rows of a tile, or of both tiles of the two warpgroups; 0 for other kernels."""
+    if "SPLIT" in item.constants:
+        return 64 if item.constants["SPLIT"] else 128
+    return int(item.constants.get("TILE_Q", 0))
+
+
 def _patterns(item: launch.Launch, name: str) -> dict[str, str]:
     if chips.CHIPS[name].kind == "hip":
         return _AMD
-    return _GROUP[name] if name in _GROUP and item.constants.get("TILE_Q", 0) >= 64 else _WARP
+    return _GROUP[name] if name in _GROUP and _rows(item) >= 64 else _WARP
 
 
 def _nvidia(made: Any, row: Row, name: str) -> str:
@@ -282,10 +341,13 @@ def markdown(saved: dict[str, Any]) -> str:
     cells: dict[tuple[str, str], dict[str, str]] = {}
     products: dict[tuple[str, str], str] = {}
     for row in saved["rows"]:
-        name = re.fullmatch(r"(full fp32|full|int8|fp8) d=(\d+)( causal)?", row["what"])
-        if row["kernel"] != "attend_kernel" or name is None or (name[3] is None and name[1] != "full fp32"):
+        name = re.fullmatch(r"(full fp32|full|int8|fp8) d=(\d+)( causal)?( lists)?", row["what"])
+        gluon = row["kernel"] == "hopper_kernel"
+        if name is None or row["kernel"] not in ("attend_kernel", "hopper_kernel"):
             continue
-        place = row["target"], name[1]
+        if bool(name[4]) != gluon or (name[3] is None and name[1] != "full fp32"):
+            continue
+        place = row["target"], name[1] + (", Gluon" if gluon else "")
         if name[2] in cells.setdefault(place, {}):
             continue  # the second pass
         cells[place][name[2]] = f"{row['tile']}, {row['warps']}w: {row['registers']}, {row['shared'] / 1024:.0f} KB"

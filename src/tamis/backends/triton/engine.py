@@ -1,47 +1,16 @@
-"""Attention over lists of blocks: the operands in the precision asked for, then the kernel of kernels/attend.py."""
+"""Attention over lists of blocks: operands in the precision asked for, then kernels/attend.py, or hopper.py."""
 
 from __future__ import annotations
-
-from collections.abc import Callable
-from dataclasses import dataclass
 
 import torch
 from torch import Tensor
 
 from tamis import geometry
-from tamis.backends.triton import chips, launch
+from tamis.backends.triton import chips, hopper, launch
 from tamis.backends.triton.arguments import batch_stride, bounds
 from tamis.backends.triton.lists import used_tiles
-from tamis.backends.triton.prepare import fp8_values, int8_keys, int8_queries, key_mean
+from tamis.backends.triton.operands import operands
 from tamis.backends.triton.settings import tiles
-
-
-@dataclass(frozen=True)
-class Operands:
-    """Query, key and value as the kernel multiplies them.
-
-    Attributes:
-        kind: what the tiles depend on, see settings.py.
-        products: of weights and values: "input" in the values' own type, "bf16", "fp8" or "packed".
-        even: whether rows of k are as long as the kernel's.
-    """
-
-    q: Tensor
-    k: Tensor
-    v: Tensor
-    q_scale: Tensor | None
-    k_scale: Tensor | None
-    v_scale: Tensor | None
-    q_shift: Tensor | None
-    kind: str
-    products: str
-    width: int
-    even: bool
-
-    @property
-    def wide(self) -> bool:
-        """Whether places inside a tile of keys or values need 64 bits."""
-        return max(128 * abs(x.stride(2)) + 256 * abs(x.stride(3)) for x in (self.k, self.v)) >= 2**31
 
 
 def attend(
@@ -98,18 +67,48 @@ def attend(
     def used() -> Tensor | None:
         return used_tiles(output, lists, list_strides, seen, sizes, (block_q, block_kv), causal, window)
 
-    inputs = _operands(query, key, value, packed, prepared, precision, counted, used)
+    regular = q_bounds is None and visible is None
+    general = hopper.reason(
+        chip.name,
+        precision,
+        query.dtype,
+        (dim, value_dim),
+        block_q,
+        packed=key is None,
+        window=window is not None,
+        irregular=not regular or attn_mask is not None,
+        scores_changed=softcap is not None or sink_logits is not None,
+        scale=scale,
+    ) or hopper.few_rows(q_len)
+    hopper.insist(general)
+    inputs = operands(query, key, value, packed, prepared, precision, counted, used, general is None)
     value_width = launch.power(value_dim)
     shape = (inputs.width, value_width, block_q, block_kv, q_len)
-    regular = q_bounds is None and visible is None
-    cut = tiles(chip, inputs.kind, *shape, regular)
-    counts = torch.empty((batch, heads, geometry.num_blocks(q_len, cut.rows), 3), dtype=torch.float64, device=device)
-    flags = query.new_empty(counts.shape[:3], dtype=torch.int32)
-    passes = [(cut, 0)]
-    # Without an edge there is no pair that is not seen, and 0 * NaN is what it should be.
-    edges = not regular or causal or window is not None or kv_len % block_kv != 0
-    if inputs.products in ("input", "bf16") and edges:
-        passes.append((tiles(chip, "mend", *shape), cut.rows))
+    mend = tiles(chip, "mend", *shape)
+    if general is None:
+        done = hopper.attend(
+            inputs,
+            output,
+            lse,
+            lists,
+            None if pv_threshold is None else pv_threshold.to(torch.float32).contiguous(),
+            kv_len=kv_len,
+            block_size=(block_q, block_kv),
+            causal=causal,
+            factor=scale * LOG2E.value,
+        )
+        counts, flags, rows = done.counts, done.flags, done.rows
+        passes = [] if flags is None else [(mend, done.flag_rows)]
+    else:
+        cut = tiles(chip, inputs.kind, *shape, regular)
+        rows = cut.rows
+        counts = torch.empty((batch, heads, geometry.num_blocks(q_len, rows), 3), dtype=torch.float64, device=device)
+        flags = query.new_empty(counts.shape[:3], dtype=torch.int32)
+        passes = [(cut, 0)]
+        # Without an edge there is no pair that is not seen, and 0 * NaN is what it should be.
+        edges = not regular or causal or window is not None or kv_len % block_kv != 0
+        if inputs.products in ("input", "bf16") and edges:
+            passes.append((mend, rows))
     # Numbers that users give may lie so near the end of fp32 that log2(e) times them does not fit.
     natural = (attn_mask is not None and attn_mask.dtype != torch.bool) or sink_logits is not None
     natural = natural or (softcap is not None and softcap > 1e38)
@@ -158,7 +157,7 @@ def attend(
             WIDE=inputs.wide,
             FLAG_ROWS=flag_rows,
         )
-    return output, lse, _by_block(counts, q_blocks, block_q // cut.rows)
+    return output, lse, _by_block(counts, q_blocks, block_q // rows)
 
 
 def _lists(num: Tensor | None, indices: Tensor | None) -> tuple[tuple[Tensor | None, Tensor | None], tuple[int, ...]]:
@@ -167,42 +166,6 @@ def _lists(num: Tensor | None, indices: Tensor | None) -> tuple[tuple[Tensor | N
         return (None, None), (0,) * 6
     indices = indices if indices.stride(-1) == 1 else indices.contiguous()
     return (num, indices), (*num.stride(), *indices.stride()[:3])
-
-
-def _operands(
-    query: Tensor,
-    key: Tensor | None,
-    value: Tensor | None,
-    packed: list[Tensor],
-    prepared: list[Tensor],
-    precision: str,
-    counted: Tensor | None,
-    used: Callable[[], Tensor | None],
-) -> Operands:
-    """Round what has to be rounded; `used` tells which tiles of keys count for a mean or a scale."""
-    dim, width = query.shape[3], launch.power(query.shape[3], 16 if precision == "full" else 32)
-    if key is None or value is None:
-        packed = [t.contiguous() for t in packed]
-        k, k_scale = packed[0].flatten(2, 3), packed[1]
-        q, q_scale, q_shift = int8_queries(query, packed[6])
-        even = packed[0].shape[4] == width
-        return Operands(q, k, packed[3], q_scale, k_scale, packed[4], q_shift, "packed", "packed", width, even)
-    if precision == "full":
-        kind = "fp32" if query.dtype == torch.float32 else "half"
-        return Operands(query, key, value, None, None, None, None, kind, "input", width, width == dim)
-    tiles_used = None if prepared and precision == "int8" else used()
-    if prepared:
-        q, q_scale, q_shift, key8, k_scale = prepared
-    else:
-        mean = key_mean(key, counted, tiles_used)
-        key8, k_scale = int8_keys(key, mean, counted, width)
-        q, q_scale, q_shift = int8_queries(query, mean)
-    v, products = value, "input" if query.dtype == torch.float16 else "bf16"
-    v_scale: Tensor | None = None
-    if precision == "fp8":
-        value8, v_scale = fp8_values(value, counted, tiles_used)
-        v, products = value8.transpose(2, 3), "fp8"
-    return Operands(q, key8.flatten(2, 3), v, q_scale, k_scale, v_scale, q_shift, precision, products, width, True)
 
 
 def _by_block(counts: Tensor, q_blocks: int, parts: int) -> Tensor:

@@ -4,7 +4,18 @@ from __future__ import annotations
 
 from typing import Any
 
+import torch
+from torch import Tensor
+from triton.experimental.gluon import language
 from triton.experimental.gluon.language.nvidia import hopper
+from triton.experimental.gluon.nvidia.hopper import TensorDescriptor
+
+_KINDS = {
+    torch.int8: language.int8,
+    torch.float16: language.float16,
+    torch.bfloat16: language.bfloat16,
+    torch.float8_e4m3fn: language.float8e4nv,
+}
 
 
 def resolve(module: Any) -> dict[str, Any]:
@@ -41,3 +52,10 @@ mbarrier = _found["mbarrier"]
 warpgroup_mma = _found["warpgroup_mma"]
 warpgroup_mma_wait = _found["warpgroup_mma_wait"]
 fence_async_shared = _found["fence_async_shared"]
+
+
+def descriptor(x: Tensor, box: list[int]) -> Any:
+    """How the copy engine finds boxes of x, of which every row starts at a multiple of 16 bytes."""
+    layout = language.NVMMASharedLayout.get_default_for(box, _KINDS[x.dtype])
+    strides = [stride if size > 1 else 16 for size, stride in zip(x.shape[:-1], x.stride()[:-1], strict=True)]
+    return TensorDescriptor(x, list(x.shape), [*strides, 1], box, layout)

@@ -155,8 +155,10 @@ def int8_queries(query: Tensor, mean: Tensor) -> tuple[Tensor, Tensor, Tensor]:
     return query8, scale, shift
 
 
-def fp8_values(value: Tensor, segments: Tensor | None, used: Tensor | None) -> tuple[Tensor, Tensor]:
-    """Values in e4m3, `[batch, heads, dim, keys]`, and the scale of every channel."""
+def fp8_values(
+    value: Tensor, segments: Tensor | None, used: Tensor | None, shuffled: bool = False
+) -> tuple[Tensor, Tensor]:
+    """Values in e4m3, `[batch, heads, dim, keys]`, and the scale of every channel; `shuffled`: for hopper.py."""
     from tamis.backends.triton.kernels import pool
 
     segments = None if segments is None else segments.contiguous()
@@ -190,5 +192,29 @@ def fp8_values(value: Tensor, segments: Tensor | None, used: Tensor | None) -> t
         DIM_PAD=pad,
         TILE=TILE,
         LARGEST=torch.finfo(form).max,
+        SHUFFLED=shuffled,
     )
     return value8, scale
+
+
+def sound_values(value: Tensor) -> tuple[Tensor, Tensor]:
+    """A copy with 0 where values are not finite, in rows of whole 16 bytes, and which 64-key tiles had such values."""
+    from tamis.backends.triton.kernels import pool
+
+    batch, heads, length, dim = value.shape
+    tiles, width = geometry.num_blocks(length, TILE), (dim + 7) // 8 * 8
+    sound = value.new_empty((batch, heads, length, width))
+    flags = value.new_empty((batch, heads, tiles), dtype=torch.int32)
+    pad = launch.power(dim)
+    launch.run(
+        pool.sound_values_kernel,
+        (tiles * batch * heads,),
+        *(value, sound, flags, *value.stride(), length, heads),
+        device=value.device,
+        warps=_reading_warps(pad),
+        DIM=dim,
+        DIM_PAD=pad,
+        WIDTH=width,
+        TILE=TILE,
+    )
+    return sound[..., :dim], flags

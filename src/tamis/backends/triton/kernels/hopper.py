@@ -25,12 +25,20 @@ LOG2E = gl.constexpr(1.4426950408889634)
 @gluon.jit
 def _block(indices, entry, num, end, LISTS: gl.constexpr):
     """The block at an entry of the list, and `end` where nothing follows that can be seen."""
-    if not LISTS:
+    if LISTS == 0:
         return gl.minimum(entry, end)
     else:
         block = gl.load(indices + gl.minimum(entry, gl.maximum(num - 1, 0)))
         block = gl.minimum(gl.maximum(block, 0), end)
         return gl.where(entry < num, block, end)
+
+
+@gluon.jit
+def _offset(batch, head, tile, stride_b, stride_h, stride_q, LISTS: gl.constexpr):
+    """Where the list of an item starts; in 32 bits if that is enough, for there are no registers to spare."""
+    if LISTS == 64:
+        batch, head, tile = batch.to(gl.int64), head.to(gl.int64), tile.to(gl.int64)
+    return batch * stride_b + head * stride_h + tile * stride_q
 
 
 @gluon.jit
@@ -40,7 +48,7 @@ def _item(place, lists, sizes, LISTS: gl.constexpr, CAUSAL: gl.constexpr, BLOCK_
     The last rows of every head come first, for a section of heads at a time, whose keys share the L2.
     """
     kv_num, kv_indices, stride_numb, stride_numh, stride_idxb, stride_idxh, stride_idxq, max_blocks = lists
-    q_len, kv_len, ahead, heads, kv_group, all_heads, q_tiles, items, section, section_items, programs = sizes
+    q_len, kv_len, ahead, heads, _kv_group, all_heads, q_tiles, _items, section, section_items, _programs = sizes
     group = place // section_items
     inside = place - group * section_items
     size = gl.minimum(section, all_heads - group * section)
@@ -57,10 +65,10 @@ def _item(place, lists, sizes, LISTS: gl.constexpr, CAUSAL: gl.constexpr, BLOCK_
         whole_end = gl.minimum(whole_end, gl.maximum(low + 1, 0) // BLOCK_KV)
     num = end
     indices = kv_indices
-    if LISTS:
-        num = gl.load(kv_num + (batch * stride_numb + head * stride_numh + tile))
+    if LISTS > 0:
+        num = gl.load(kv_num + _offset(batch, head, tile, stride_numb, stride_numh, 1, LISTS))
         num = gl.minimum(gl.maximum(num, 0), max_blocks)
-        indices = kv_indices + (batch * stride_idxb + head * stride_idxh + tile * stride_idxq)
+        indices = kv_indices + _offset(batch, head, tile, stride_idxb, stride_idxh, stride_idxq, LISTS)
     return tile, batch, head, head_at, indices, num, whole_end, end
 
 
@@ -88,14 +96,14 @@ def _produce(
     q_desc, k_desc, v_desc, edge_desc = descs
     q_room, k_room, v_room = rooms
     q_ready, q_empty, k_ready, k_empty, v_ready, v_empty = bars
-    q_len, kv_len, ahead, heads, kv_group, all_heads, q_tiles, items, section, section_items, programs = sizes
+    _q_len, kv_len, _ahead, heads, kv_group, _all_heads, q_tiles, items, _section, _section_items, programs = sizes
     ROWS: gl.constexpr = 64 if SPLIT else 128
     PER_BLOCK: gl.constexpr = BLOCK_KV // TILE_K
     WIDTH: gl.constexpr = v_desc.block_type.shape[2 if PV8 else 3]
     base = who * STAGES if SPLIT else 0
     first = gl.program_id(0) * 2 + who if SPLIT else gl.program_id(0)
     every = programs * 2 if SPLIT else programs
-    round = 0
+    item = 0
     turn = 0
     for place in range(first, items, every):
         tile, batch, head, head_at, indices, num, whole_end, end = _item(
@@ -104,10 +112,10 @@ def _produce(
         kv_head = head // kv_group
         for part in gl.static_range(1 if SPLIT else 2):
             mine = who + part
-            mbarrier.wait(q_empty.index(mine), (round & 1) ^ 1)
+            mbarrier.wait(q_empty.index(mine), (item & 1) ^ 1)
             mbarrier.expect(q_ready.index(mine), q_desc.block_type.nbytes)
             load_tile(q_desc, [batch, head, tile * ROWS + part * 64, 0], q_ready.index(mine), q_room.index(mine))
-        round += 1
+        item += 1  # noqa: SIM113  (the compiler knows no enumerate)
         step = 0
         broken = 0
         block = _block(indices, 0, num, end, LISTS)
@@ -148,13 +156,13 @@ def _produce(
 
 @gluon.jit
 def _scores(
-    q, k_room, k_ready, slot, turn, S: gl.constexpr, TILE_K: gl.constexpr, D: gl.constexpr, STAGES: gl.constexpr
+    q, k_room, k_ready, slot, turn, SCORES: gl.constexpr, TILE_K: gl.constexpr, D: gl.constexpr, STAGES: gl.constexpr
 ):
     """Start q k^T of a tile, when its keys are there."""
     mbarrier.wait(k_ready.index(slot), turn // STAGES & 1)
     k = k_room.index(slot).reshape([TILE_K, D]).permute((1, 0))
     kind: gl.constexpr = gl.int32 if q.dtype == gl.int8 else gl.float32
-    return warpgroup_mma(q, k, gl.zeros([64, TILE_K], kind, S), use_acc=False, is_async=True)
+    return warpgroup_mma(q, k, gl.zeros([64, TILE_K], kind, SCORES), use_acc=False, is_async=True)
 
 
 @gluon.jit
@@ -168,7 +176,8 @@ def _visit(
     room,
     turn,
     base,
-    start,
+    block,
+    step,
     k_scale,
     row_factor,
     rows,
@@ -179,12 +188,13 @@ def _visit(
     NEXT: gl.constexpr,
     EDGE: gl.constexpr,
     CAUSAL: gl.constexpr,
+    BLOCK_KV: gl.constexpr,
     TILE_K: gl.constexpr,
     D: gl.constexpr,
     STAGES: gl.constexpr,
     PARTS: gl.constexpr,
-    S: gl.constexpr,
-    O: gl.constexpr,
+    SCORES: gl.constexpr,
+    OUT: gl.constexpr,
     STAGE2: gl.constexpr,
     HEADROOM: gl.constexpr,
 ):
@@ -192,16 +202,17 @@ def _visit(
     k_room, v_room, k_ready, k_empty, v_ready, v_empty = room
     QK8: gl.constexpr = s.dtype == gl.int32
     PV8: gl.constexpr = v_room.dtype == gl.float8e4nv
-    BY_ROW: gl.constexpr = gl.SliceLayout(1, S)
-    n = gl.arange(0, TILE_K, gl.SliceLayout(0, S))
+    PER_BLOCK: gl.constexpr = BLOCK_KV // TILE_K
+    start = block * BLOCK_KV + (step % PER_BLOCK) * TILE_K
+    n = gl.arange(0, TILE_K, gl.SliceLayout(0, SCORES))
     x = s.to(gl.float32)  # [64, TILE_K]
     after = base + (turn + 1) % STAGES
     if NEXT:
-        coming = _scores(q, k_room, k_ready, after, turn + 1, S, TILE_K, D, STAGES)
+        coming = _scores(q, k_room, k_ready, after, turn + 1, SCORES, TILE_K, D, STAGES)
     # What multiplies scores is the row's where it can be, and then one multiply-add with the maximum.
     factor = row_factor
     if QK8:
-        k_step = gl.load(k_scale + start // 64)
+        k_step = gl.load(k_scale + start // 64, mask=start < kv_len, other=0.0)
         if TILE_K <= 64:
             factor = row_factor * k_step
         else:
@@ -235,7 +246,7 @@ def _visit(
     else:
         total = total * decay + gl.sum(p, 1)
 
-    weights = _weights(p, v_room.dtype, TILE_K, O)
+    weights = _weights(p, v_room.dtype, TILE_K, OUT)
     if NEXT:
         s = warpgroup_mma_wait(0, deps=[coming])
         mbarrier.arrive(k_empty.index(after))
@@ -246,35 +257,37 @@ def _visit(
         taken = gl.max(gl.where(behind == behind, behind, 0.0), 0) > -threshold
         if EDGE:
             taken = taken | (gl.max(m_local, 0) == float("-inf"))
-        skipped += gl.where(taken, 0, 1)
+        # Of a block's tiles only those that exist count.
+        of_block = gl.minimum((kv_len - block * BLOCK_KV + TILE_K - 1) // TILE_K, PER_BLOCK)
+        skipped += gl.where(taken, 0.0, 1.0 / of_block)
         if taken:
-            o = _add(o, weights, v_room, slot, decay, gain, PARTS, O)
+            o = _add(o, weights, v_room, slot, decay, gain, PARTS, OUT)
     else:
-        o = _add(o, weights, v_room, slot, decay, gain, PARTS, O)
+        o = _add(o, weights, v_room, slot, decay, gain, PARTS, OUT)
     mbarrier.arrive(v_empty.index(slot))
     return s, o, m_next, total, skipped
 
 
 @gluon.jit
-def _weights(p, KIND: gl.constexpr, TILE_K: gl.constexpr, O: gl.constexpr):
+def _weights(p, kind: gl.constexpr, TILE_K: gl.constexpr, OUT: gl.constexpr):
     """P as the left operand of the second product, in registers.
 
     A thread holds columns 2t, 2t + 1, 8 + 2t and 9 + 2t of every 16, and for e4m3 has to hold 4t .. 4t + 3. Values are
     stored in that other order (`value_fp8_kernel`), so that nothing has to move.
     """
-    if KIND == gl.float8e4nv:
+    if kind == gl.float8e4nv:
         p = p.reshape([64, TILE_K // 16, 2, 4, 2]).permute((0, 1, 3, 2, 4)).reshape([64, TILE_K])
-        weights = gl.convert_layout(p.to(KIND), gl.DotOperandLayout(0, O, 4), assert_trivial=True)
+        weights = gl.convert_layout(p.to(kind), gl.DotOperandLayout(0, OUT, 4), assert_trivial=True)
     else:
-        weights = gl.convert_layout(p.to(KIND), gl.DotOperandLayout(0, O, 2), assert_trivial=True)
+        weights = gl.convert_layout(p.to(kind), gl.DotOperandLayout(0, OUT, 2), assert_trivial=True)
     return weights
 
 
 @gluon.jit
-def _add(o, weights, v_room, slot, decay, gain, PARTS: gl.constexpr, O: gl.constexpr):
+def _add(o, weights, v_room, slot, decay, gain, PARTS: gl.constexpr, OUT: gl.constexpr):
     """o * decay + p v."""
     PV8: gl.constexpr = v_room.dtype == gl.float8e4nv
-    BY_ROW: gl.constexpr = gl.SliceLayout(1, O)
+    BY_ROW: gl.constexpr = gl.SliceLayout(1, OUT)
     WIDTH: gl.constexpr = o[0].shape[1]
     TILE_K: gl.constexpr = weights.shape[1]
     decay = gl.convert_layout(decay, BY_ROW)
@@ -285,13 +298,13 @@ def _add(o, weights, v_room, slot, decay, gain, PARTS: gl.constexpr, O: gl.const
         if PV8:
             # The sum inside a product of e4m3 keeps few bits: from tile to tile it is added up in fp32.
             v = room.reshape([WIDTH, TILE_K]).permute((1, 0))
-            product = warpgroup_mma(weights, v, gl.zeros([64, WIDTH], gl.float32, O), use_acc=False, is_async=True)
+            product = warpgroup_mma(weights, v, gl.zeros([64, WIDTH], gl.float32, OUT), use_acc=False, is_async=True)
             product = warpgroup_mma_wait(0, deps=[product])
-            made = made + (o[part] * decay[:, None] + product * gain[:, None],)
+            made = made + (o[part] * decay[:, None] + product * gain[:, None],)  # noqa: RUF005  (*made is unknown there)
         else:
             v = room.reshape([TILE_K, WIDTH])
             product = warpgroup_mma(weights, v, o[part] * decay[:, None], is_async=True)
-            made = made + (warpgroup_mma_wait(0, deps=[product]),)
+            made = made + (warpgroup_mma_wait(0, deps=[product]),)  # noqa: RUF005
     return made
 
 
@@ -315,6 +328,7 @@ def _consume(
     D: gl.constexpr,
     DV: gl.constexpr,
     VALUE_DIM: gl.constexpr,
+    V_SCALES: gl.constexpr,
     STAGE2: gl.constexpr,
     HEADROOM: gl.constexpr,
 ):
@@ -322,7 +336,7 @@ def _consume(
     q_room, k_room, v_room = rooms
     output, lse, counts, q_scale, k_scale, v_scale, q_shift, pv_threshold = tensors
     q_ready, q_empty, k_ready, k_empty, v_ready, v_empty = bars
-    q_len, kv_len, ahead, heads, kv_group, all_heads, q_tiles, items, section, section_items, programs = sizes
+    q_len, kv_len, ahead, heads, kv_group, _all_heads, _q_tiles, items, _section, _section_items, programs = sizes
     room = (k_room, v_room, k_ready, k_empty, v_ready, v_empty)
     QK8: gl.constexpr = q_room.dtype == gl.int8
     PV8: gl.constexpr = v_room.dtype == gl.float8e4nv
@@ -330,14 +344,14 @@ def _consume(
     PER_BLOCK: gl.constexpr = BLOCK_KV // TILE_K
     WIDTH: gl.constexpr = DV // PARTS
     HELD: gl.constexpr = D <= 128
-    S: gl.constexpr = gl.NVMMADistributedLayout([3, 0], [4, 1], [16, TILE_K, 32 if QK8 else 16])
-    O: gl.constexpr = gl.NVMMADistributedLayout([3, 0], [4, 1], [16, WIDTH, 32 if PV8 else 16])
-    BY_ROW: gl.constexpr = gl.SliceLayout(1, S)
-    OUT_ROW: gl.constexpr = gl.SliceLayout(1, O)
+    SCORES: gl.constexpr = gl.NVMMADistributedLayout([3, 0], [4, 1], [16, TILE_K, 32 if QK8 else 16])
+    OUT: gl.constexpr = gl.NVMMADistributedLayout([3, 0], [4, 1], [16, WIDTH, 32 if PV8 else 16])
+    BY_ROW: gl.constexpr = gl.SliceLayout(1, SCORES)
+    OUT_ROW: gl.constexpr = gl.SliceLayout(1, OUT)
     base = who * STAGES if SPLIT else 0
     first = gl.program_id(0) * 2 + who if SPLIT else gl.program_id(0)
     every = programs * 2 if SPLIT else programs
-    round = 0
+    item = 0
     turn = 0
     for place in range(first, items, every):
         tile, batch, head, head_at, indices, num, whole_end, end = _item(
@@ -356,31 +370,30 @@ def _consume(
             threshold = gl.load(pv_threshold + head) * LOG2E
 
         o = ()
-        for part in gl.static_range(PARTS):
-            o = o + (gl.zeros([64, WIDTH], gl.float32, O),)
+        for _ in gl.static_range(PARTS):
+            o = o + (gl.zeros([64, WIDTH], gl.float32, OUT),)  # noqa: RUF005  (nor *o)
         m = gl.full([64], float("-inf"), gl.float32, BY_ROW)
         total = gl.zeros([64], gl.float32, BY_ROW)
-        skipped = 0
+        skipped = 0.0
         step = 0
-        mbarrier.wait(q_ready.index(who), round & 1)
+        mbarrier.wait(q_ready.index(who), item & 1)
         q = q_room.index(who).reshape([64, D])
         if HELD:
             # In registers queries take nothing of the bandwidth of shared memory, and their room is free at once.
-            q = q.load(gl.DotOperandLayout(0, S, 4 if QK8 else 2))
+            q = q.load(gl.DotOperandLayout(0, SCORES, 4 if QK8 else 2))
             mbarrier.arrive(q_empty.index(who))
         block = _block(indices, 0, num, end, LISTS)
         if block < end:
             following = _block(indices, 1 // PER_BLOCK, num, end, LISTS)
             slot = base + turn % STAGES
-            s = warpgroup_mma_wait(0, deps=[_scores(q, k_room, k_ready, slot, turn, S, TILE_K, D, STAGES)])
+            s = warpgroup_mma_wait(0, deps=[_scores(q, k_room, k_ready, slot, turn, SCORES, TILE_K, D, STAGES)])
             mbarrier.arrive(k_empty.index(slot))
             while (following < end) & (block < whole_end):
                 later = _block(indices, (step + 2) // PER_BLOCK, num, end, LISTS)
-                start = block * BLOCK_KV + (step % PER_BLOCK) * TILE_K
                 s, o, m, total, skipped = _visit(
-                    *(s, o, m, total, skipped, q, room, turn, base, start, scales),
+                    *(s, o, m, total, skipped, q, room, turn, base, block, step, scales),
                     *(row_factor, rows, threshold, q_len, kv_len, ahead),
-                    *(True, False, CAUSAL, TILE_K, D, STAGES, PARTS, S, O, STAGE2, HEADROOM),
+                    *(True, False, CAUSAL, BLOCK_KV, TILE_K, D, STAGES, PARTS, SCORES, OUT, STAGE2, HEADROOM),
                 )
                 turn += 1
                 step += 1
@@ -388,11 +401,10 @@ def _consume(
                 following = later
             while following < end:
                 later = _block(indices, (step + 2) // PER_BLOCK, num, end, LISTS)
-                start = block * BLOCK_KV + (step % PER_BLOCK) * TILE_K
                 s, o, m, total, skipped = _visit(
-                    *(s, o, m, total, skipped, q, room, turn, base, start, scales),
+                    *(s, o, m, total, skipped, q, room, turn, base, block, step, scales),
                     *(row_factor, rows, threshold, q_len, kv_len, ahead),
-                    *(True, True, CAUSAL, TILE_K, D, STAGES, PARTS, S, O, STAGE2, HEADROOM),
+                    *(True, True, CAUSAL, BLOCK_KV, TILE_K, D, STAGES, PARTS, SCORES, OUT, STAGE2, HEADROOM),
                 )
                 turn += 1
                 step += 1
@@ -400,17 +412,16 @@ def _consume(
                 following = later
             if not HELD:
                 mbarrier.arrive(q_empty.index(who))
-            start = block * BLOCK_KV + (step % PER_BLOCK) * TILE_K
             s, o, m, total, skipped = _visit(
-                *(s, o, m, total, skipped, q, room, turn, base, start, scales),
+                *(s, o, m, total, skipped, q, room, turn, base, block, step, scales),
                 *(row_factor, rows, threshold, q_len, kv_len, ahead),
-                *(False, True, CAUSAL, TILE_K, D, STAGES, PARTS, S, O, STAGE2, HEADROOM),
+                *(False, True, CAUSAL, BLOCK_KV, TILE_K, D, STAGES, PARTS, SCORES, OUT, STAGE2, HEADROOM),
             )
             turn += 1
             step += 1
         elif not HELD:
             mbarrier.arrive(q_empty.index(who))
-        round += 1
+        item += 1  # noqa: SIM113  (the compiler knows no enumerate)
 
         empty = total == 0
         sum_log = m + gl.log2(total) - HEADROOM
@@ -421,11 +432,11 @@ def _consume(
         none = gl.convert_layout(empty, OUT_ROW)
         out_rows = start_row + gl.arange(0, 64, OUT_ROW)
         for part in gl.static_range(PARTS):
-            d = part * WIDTH + gl.arange(0, WIDTH, gl.SliceLayout(0, O))
+            d = part * WIDTH + gl.arange(0, WIDTH, gl.SliceLayout(0, OUT))
             made = o[part] * inverse[:, None]
             if PV8:
                 kv_at = (batch * (heads // kv_group) + head // kv_group).to(gl.int64)
-                made = made * gl.load(v_scale + kv_at * DV + d)[None, :]
+                made = made * gl.load(v_scale + kv_at * V_SCALES + d, mask=d < VALUE_DIM, other=0.0)[None, :]
             made = gl.where(none[:, None], 0.0, made)
             at = output + (head_at.to(gl.int64) * q_len + out_rows)[:, None] * VALUE_DIM + d[None, :]
             inside = (out_rows < q_len)[:, None] & (d < VALUE_DIM)[None, :]
@@ -443,7 +454,7 @@ def _consume(
             of_item = gl.minimum(q_len - tile * ROWS, ROWS).to(gl.float64)
             gl.store(count_at, gl.where(leads, end, 0).to(gl.float64))
             gl.store(count_at + 1, kept)
-            gl.store(count_at + 2, kept - skipped.to(gl.float64) / PER_BLOCK * of_rows / of_item)
+            gl.store(count_at + 2, kept - skipped.to(gl.float64) * of_rows / of_item)
 
 
 @gluon.jit(
@@ -508,6 +519,7 @@ def hopper_kernel(
     D: gl.constexpr,
     DV: gl.constexpr,
     VALUE_DIM: gl.constexpr,
+    V_SCALES: gl.constexpr,
     BLOCK_KV: gl.constexpr,
     TILE_K: gl.constexpr,
     STAGES: gl.constexpr,
@@ -518,13 +530,24 @@ def hopper_kernel(
     MENDS: gl.constexpr,
     HEADROOM: gl.constexpr,
 ):
-    """Attention over lists of blocks; any number of programs."""
+    """Attention over lists of blocks; grid (programs,), whatever their number.
+
+    An item is 128 rows, of which each consumer takes half; or, with SPLIT (blocks of 64 rows, whose lists differ), 64
+    rows of one consumer with a ring and a producer of its own. Tensors that a call lacks are any other; LISTS says
+    whether there are lists: 0, or the bits of a place in them. STAGE2: whether pv_threshold is given. MENDS: values at
+    edges come from edge_desc, a copy in which those that are not finite are 0, and `flags`, int32
+    `[batch * heads, q_tiles]`, tells of them for the second pass of attend.py; v_flags, `[.., 64-key tiles]`, of where
+    they are. factor: scale * log2(e). V_SCALES: length of a row of v_scale.
+    `counts` is that of attend.py, for tiles of 64 rows.
+    """
     PARTS: gl.constexpr = 1 if DV <= 128 else DV // 64
     RINGS: gl.constexpr = 2 if SPLIT else 1
     PV8: gl.constexpr = v_desc.dtype == gl.float8e4nv
-    q_room = gl.allocate_shared_memory(q_desc.dtype, [2] + q_desc.block_type.shape, q_desc.layout)
-    k_room = gl.allocate_shared_memory(k_desc.dtype, [RINGS * STAGES] + k_desc.block_type.shape, k_desc.layout)
-    v_room = gl.allocate_shared_memory(v_desc.dtype, [RINGS * STAGES * PARTS] + v_desc.block_type.shape, v_desc.layout)
+    q_room = gl.allocate_shared_memory(q_desc.dtype, [2, 1, 1, 64, D], q_desc.layout)
+    k_room = gl.allocate_shared_memory(k_desc.dtype, [RINGS * STAGES, 1, 1, TILE_K, D], k_desc.layout)
+    V_ROWS: gl.constexpr = DV // PARTS if PV8 else TILE_K
+    V_COLUMNS: gl.constexpr = TILE_K if PV8 else DV // PARTS
+    v_room = gl.allocate_shared_memory(v_desc.dtype, [RINGS * STAGES * PARTS, 1, 1, V_ROWS, V_COLUMNS], v_desc.layout)
     BAR: gl.constexpr = mbarrier.MBarrierLayout()
     q_ready = gl.allocate_shared_memory(gl.int64, [2, 1], BAR)
     q_empty = gl.allocate_shared_memory(gl.int64, [2, 1], BAR)
@@ -571,6 +594,7 @@ def hopper_kernel(
                         D,
                         DV,
                         VALUE_DIM,
+                        V_SCALES,
                         STAGE2,
                         HEADROOM,
                     ),
@@ -596,6 +620,7 @@ def hopper_kernel(
                         D,
                         DV,
                         VALUE_DIM,
+                        V_SCALES,
                         STAGE2,
                         HEADROOM,
                     ),
@@ -672,6 +697,7 @@ def hopper_kernel(
                         D,
                         DV,
                         VALUE_DIM,
+                        V_SCALES,
                         STAGE2,
                         HEADROOM,
                     ),
@@ -697,6 +723,7 @@ def hopper_kernel(
                         D,
                         DV,
                         VALUE_DIM,
+                        V_SCALES,
                         STAGE2,
                         HEADROOM,
                     ),

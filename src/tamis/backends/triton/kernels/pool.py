@@ -245,8 +245,13 @@ def value_fp8_kernel(
     DIM_PAD: tl.constexpr,
     TILE: tl.constexpr,
     LARGEST: tl.constexpr,
+    SHUFFLED: tl.constexpr,
 ):
-    """A tile of values in fp8, keys contiguous as 8-bit matrix units want them; grid (tiles * batch * heads,)."""
+    """A tile of values in fp8, keys contiguous as 8-bit matrix units want them; grid (tiles * batch * heads,).
+
+    SHUFFLED: of 16 keys those at 2t, 2t + 1, 8 + 2t and 9 + 2t become 4t .. 4t + 3: the order in which sm_90 leaves
+    the scores of a row in a thread's registers, and wants the weights.
+    """
     tiles = tl.cdiv(length, TILE)
     tile, head = (tl.program_id(0) % tiles).to(tl.int64), (tl.program_id(0) // tiles).to(tl.int64)
     batch = head // heads
@@ -255,7 +260,10 @@ def value_fp8_kernel(
     top = tl.zeros([DIM_PAD], tl.float32)
     for chunk in range(chunks):
         top = tl.maximum(top, tl.load(part_top + (head * chunks + chunk) * DIM + d, mask=d < DIM, other=0.0))
-    rows = tile * TILE + tl.arange(0, TILE)
+    places = tile * TILE + tl.arange(0, TILE)
+    rows = places
+    if SHUFFLED:
+        rows = (places & -15) | ((places >> 1) & 1) * 8 | ((places >> 2) & 3) * 2
     counted = _counted(rows, length, segments, stride_segment, batch)
     if used is not None:
         counted = counted & (tl.load(used + head * tiles + tile) != 0)
@@ -265,7 +273,38 @@ def value_fp8_kernel(
     # A broken value stays one: e4m3 has a NaN, which infinities become too.
     scaled = tl.where(_finite(inverse)[None, :], values * inverse[None, :], 0.0)
     scaled = tl.where(_finite(values), tl.minimum(tl.maximum(scaled, -LARGEST), LARGEST), float("nan"))
-    place = v8 + (head * DIM_PAD + d)[None, :] * (tiles * TILE) + rows[:, None]
+    place = v8 + (head * DIM_PAD + d)[None, :] * (tiles * TILE) + places[:, None]
     tl.store(place, scaled.to(v8.dtype.element_ty))
     if tile == 0:
         tl.store(scales + head * DIM_PAD + d, top / LARGEST)
+
+
+@triton.jit(do_not_specialize=["length", "heads"])
+def sound_values_kernel(
+    v,
+    sound,
+    flags,
+    stride_b,
+    stride_h,
+    stride_n,
+    stride_d,
+    length,
+    heads,
+    DIM: tl.constexpr,
+    DIM_PAD: tl.constexpr,
+    WIDTH: tl.constexpr,
+    TILE: tl.constexpr,
+):
+    """Copy a tile of values with 0 for those that are not finite, and say whether there were; (tiles * batch * heads,).
+
+    The copy is `[batch * heads, length, WIDTH]`, flags are int32 `[batch * heads, tiles]`.
+    """
+    tiles = tl.cdiv(length, TILE)
+    tile, head = (tl.program_id(0) % tiles).to(tl.int64), (tl.program_id(0) // tiles).to(tl.int64)
+    base = v + (head // heads) * stride_b + (head % heads) * stride_h
+    rows, d = tile * TILE + tl.arange(0, TILE), tl.arange(0, DIM_PAD).to(tl.int64)
+    inside = (rows < length)[:, None] & (d < DIM)[None, :]
+    values = tl.load(base + rows[:, None] * stride_n + d[None, :] * stride_d, mask=inside, other=0.0)
+    finite = _finite(values.to(tl.float32))
+    tl.store(sound + (head * length + rows)[:, None] * WIDTH + d[None, :], tl.where(finite, values, 0.0), mask=inside)
+    tl.store(flags + head * tiles + tile, tl.max(tl.max((~finite).to(tl.int32), 1), 0))
