@@ -61,7 +61,7 @@ PUBLIC = {
     "tune",
     "UnsupportedError",
 }
-KERNELS = {f"backends.triton.kernels.{name}" for name in ("attend", "choose", "pack", "pool")}
+KERNELS = {f"backends.triton.kernels.{name}" for name in ("attend", "choose", "gluon_api", "hopper", "pack", "pool")}
 LATER = {"sdpa"}
 
 

@@ -160,7 +160,7 @@ def attend(
     factor: float,
 ) -> Done:
     """Fill output and lse; factor = scale * log2(e), pv_threshold in fp32, e4m3 values with shuffled keys."""
-    from tamis.backends.triton.gluon_api import descriptor
+    from tamis.backends.triton.kernels.gluon_api import descriptor
     from tamis.backends.triton.kernels.hopper import hopper_kernel
 
     batch, heads, q_len, value_dim = output.shape

@@ -17,7 +17,7 @@ from __future__ import annotations
 from triton.experimental import gluon
 from triton.experimental.gluon import language as gl
 
-from tamis.backends.triton.gluon_api import load_tile, mbarrier, warpgroup_mma, warpgroup_mma_wait
+from tamis.backends.triton.kernels.gluon_api import load_tile, mbarrier, warpgroup_mma, warpgroup_mma_wait
 
 LOG2E = gl.constexpr(1.4426950408889634)
 
