@@ -144,6 +144,23 @@ def test_two_programs_write_one_place() -> None:
     assert out.item() == 5
 
 
+@triton.jit
+def order_kernel(flag, out):
+    program = tl.program_id(0)
+    if program == 0:
+        tl.store(flag, 1)
+    tl.store(out + program, tl.load(flag))
+
+
+def test_programs_run_in_any_order() -> None:
+    def seen(seed: int) -> int:
+        out = torch.zeros(6, dtype=torch.int32)
+        emulator.run(order_kernel, (6,), torch.zeros(1, dtype=torch.int32), out, seed=seed)
+        return int(out.sum())
+
+    assert len({seen(seed) for seed in range(8)}) > 3
+
+
 @gluon.jit
 def box_kernel(desc, out, row, column, promised, LAYOUT: gl.constexpr):
     room = gl.allocate_shared_memory(desc.dtype, desc.block_type.shape, desc.layout)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import ast
+import functools
 import inspect
 import random
 import textwrap
@@ -41,17 +42,11 @@ class Source:
         text = textwrap.dedent("".join(kernel.raw_src))
         if self.mutation is not None:
             text = self.mutation(plain.__name__, text)
-        tree = ast.parse(text)
-        (definition,) = tree.body
-        assert isinstance(definition, ast.FunctionDef)
-        definition.decorator_list = []
-        ast.increment_lineno(tree, kernel.starting_line_number - 1)
-        code = compile(ast.fix_missing_locations(_Casts().visit(tree)), inspect.getfile(plain), "exec")
+        code, names = _compiled(text, kernel.starting_line_number, inspect.getfile(plain))
         scope: dict[str, Any] = {"_to_tensor": language.to_tensor, "_span": language.span}
         exec(code, scope)
         made = scope[plain.__name__]
         self.made[plain] = made
-        names = {node.id for node in ast.walk(tree) if isinstance(node, ast.Name)}
         for name in names & plain.__globals__.keys():
             scope[name] = self.translated(plain.__globals__[name])
         return made
@@ -73,6 +68,18 @@ class Source:
         if isinstance(thing, JITFunction):
             return _builtin(thing.fn) if thing.fn.__module__.startswith("triton.") else self.function(thing)
         return thing
+
+
+@functools.cache
+def _compiled(text: str, line: int, file: str) -> tuple[types.CodeType, set[str]]:
+    """A function of a kernel, for `exec`, and the names that it uses."""
+    tree = ast.parse(text)
+    (definition,) = tree.body
+    assert isinstance(definition, ast.FunctionDef)
+    definition.decorator_list = []
+    names = {node.id for node in ast.walk(tree) if isinstance(node, ast.Name)}
+    ast.increment_lineno(tree, line - 1)
+    return compile(ast.fix_missing_locations(_Casts().visit(tree)), file, "exec"), names
 
 
 class _Room:
