@@ -172,7 +172,7 @@ BUGS = {
     "phase of ready": Bug(
         "j // STAGES & 1)\n", "(j // STAGES & 1) ^ 1)\n", rf"race: k_room\[0\] is read while|{STUCK}|{UNWRITTEN}"
     ),
-    "phase of empty": Bug("(j // STAGES & 1) ^ 1", "j // STAGES & 1", rf"{STUCK}: .*produce waits for parity 0"),
+    "phase of empty": Bug("(j // STAGES & 1) ^ 1", "j // STAGES & 1", rf"{STUCK}: .*produce 2 waits for parity 0"),
     "phase beyond parity": Bug("(j // STAGES & 1) ^ 1)", "j // STAGES + 1)", "there are 0 and 1"),
     "no wait for room": Bug(
         "mbarrier.wait(empty.index(slot), (j // STAGES & 1) ^ 1)",
@@ -189,7 +189,7 @@ BUGS = {
     "released before use": Bug(
         "        scores = gl.zeros",
         "        mbarrier.arrive(empty.index(slot))\n        scores = gl.zeros",
-        f"race: .*is overwritten while one of the products of consume reads it|race: .*while one of the copies|{STUCK}",
+        rf"race: .*is overwritten while one of the products of consume \d reads it|race: .*while one of the copies|{STUCK}",
     ),
     "released twice": Bug(
         "        s = gl.where((j",

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 from typing import Any
 
 import emulator
@@ -16,7 +17,7 @@ import triton
 import triton.language as tl
 from triton.experimental import gluon
 from triton.experimental.gluon import language as gl
-from triton.experimental.gluon.language.nvidia.hopper import mbarrier, tma
+from triton.experimental.gluon.language.nvidia.hopper import fence_async_shared, mbarrier, tma
 from triton.experimental.gluon.nvidia.hopper import TensorDescriptor
 
 import tamis
@@ -284,43 +285,48 @@ def giver(desc, room, ready, empty):
 
 
 @gluon.jit
-def taker(out, room, ready, empty, LATE: gl.constexpr, LAYOUT: gl.constexpr):
+def taker(out, room, ready, empty, LATE: gl.constexpr, FENCED: gl.constexpr, LAYOUT: gl.constexpr):
     at = gl.arange(0, 8, gl.SliceLayout(1, LAYOUT))[:, None] * 16 + gl.arange(0, 16, gl.SliceLayout(0, LAYOUT))[None, :]
     for turn in range(2):
         mbarrier.wait(ready, turn & 1)
         if LATE:
             mbarrier.arrive(empty)
         gl.store(out + at, room.load(LAYOUT))
+        if FENCED:
+            fence_async_shared()
         if not LATE:
             mbarrier.arrive(empty)
 
 
 @gluon.jit
-def duet_kernel(desc, out, LATE: gl.constexpr, LAYOUT: gl.constexpr):
+def duet_kernel(desc, out, LATE: gl.constexpr, FENCED: gl.constexpr, LAYOUT: gl.constexpr):
     room = gl.allocate_shared_memory(desc.dtype, desc.block_type.shape, desc.layout)
     ready = gl.allocate_shared_memory(gl.int64, [1], mbarrier.MBarrierLayout())
     empty = gl.allocate_shared_memory(gl.int64, [1], mbarrier.MBarrierLayout())
     mbarrier.init(ready, count=1)
     mbarrier.init(empty, count=1)
     gl.warp_specialize(
-        [(taker, (out, room, ready, empty, LATE, LAYOUT)), (giver, (desc, room, ready, empty))], [1], [24]
+        [(taker, (out, room, ready, empty, LATE, FENCED, LAYOUT)), (giver, (desc, room, ready, empty))], [1], [24]
     )
 
 
-@pytest.mark.parametrize("late", [False, True])
-def test_threads_that_read_after_they_released(late: bool) -> None:
+@pytest.mark.parametrize(
+    ("late", "fenced", "message"),
+    [
+        (False, True, None),
+        (True, True, "race: room is (overwritten while taker|read while one of the)"),
+        (False, False, "fence_async_shared is missing between reading room and its use"),
+    ],
+)
+def test_threads_that_read(late: bool, fenced: bool, message: str | None) -> None:
+    """What a copy will overwrite: before they release it, and with a fence."""
     x, out = torch.arange(256.0).view(16, 16), torch.zeros(8, 16)
     layout = gl.NVMMASharedLayout.get_default_for([8, 16], gl.float32)
     registers = gl.BlockedLayout([1, 1], [2, 16], [4, 1], [1, 0])
     desc = TensorDescriptor.from_tensor(x, [8, 16], layout)
     for seed in range(6):
-        if late:
-            with pytest.raises(
-                emulator.KernelError, match=r"race: room is (overwritten while taker|read while one of the)"
-            ):
-                emulator.run(duet_kernel, (1,), desc, out, LATE=late, LAYOUT=registers, seed=seed)
-        else:
-            emulator.run(duet_kernel, (1,), desc, out, LATE=late, LAYOUT=registers, seed=seed)
+        with pytest.raises(emulator.KernelError, match=message) if message else contextlib.nullcontext():
+            emulator.run(duet_kernel, (1,), desc, out, LATE=late, FENCED=fenced, LAYOUT=registers, seed=seed)
             assert torch.equal(out, x[1:9])
 
 

@@ -128,6 +128,7 @@ def load(tensor_desc: Descriptor, coord: Any, barrier: Shared, result: Shared, p
     if not result.data.is_contiguous():
         raise KernelError(f"{result.name} does not lie in one piece")
     place, where = barrier_of(barrier), [int(x) for x in coord]
+    result.fenced("writing", "reading")
     result.access(("copies", place), place.phase + 1, machine.here.clock, write=True)
     result.coming()
 
@@ -148,7 +149,7 @@ def store(tensor_desc: Descriptor, coord: Any, src: Shared) -> None:
     here, writer, where = machine.here, machine.writer, [int(x) for x in coord]
     if src.shape != tensor_desc.block_shape or src.dtype != tensor_desc.dtype:
         raise KernelError(f"{src.name} is {src.type}, and the copy takes {tensor_desc.block_type}")
-    src.fenced()
+    src.fenced("writing")
     here.stored += 1
     src.access(("stores", here), here.stored, here.clock, write=False)
     under_way = _Unit(lambda: tensor_desc.write(where, src.contents(), writer), here.stored)
@@ -260,7 +261,7 @@ def warpgroup_mma(
     here.issued += 1
     for operand in (a, b):
         if isinstance(operand, Shared):
-            operand.fenced()
+            operand.fenced("writing")
             operand.access(("products", here), here.issued, here.clock, write=False)
     product = Product((a, b, acc), here.issued)
     if not use_acc:

@@ -120,7 +120,7 @@ class Machine:
             raise KernelError("warp_specialize inside of warp_specialize, or twice")
         main = self.here
         (first, arguments), *others = parts
-        main.name = _name(first)
+        main.name = _name(first, 0)
         workers = [self._start(function, given) for function, given in others]
         self.paces = [self.chance.choice([0.03, 1.0, 1.0, 30.0]) for _ in self.partitions]
         try:
@@ -145,7 +145,7 @@ class Machine:
     def _start(self, function: Callable[..., Any], arguments: tuple[Any, ...]) -> tuple[Partition, threading.Thread]:
         known: Clock = {}
         self.here.release(known)
-        partition = Partition(_name(function), len(self.partitions), known)
+        partition = Partition(_name(function, len(self.partitions)), len(self.partitions), known)
         self.partitions.append(partition)
         thread = threading.Thread(target=self._work, args=(partition, function, arguments), daemon=True)
         thread.start()
@@ -182,8 +182,9 @@ class Machine:
             barrier.check()
 
 
-def _name(function: Any) -> str:
-    return str(getattr(function, "__name__", function))
+def _name(function: Any, index: int) -> str:
+    """Partitions may run the same function."""
+    return f"{getattr(function, '__name__', function)} {index}"
 
 
 _running: list[Machine] = []

@@ -41,7 +41,8 @@ class Allocation:
         self.data = raw(torch.empty(shape, dtype=TORCH[dtype])).fill_(poison(TORCH[dtype]))
         self.state = torch.full(shape, _EMPTY, dtype=torch.int8)
         self.regions: dict[Any, _Accesses] = {}
-        self.unfenced: dict[Any, int] = {}  # regions written by threads, that the asynchronous units cannot see yet
+        # Regions that threads of a partition wrote or read, which the asynchronous units do not know of yet.
+        self.unfenced: dict[str, dict[Any, int]] = {"writing": {}, "reading": {}}
         self.barriers: dict[int, Barrier] = {}
 
 
@@ -106,6 +107,7 @@ class Shared:
         machine.switch()
         here = machine.here
         self.access(here.index, here.clock[here.index], here.clock, write=False)
+        self.of.unfenced["reading"][self.key()] = here.index
         return Value(self.contents(), layout)
 
     def store(self, value: Any) -> None:
@@ -116,7 +118,7 @@ class Shared:
         if valued(value).data.dtype != TORCH[self.dtype]:
             raise KernelError(f"{self.name} holds {self.dtype}, not {value.dtype}")
         self.access(here.index, here.clock[here.index], here.clock, write=True)
-        self.of.unfenced[self.key()] = here.index
+        self.of.unfenced["writing"][self.key()] = here.index
         self.put(raw(value.data))
 
     def _keep_alive(self) -> None:
@@ -170,11 +172,15 @@ class Shared:
         else:
             own.reads[agent] = max(step, own.reads.get(agent, 0))
 
-    def fenced(self) -> None:
-        """Raise if an asynchronous unit would miss what threads wrote."""
-        for key in self.of.unfenced:
-            if self._overlaps(self.of.regions[key]):
-                raise KernelError(f"fence_async_shared is missing between writing {self.name} and its use")
+    def fenced(self, *verbs: str) -> None:
+        """Raise if an asynchronous unit might come before what threads did here.
+
+        PTX ISA, "Proxies": a barrier alone orders accesses of one kind with each other only.
+        """
+        for verb in verbs:
+            for key in self.of.unfenced[verb]:
+                if self._overlaps(self.of.regions[key]):
+                    raise KernelError(f"fence_async_shared is missing between {verb} {self.name} and its use")
 
 
 def _agent(who: Any) -> str:
@@ -194,11 +200,12 @@ def allocate(element_ty: Any, shape: Any, layout: Any, value: Any = None) -> Sha
 
 
 def fence(cluster: bool = False) -> None:
-    """`fence_async_shared`: what this partition wrote is seen by the asynchronous units."""
+    """`fence_async_shared`: the asynchronous units come after what this partition did so far."""
     current().switch()
     me = current().here.index
     for allocation in current().shared:
-        allocation.unfenced = {key: who for key, who in allocation.unfenced.items() if who != me}
+        for verb, regions in allocation.unfenced.items():
+            allocation.unfenced[verb] = {key: who for key, who in regions.items() if who != me}
 
 
 class Barrier:
