@@ -82,7 +82,7 @@ def _gluon_calls(dims: tuple[int, ...]) -> Iterator[tuple[str, set[str], list[la
     for dim in dims:
         for precision, kinds in (("full", {"half"}), ("int8", {"int8", "half"}), ("fp8", {"int8", "fp8"})):
             for block_q in (128, 64):
-                if hopper.cut(precision, dim, dim, block_q) is None:
+                if hopper.cut(precision, dim, dim, block_q, True) is None:
                     continue
                 for number in range(8):
                     causal, lists, stage2 = bool(number & 1), bool(number & 2), bool(number & 4)

@@ -16,7 +16,7 @@ from torch import Tensor
 from tamis import geometry
 from tamis.backends.triton import chips, launch
 from tamis.backends.triton.operands import Operands
-from tamis.backends.triton.prepare import sound_values
+from tamis.backends.triton.prepare import TILE, sound_values
 from tamis.errors import UnsupportedError
 
 KERNELS = ("auto", "gluon", "triton")
@@ -55,15 +55,18 @@ def wanted() -> str:
     return name
 
 
-def cut(precision: str, dim: int, value_dim: int, block_q: int) -> Cut | None:
-    """The tiles of a call, or None if it has no place in registers or shared memory."""
+def cut(precision: str, dim: int, value_dim: int, block_q: int, stage2: bool) -> Cut | None:
+    """The tiles of a call, or None if it has no place: e4m3 values over 192 wide spill with every tile.
+
+    There the sum of a tile has registers of its own beside the output, since it has to be added in fp32.
+    """
     width = launch.power(dim, 64)
     value_width = launch.power(value_dim, 64) if value_dim <= 128 else (value_dim + 63) // 64 * 64
     wide = max(width, value_width) > 128
     if precision == "fp8" and value_width > 192:
         return None
-    keys = 32 if wide and precision != "full" else 64
     split = block_q == _ROWS
+    keys = 32 if wide and (precision != "full" or stage2 or split) else 64
     key_bytes, value_bytes = (2 if precision == "full" else 1), (1 if precision == "fp8" else 2)
     stage = keys * (width * key_bytes + value_width * value_bytes) * (2 if split else 1)
     left = chips.CHIPS["sm_90"].shared - _BARRIERS - 2 * _ROWS * width * key_bytes
@@ -82,6 +85,7 @@ def reason(
     window: bool,
     irregular: bool,
     scores_changed: bool,
+    stage2: bool,
     scale: float,
 ) -> str | None:
     """Why a call goes to the kernel that runs everywhere, or None if this one takes it.
@@ -103,9 +107,8 @@ def reason(
     ):
         if lacking:
             return f"the Gluon kernel does not take {what}"
-    if cut(precision, *dims, block_q) is None:
-        rows = "" if block_q > _ROWS else " under blocks of 64 rows"
-        return f"the Gluon kernel's tiles of {dims[0]} and {dims[1]} channels in {precision!r} do not fit{rows}"
+    if cut(precision, *dims, block_q, stage2) is None:
+        return f"the Gluon kernel has no registers for values of {dims[1]} channels in {precision!r}"
     return "TAMIS_GPU_KERNEL=triton" if wanted() == "triton" else None
 
 
@@ -167,7 +170,7 @@ def attend(
     if lists[0] is not None and lists[0].stride(2) != 1:
         lists = (lists[0].contiguous(), lists[1])
     precision = "full" if inputs.q_scale is None else "fp8" if inputs.products == "fp8" else "int8"
-    tiles = cut(precision, inputs.width, value_dim, block_size[0])
+    tiles = cut(precision, inputs.width, value_dim, block_size[0], pv_threshold is not None)
     assert tiles is not None
     q, k, v, sound, v_flags = _tensors(inputs, mends=causal and precision != "fp8")
     q_tiles = geometry.num_blocks(q_len, tiles.rows)
@@ -185,8 +188,9 @@ def attend(
         *(lse if t is None else t for t in (flags, v_flags, inputs.q_scale, inputs.k_scale, inputs.v_scale)),
         *(lse if t is None else t for t in (inputs.q_shift, *lists, pv_threshold)),
         *_list_places(lists),
-        *(q_len, kv_len, kv_len - q_len, heads, heads // k.shape[1], batch * heads),
-        *(q_tiles, items, section, section * q_tiles, many),
+        *(q_len, kv_len, kv_len - q_len, heads, k.shape[1], heads // k.shape[1], batch * heads),
+        *(q_tiles, counts.shape[2], geometry.num_blocks(kv_len, block_size[1]), kv_len // block_size[1]),
+        *(geometry.num_blocks(kv_len, TILE), items, section, section * q_tiles, many),
         0 if inputs.k_scale is None else inputs.k_scale.shape[2],
         factor,
         device=q.device,

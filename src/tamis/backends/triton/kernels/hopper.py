@@ -17,9 +17,16 @@ from __future__ import annotations
 from triton.experimental import gluon
 from triton.experimental.gluon import language as gl
 
-from tamis.backends.triton.kernels.gluon_api import load_tile, mbarrier, warpgroup_mma, warpgroup_mma_wait
+from tamis.backends.triton.kernels.gluon_api import (
+    fence_async_shared,
+    load_tile,
+    mbarrier,
+    warpgroup_mma,
+    warpgroup_mma_wait,
+)
 
 LOG2E = gl.constexpr(1.4426950408889634)
+_NONE = gl.constexpr(2147483647)
 
 
 @gluon.jit
@@ -28,9 +35,8 @@ def _block(indices, entry, num, end, LISTS: gl.constexpr):
     if LISTS == 0:
         return gl.minimum(entry, end)
     else:
-        block = gl.load(indices + gl.minimum(entry, gl.maximum(num - 1, 0)))
-        block = gl.minimum(gl.maximum(block, 0), end)
-        return gl.where(entry < num, block, end)
+        block = gl.load(indices + entry, mask=entry < num, other=_NONE)
+        return gl.minimum(gl.maximum(block, 0), end)
 
 
 @gluon.jit
@@ -48,7 +54,9 @@ def _item(place, lists, sizes, LISTS: gl.constexpr, CAUSAL: gl.constexpr, BLOCK_
     The last rows of every head come first, for a section of heads at a time, whose keys share the L2.
     """
     kv_num, kv_indices, stride_numb, stride_numh, stride_idxb, stride_idxh, stride_idxq, max_blocks = lists
-    q_len, kv_len, ahead, heads, _kv_group, all_heads, q_tiles, _items, section, section_items, _programs = sizes
+    (q_len, _, ahead, heads, _, _, all_heads, q_tiles, _, kv_blocks, whole_blocks, _, _, section, section_items, _) = (
+        sizes
+    )
     group = place // section_items
     inside = place - group * section_items
     size = gl.minimum(section, all_heads - group * section)
@@ -56,8 +64,7 @@ def _item(place, lists, sizes, LISTS: gl.constexpr, CAUSAL: gl.constexpr, BLOCK_
     head_at = group * section + inside % size
     batch = head_at // heads
     head = head_at - batch * heads
-    end = (kv_len + BLOCK_KV - 1) // BLOCK_KV
-    whole_end = kv_len // BLOCK_KV
+    end, whole_end = kv_blocks, whole_blocks
     if CAUSAL:
         low = tile * ROWS + ahead
         high = gl.minimum(q_len, (tile + 1) * ROWS) - 1 + ahead
@@ -96,7 +103,24 @@ def _produce(
     q_desc, k_desc, v_desc, edge_desc = descs
     q_room, k_room, v_room = rooms
     q_ready, q_empty, k_ready, k_empty, v_ready, v_empty = bars
-    _q_len, kv_len, _ahead, heads, kv_group, _all_heads, q_tiles, items, _section, _section_items, programs = sizes
+    (
+        _q_len,
+        _kv_len,
+        _ahead,
+        _heads,
+        kv_heads,
+        kv_group,
+        _all_heads,
+        q_tiles,
+        _row_tiles,
+        _kv_blocks,
+        _whole_blocks,
+        value_tiles,
+        items,
+        _section,
+        _section_items,
+        programs,
+    ) = sizes
     ROWS: gl.constexpr = 64 if SPLIT else 128
     PER_BLOCK: gl.constexpr = BLOCK_KV // TILE_K
     WIDTH: gl.constexpr = v_desc.block_type.shape[2 if PV8 else 3]
@@ -142,11 +166,10 @@ def _produce(
                     load_tile(edge_desc, [batch, kv_head, start, part * WIDTH], v_ready.index(slot), room, pred=edge)
             if MENDS:
                 # The second pass, of attend.py, adds what those at the edges would have added.
-                v_tiles = (kv_len + 63) // 64
-                at = v_flags + (batch * (heads // kv_group) + kv_head).to(gl.int64) * v_tiles
+                at = v_flags + (batch * kv_heads + kv_head).to(gl.int64) * value_tiles
                 for part in gl.static_range((TILE_K + 63) // 64):
                     here = start // 64 + part
-                    broken |= gl.load(at + here, mask=edge & (here < v_tiles), other=0)
+                    broken |= gl.load(at + here, mask=edge & (here < value_tiles), other=0)
             turn += 1
             step += 1
             block = following
@@ -336,7 +359,24 @@ def _consume(
     q_room, k_room, v_room = rooms
     output, lse, counts, q_scale, k_scale, v_scale, q_shift, pv_threshold = tensors
     q_ready, q_empty, k_ready, k_empty, v_ready, v_empty = bars
-    q_len, kv_len, ahead, heads, kv_group, _all_heads, _q_tiles, items, _section, _section_items, programs = sizes
+    (
+        q_len,
+        kv_len,
+        ahead,
+        _heads,
+        kv_heads,
+        kv_group,
+        _all_heads,
+        _q_tiles,
+        row_tiles,
+        _kv_blocks,
+        _whole_blocks,
+        _value_tiles,
+        items,
+        _section,
+        _section_items,
+        programs,
+    ) = sizes
     room = (k_room, v_room, k_ready, k_empty, v_ready, v_empty)
     QK8: gl.constexpr = q_room.dtype == gl.int8
     PV8: gl.constexpr = v_room.dtype == gl.float8e4nv
@@ -364,7 +404,7 @@ def _consume(
         scales = k_scale
         if QK8:
             row_factor = gl.load(q_scale + row_at, mask=rows < q_len, other=0.0) * factor
-            scales = k_scale + (batch * (heads // kv_group) + head // kv_group).to(gl.int64) * kv_tiles
+            scales = k_scale + (batch * kv_heads + head // kv_group).to(gl.int64) * kv_tiles
         threshold = factor
         if STAGE2:
             threshold = gl.load(pv_threshold + head) * LOG2E
@@ -381,6 +421,7 @@ def _consume(
         if HELD:
             # In registers queries take nothing of the bandwidth of shared memory, and their room is free at once.
             q = q.load(gl.DotOperandLayout(0, SCORES, 4 if QK8 else 2))
+            fence_async_shared()  # the next copy, which is asynchronous, may not overtake this read
             mbarrier.arrive(q_empty.index(who))
         block = _block(indices, 0, num, end, LISTS)
         if block < end:
@@ -435,7 +476,7 @@ def _consume(
             d = part * WIDTH + gl.arange(0, WIDTH, gl.SliceLayout(0, OUT))
             made = o[part] * inverse[:, None]
             if PV8:
-                kv_at = (batch * (heads // kv_group) + head // kv_group).to(gl.int64)
+                kv_at = (batch * kv_heads + head // kv_group).to(gl.int64)
                 made = made * gl.load(v_scale + kv_at * V_SCALES + d, mask=d < VALUE_DIM, other=0.0)[None, :]
             made = gl.where(none[:, None], 0.0, made)
             at = output + (head_at.to(gl.int64) * q_len + out_rows)[:, None] * VALUE_DIM + d[None, :]
@@ -444,10 +485,9 @@ def _consume(
 
         # Blocks visible and kept, of the whole item; what was left out, of each half of it.
         halves: gl.constexpr = 1 if SPLIT else 2
-        tiles = (q_len + 63) // 64
         here = tile * halves + (0 if SPLIT else who)
-        if here < tiles:
-            count_at = counts + (head_at.to(gl.int64) * tiles + here) * 3
+        if here < row_tiles:
+            count_at = counts + (head_at.to(gl.int64) * row_tiles + here) * 3
             leads = here % halves == 0
             kept = gl.where(leads, step // PER_BLOCK, 0).to(gl.float64)
             of_rows = gl.minimum(q_len - start_row, 64).to(gl.float64)
@@ -469,9 +509,14 @@ def _consume(
         "kv_len",
         "ahead",
         "heads",
+        "kv_heads",
         "kv_group",
         "all_heads",
         "q_tiles",
+        "row_tiles",
+        "kv_blocks",
+        "whole_blocks",
+        "value_tiles",
         "items",
         "section",
         "section_items",
@@ -507,9 +552,14 @@ def hopper_kernel(
     kv_len,
     ahead,
     heads,
+    kv_heads,
     kv_group,
     all_heads,
     q_tiles,
+    row_tiles,
+    kv_blocks,
+    whole_blocks,
+    value_tiles,
     items,
     section,
     section_items,
@@ -539,6 +589,9 @@ def hopper_kernel(
     `[batch * heads, q_tiles]`, tells of them for the second pass of attend.py; v_flags, `[.., 64-key tiles]`, of where
     they are. factor: scale * log2(e). V_SCALES: length of a row of v_scale.
     `counts` is that of attend.py, for tiles of 64 rows.
+
+    What could be computed from other arguments is one too: a number worked out before the warps part is kept by all of
+    them in registers, which the copying ones have 24 of, and an argument is read where it is used.
     """
     PARTS: gl.constexpr = 1 if DV <= 128 else DV // 64
     RINGS: gl.constexpr = 2 if SPLIT else 1
@@ -563,13 +616,31 @@ def hopper_kernel(
         mbarrier.init(k_empty.index(i), count=1 if SPLIT else 2)
         mbarrier.init(v_ready.index(i), count=1)
         mbarrier.init(v_empty.index(i), count=1 if SPLIT else 2)
+    fence_async_shared()  # copies, which are asynchronous, are to find the barriers initialised
     # Written out: a constant that a variable holds is one no more.
     rooms = (q_room, k_room, v_room)
     bars = (q_ready, q_empty, k_ready, k_empty, v_ready, v_empty)
     descs = (q_desc, k_desc, v_desc, edge_desc)
     tensors = (output, lse, counts, q_scale, k_scale, v_scale, q_shift, pv_threshold)
     lists = (kv_num, kv_indices, stride_numb, stride_numh, stride_idxb, stride_idxh, stride_idxq, max_blocks)
-    sizes = (q_len, kv_len, ahead, heads, kv_group, all_heads, q_tiles, items, section, section_items, programs)
+    sizes = (
+        q_len,
+        kv_len,
+        ahead,
+        heads,
+        kv_heads,
+        kv_group,
+        all_heads,
+        q_tiles,
+        row_tiles,
+        kv_blocks,
+        whole_blocks,
+        value_tiles,
+        items,
+        section,
+        section_items,
+        programs,
+    )
     if SPLIT:
         gl.warp_specialize(
             [
