@@ -167,7 +167,7 @@ BUGS = {
     "no wait for data": Bug(
         "mbarrier.wait(ready.index(slot), j // STAGES & 1)",
         "pass",
-        rf"race: k_room\[0\] is read while one of the copies of ready\[0\] writes it|{UNWRITTEN}",
+        rf"race: k_room\[0\] is (read while one of the copies of ready\[0\]|overwritten while one of)|{UNWRITTEN}",
     ),
     "phase of ready": Bug(
         "j // STAGES & 1)\n", "(j // STAGES & 1) ^ 1)\n", rf"race: k_room\[0\] is read while|{STUCK}|{UNWRITTEN}"
@@ -212,13 +212,25 @@ BUGS = {
         "fence_async_shared is missing between writing o_room",
     ),
     "no store_wait": Bug("tma.store_wait(0)", "pass", "store_wait is missing"),
-    "too few bytes": Bug(" + v_desc.block_type.nbytes", "", "expects 4096 bytes, and copies bring 8192|race: v_room"),
+    "too few bytes": Bug(
+        " + v_desc.block_type.nbytes", "", f"expects 4096 bytes, and copies bring 8192|race: v_room|v_room.*{UNWRITTEN}"
+    ),
     "too many bytes": Bug("nbytes)\n", "nbytes + 8)\n", f"{STUCK}.*8 of 8200 bytes missing"),
     "count of arrivals": Bug("count=2", "count=1", f"race|1 arrive at empty|{STUCK}"),
     "initialised twice": Bug("mbarrier.init(empty.index(i), count=2)", "mbarrier.init(ready.index(i), 1)", "twice"),
     "no barrier": Bug("mbarrier.init(empty.index(i), count=2)", "pass", "init is missing"),
     "q outside": Bug("who * 64 + gl.arange", "who * 65 + gl.arange", "reads element .* of q"),
     "layouts": Bug("gl.convert_layout(decay, gl.SliceLayout(1, OUT))", "decay", "layouts differ"),
+    "layout of the other axis": Bug(
+        "64, gl.SliceLayout(1, OUT))", "64, gl.SliceLayout(0, OUT))", "no dimension 1 to gain"
+    ),
+    "product never waited for": Bug(
+        "    o = o / gl",
+        "    warpgroup_mma(q_room.index(who), k_room.index(0).permute((1, 0)), scores, is_async=True)\n    o = o / gl",
+        "consume . ends while its products are under way",
+    ),
+    "registers": Bug("[240, 24],", "[240, 20],", r"workers of \[4, 1\] warps and \[240, 20\] registers can't be"),
+    "warps": Bug("[4, 1],", "[4],", "2 workers, 1 warps and 2 registers"),
     "box of another size": Bug("k_room.index(slot))\n", "k_room.index(slot).slice(0, 16))\n", "the copy brings"),
     "no layout of shared memory": Bug("[2, 64, D], o_desc.layout)\n    o_room", "[2, 64, D], 5)\n    o_room", "layout"),
 }

@@ -17,7 +17,7 @@ import triton
 import triton.language as tl
 from triton.experimental import gluon
 from triton.experimental.gluon import language as gl
-from triton.experimental.gluon.language.nvidia.hopper import fence_async_shared, mbarrier, tma
+from triton.experimental.gluon.language.nvidia.hopper import fence_async_shared, mbarrier, tma, warpgroup_mma
 from triton.experimental.gluon.nvidia.hopper import TensorDescriptor
 
 import tamis
@@ -274,6 +274,51 @@ def test_a_place_is_poison_until_the_copy_lands() -> None:
     assert all(torch.equal(rows, late) or rows.isnan().all() for rows in seen)
     assert any(rows.isnan().all() for rows in seen)
     assert any(torch.equal(rows, late) for rows in seen)
+
+
+@gluon.jit
+def product_kernel(out, TYPE: gl.constexpr, SUMS: gl.constexpr, ROWS: gl.constexpr, TURNED: gl.constexpr):
+    SUM: gl.constexpr = gl.NVMMADistributedLayout([3, 0], [4, 1], [16, 64, 16])
+    ROOM: gl.constexpr = gl.NVMMASharedLayout.get_default_for([64, 64], TYPE)
+    one, row, column = gl.full([64, 64], 1, TYPE, SUM), gl.SliceLayout(1, SUM), gl.SliceLayout(0, SUM)
+    a = gl.allocate_shared_memory(TYPE, [64, 64], ROOM, one)
+    b = gl.allocate_shared_memory(TYPE, [64, 64], ROOM, one)
+    fence_async_shared()
+    if TURNED:
+        b = b.permute((1, 0))
+    made = warpgroup_mma(a.slice(0, ROWS), b, gl.zeros([ROWS, 64], SUMS, SUM))
+    at = gl.arange(0, ROWS, row)[:, None] * 64 + gl.arange(0, 64, column)[None, :]
+    gl.store(out + at, made.to(gl.float32))
+
+
+@pytest.mark.parametrize(
+    ("form", "sums", "rows", "turned", "message"),
+    [
+        (gl.bfloat16, gl.float32, 64, False, None),
+        (gl.bfloat16, gl.float32, 64, True, None),
+        (gl.int8, gl.int32, 64, True, None),
+        (gl.float8e4nv, gl.float32, 64, True, None),
+        (gl.int8, gl.int32, 64, False, "8-bit operands of wgmma must have the summed dimension contiguous"),
+        (gl.float8e4nv, gl.float32, 64, False, "8-bit operands"),
+        (gl.int8, gl.float32, 64, True, r"wgmma can't add to torch.float32 \[64, 64\]"),
+        (gl.bfloat16, gl.float32, 32, True, r"wgmma can't multiply \[32, 64\] and \[64, 64\]"),
+        (gl.float32, gl.float32, 64, True, "wgmma can't multiply fp32 and fp32"),
+    ],
+)
+def test_rules_of_products(form: Any, sums: Any, rows: int, turned: bool, message: str | None) -> None:
+    out = torch.zeros(64, 64)
+    with pytest.raises(emulator.KernelError, match=message) if message else contextlib.nullcontext():
+        emulator.run(product_kernel, (1,), out, TYPE=form, SUMS=sums, ROWS=rows, TURNED=turned)
+        assert (out == 64).all()
+
+
+def test_boxes_have_limits() -> None:
+    layout = gl.NVMMASharedLayout.get_default_for([8, 16], gl.float32)
+    wide, thin = torch.zeros(512, 16), torch.zeros(8, 16, dtype=torch.int8)
+    for tensor, box in ((wide, [512, 16]), (thin, [8, 8])):
+        desc = TensorDescriptor.from_tensor(tensor, box, layout)
+        with pytest.raises(emulator.KernelError, match="a copy can't bring a box of"):
+            emulator.run(box_kernel, (1,), desc, wide, 0, 0, 8, LAYOUT=None)
 
 
 @gluon.jit
