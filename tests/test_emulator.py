@@ -189,7 +189,7 @@ BUGS = {
     "released before use": Bug(
         "        scores = gl.zeros",
         "        mbarrier.arrive(empty.index(slot))\n        scores = gl.zeros",
-        rf"race: .*is overwritten while one of the products of consume \d reads it|race: .*while one of the copies|{STUCK}",
+        rf"race: .*is overwritten while one of the products of consume \d reads|race: .*one of the copies|{STUCK}",
     ),
     "released twice": Bug(
         "        s = gl.where((j",
