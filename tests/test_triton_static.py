@@ -5,6 +5,7 @@ from __future__ import annotations
 import dataclasses
 import json
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import pytest
@@ -80,6 +81,29 @@ def test_machine_code_is_judged(name: str, precision: str) -> None:
     assert row.faults == []
     assert row.registers > 0
     assert set(row.instructions) >= kinds
+
+
+def test_the_kernel_made_for_hopper_is_judged() -> None:
+    """Warps of copies hand their registers on, products are those of warpgroups; with larger tiles it spills."""
+    item = gpu_static.gluon(64, "fp8", causal=True, lists=True, stage2=False)
+    row = gpu_static.judge(item, "sm_90", "", {"int8", "fp8"})
+    assert row.faults == []
+    assert row.tile == "128 x 64"
+    assert set(row.instructions) == {"int8", "fp8"}
+    wide = gpu_static.gluon(192, "fp8", causal=False, lists=False, stage2=False)
+    mutant = wide._replace(constants=wide.constants | {"DV": 256, "VALUE_DIM": 256})
+    assert "bytes of spills" in " ".join(gpu_static.judge(mutant, "sm_90", "", {"int8", "fp8"}).faults)
+
+
+def test_older_instructions_are_faults(monkeypatch: pytest.MonkeyPatch) -> None:
+    """What the judge wants of the kernel made for sm_90, shown machine code that has none of it."""
+    item = gpu_static.gluon(64, "int8", causal=False, lists=False, stage2=False)
+    monkeypatch.setattr(
+        gpu_static, "compile_launch", lambda item, name: SimpleNamespace(metadata=SimpleNamespace(shared=0))
+    )
+    monkeypatch.setattr(gpu_static, "_nvidia", lambda made, row, name: "IGMMA.64x64x32 ; HMMA.16816.F32.BF16 ;")
+    faults = gpu_static.judge(item, "sm_90", "", {"int8", "half"}).faults
+    assert faults == ["older matrix instructions: HMMA", "registers are not handed on", "no half matrix instructions"]
 
 
 def test_the_judge_finds_faults() -> None:

@@ -82,7 +82,7 @@ def _gluon_calls(dims: tuple[int, ...]) -> Iterator[tuple[str, set[str], list[la
     for dim in dims:
         for precision, kinds in (("full", {"half"}), ("int8", {"int8", "half"}), ("fp8", {"int8", "fp8"})):
             for block_q in (128, 64):
-                if hopper.cut(precision, dim, dim, block_q, True) is None:
+                if hopper.cut(precision, dim, dim, block_q) is None:
                     continue
                 for number in range(8):
                     causal, lists, stage2 = bool(number & 1), bool(number & 2), bool(number & 4)
@@ -244,15 +244,16 @@ def _patterns(item: launch.Launch, name: str) -> dict[str, str]:
 def _nvidia(made: Any, row: Row, name: str) -> str:
     """Registers and spills as the assembler tells them, and the machine code."""
     import triton
+    from triton.backends.nvidia.compiler import get_ptxas
 
     tools = Path(triton.__file__).parent / "backends" / "nvidia" / "bin"
     architecture = re.search(r"\.target\s+(\w+)", made.asm["ptx"])
     assert architecture is not None
-    assembler = tools / ("ptxas-blackwell" if int(name[3:]) >= 100 else "ptxas")
+    assembler = get_ptxas(int(name[3:])).path  # newer Tritons have a newer one for more of them
     with tempfile.TemporaryDirectory() as folder:
         ptx, cubin = Path(folder) / "kernel.ptx", Path(folder) / "kernel.cubin"
         ptx.write_text(made.asm["ptx"])
-        command = [str(assembler), "-v", f"--gpu-name={architecture[1]}", str(ptx), "-o", str(cubin)]
+        command = [assembler, "-v", f"--gpu-name={architecture[1]}", str(ptx), "-o", str(cubin)]
         log = subprocess.run(command, capture_output=True, text=True, check=True).stderr
         code = subprocess.run([str(tools / "nvdisasm"), str(cubin)], capture_output=True, text=True, check=True).stdout
     row.registers = max(int(n) for n in re.findall(r"Used (\d+) registers", log))

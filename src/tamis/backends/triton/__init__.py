@@ -97,7 +97,6 @@ def _general(call: Call) -> str | None:
         window=call.window is not None,
         irregular=masked,
         scores_changed=call.softcap is not None or call.sink_logits is not None,
-        stage2=call.pv_threshold is not None,
         scale=call.scale,
     )
 

@@ -78,7 +78,6 @@ def attend(
         window=window is not None,
         irregular=not regular or attn_mask is not None,
         scores_changed=softcap is not None or sink_logits is not None,
-        stage2=pv_threshold is not None,
         scale=scale,
     ) or hopper.few_rows(q_len)
     hopper.insist(general)

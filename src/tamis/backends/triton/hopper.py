@@ -55,18 +55,17 @@ def wanted() -> str:
     return name
 
 
-def cut(precision: str, dim: int, value_dim: int, block_q: int, stage2: bool) -> Cut | None:
+def cut(precision: str, dim: int, value_dim: int, block_q: int) -> Cut | None:
     """The tiles of a call, or None if it has no place: e4m3 values over 192 wide spill with every tile.
 
     There the sum of a tile has registers of its own beside the output, since it has to be added in fp32.
     """
     width = launch.power(dim, 64)
     value_width = launch.power(value_dim, 64) if value_dim <= 128 else (value_dim + 63) // 64 * 64
-    wide = max(width, value_width) > 128
     if precision == "fp8" and value_width > 192:
         return None
     split = block_q == _ROWS
-    keys = 32 if wide and (precision != "full" or stage2 or split) else 64
+    keys = 64 if max(width, value_width) <= 128 else 32
     key_bytes, value_bytes = (2 if precision == "full" else 1), (1 if precision == "fp8" else 2)
     stage = keys * (width * key_bytes + value_width * value_bytes) * (2 if split else 1)
     left = chips.CHIPS["sm_90"].shared - _BARRIERS - 2 * _ROWS * width * key_bytes
@@ -85,7 +84,6 @@ def reason(
     window: bool,
     irregular: bool,
     scores_changed: bool,
-    stage2: bool,
     scale: float,
 ) -> str | None:
     """Why a call goes to the kernel that runs everywhere, or None if this one takes it.
@@ -107,7 +105,7 @@ def reason(
     ):
         if lacking:
             return f"the Gluon kernel does not take {what}"
-    if cut(precision, *dims, block_q, stage2) is None:
+    if cut(precision, *dims, block_q) is None:
         return f"the Gluon kernel has no registers for values of {dims[1]} channels in {precision!r}"
     return "TAMIS_GPU_KERNEL=triton" if wanted() == "triton" else None
 
@@ -170,7 +168,7 @@ def attend(
     if lists[0] is not None and lists[0].stride(2) != 1:
         lists = (lists[0].contiguous(), lists[1])
     precision = "full" if inputs.q_scale is None else "fp8" if inputs.products == "fp8" else "int8"
-    tiles = cut(precision, inputs.width, value_dim, block_size[0], pv_threshold is not None)
+    tiles = cut(precision, inputs.width, value_dim, block_size[0])
     assert tiles is not None
     q, k, v, sound, v_flags = _tensors(inputs, mends=causal and precision != "fp8")
     q_tiles = geometry.num_blocks(q_len, tiles.rows)
