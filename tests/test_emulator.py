@@ -23,6 +23,9 @@ from triton.experimental.gluon.language.nvidia.hopper import (
 )
 from triton.experimental.gluon.nvidia.hopper import TensorDescriptor
 
+from tamis.backends.triton import launch
+from tamis.bench import gpu_static
+
 SEEDS = range(6)
 LOG2E = gl.constexpr(1.4426950408889634)
 
@@ -38,10 +41,8 @@ def produce(k_desc, v_desc, k_room, v_room, ready, empty, tiles, STAGES: gl.cons
 
 
 @gluon.jit
-def consume(
-    q, o_desc, q_room, k_room, v_room, o_room, ready, empty, kv_len, tiles, factor,
-    who: gl.constexpr, STAGES: gl.constexpr, KEYS: gl.constexpr, D: gl.constexpr,
-):  # fmt: skip
+def consume(given, who: gl.constexpr, STAGES: gl.constexpr, KEYS: gl.constexpr, D: gl.constexpr):
+    q, o_desc, q_room, k_room, v_room, o_room, ready, empty, kv_len, tiles, factor = given
     S: gl.constexpr = gl.NVMMADistributedLayout([3, 0], [4, 1], [16, KEYS, 16])
     OUT: gl.constexpr = gl.NVMMADistributedLayout([3, 0], [4, 1], [16, D, 16])
     rows = who * 64 + gl.arange(0, 64, gl.SliceLayout(1, OUT))
@@ -93,8 +94,8 @@ def toy_kernel(
     given = (q, o_desc, q_room, k_room, v_room, o_room, ready, empty, kv_len, tiles, factor)
     gl.warp_specialize(
         [
-            (consume, (*given, 0, STAGES, KEYS, D)),
-            (consume, (*given, 1, STAGES, KEYS, D)),
+            (consume, (given, 0, STAGES, KEYS, D)),
+            (consume, (given, 1, STAGES, KEYS, D)),
             (produce, (k_desc, v_desc, k_room, v_room, ready, empty, tiles, STAGES, KEYS)),
         ],
         [4, 1],
@@ -133,6 +134,15 @@ def run(seed: int, change: tuple[str, str] | None = None, races: bool = True, st
     )
     assert change is None or found == 1, f"{change[0]!r} stands {found} times in the toy"
     return output, oracle.attention(q[None, None], k[None, None], v[None, None]).output[0, 0]
+
+
+def test_the_toy_is_gluon() -> None:
+    """It compiles, and takes the shared memory that it allocates."""
+    q, k = torch.zeros(128, 64, dtype=torch.bfloat16), torch.zeros(270, 64, dtype=torch.bfloat16)
+    arguments = q, described(k, [32, 64]), described(k, [32, 64]), described(q, [64, 64]), 270, 0.1
+    item = launch.Launch(toy_kernel, arguments, {"STAGES": 2, "KEYS": 32, "D": 64}, 4, 1)
+    rooms = 2 * 2 * 64 * 64 * 2 + 2 * 2 * 32 * 64 * 2
+    assert rooms < gpu_static.compile_launch(item, "sm_90").metadata.shared < rooms + 1024
 
 
 def error(results: tuple[Tensor, Tensor]) -> float:
@@ -231,6 +241,12 @@ BUGS = {
     ),
     "registers": Bug("[240, 24],", "[240, 20],", r"workers of \[4, 1\] warps and \[240, 20\] registers can't be"),
     "warps": Bug("[4, 1],", "[4],", "2 workers, 1 warps and 2 registers"),
+    "layout of an operand": Bug(
+        "gl.DotOperandLayout(0, OUT, 2)", "gl.DotOperandLayout(0, OUT, 4)", "can't take an operand"
+    ),
+    "layout of the sum": Bug(
+        "gl.zeros([64, KEYS], gl.float32, S)", "gl.zeros([64, KEYS], gl.float32)", "can't add in the layout"
+    ),
     "box of another size": Bug("k_room.index(slot))\n", "k_room.index(slot).slice(0, 16))\n", "the copy brings"),
     "no layout of shared memory": Bug("[2, 64, D], o_desc.layout)\n    o_room", "[2, 64, D], 5)\n    o_room", "layout"),
 }

@@ -21,7 +21,8 @@ from triton.experimental.gluon.language.nvidia.hopper import fence_async_shared,
 from triton.experimental.gluon.nvidia.hopper import TensorDescriptor
 
 import tamis
-from tamis.backends.triton import chips
+from tamis.backends.triton import chips, launch
+from tamis.bench import gpu_static
 
 
 @triton.jit
@@ -224,6 +225,9 @@ def solo_kernel(desc, out, RULE: gl.constexpr, LAYOUT: gl.constexpr):
         mbarrier.init(ready, count=1)
         mbarrier.invalidate(ready)
         mbarrier.arrive(ready)
+    elif RULE == "for ever":
+        while out is not None:
+            mbarrier.wait(ready, 1)
     elif RULE == "rows of two copies":
         for row in gl.static_range(2):
             mbarrier.expect(ready, desc.block_type.nbytes)
@@ -253,10 +257,11 @@ def alone(rule: str, seed: int = 0, races: bool = True) -> torch.Tensor:
         ("ends early", "the program ends while copies into its shared memory are under way"),
         ("nobody arrives", "the kernel waits for parity 0 of ready .in phase 0, 1 of 1 arrivals missing"),
         ("invalidated", "ready is no barrier"),
+        ("for ever", "no end after 100000 steps"),
     ],
 )
 def test_rules_of_barriers(rule: str, message: str) -> None:
-    for seed in range(4):
+    for seed in range(1 if rule == "for ever" else 4):
         with pytest.raises(emulator.KernelError, match=message):
             alone(rule, seed)
 
@@ -277,38 +282,41 @@ def test_a_place_is_poison_until_the_copy_lands() -> None:
 
 
 @gluon.jit
-def product_kernel(out, TYPE: gl.constexpr, SUMS: gl.constexpr, ROWS: gl.constexpr, TURNED: gl.constexpr):
-    SUM: gl.constexpr = gl.NVMMADistributedLayout([3, 0], [4, 1], [16, 64, 16])
+def product_kernel(
+    out, TYPE: gl.constexpr, SUMS: gl.constexpr, ROWS: gl.constexpr, TURNED: gl.constexpr, DEEP: gl.constexpr
+):
+    SUM: gl.constexpr = gl.NVMMADistributedLayout([3, 0], [4, 1], [16, 64, DEEP])
     ROOM: gl.constexpr = gl.NVMMASharedLayout.get_default_for([64, 64], TYPE)
-    one, row, column = gl.full([64, 64], 1, TYPE, SUM), gl.SliceLayout(1, SUM), gl.SliceLayout(0, SUM)
+    one = gl.full([64, 64], 1, TYPE, SUM)
     a = gl.allocate_shared_memory(TYPE, [64, 64], ROOM, one)
     b = gl.allocate_shared_memory(TYPE, [64, 64], ROOM, one)
     fence_async_shared()
     if TURNED:
         b = b.permute((1, 0))
     made = warpgroup_mma(a.slice(0, ROWS), b, gl.zeros([ROWS, 64], SUMS, SUM))
-    at = gl.arange(0, ROWS, row)[:, None] * 64 + gl.arange(0, 64, column)[None, :]
+    at = gl.arange(0, ROWS, gl.SliceLayout(1, SUM))[:, None] * 64 + gl.arange(0, 64, gl.SliceLayout(0, SUM))[None, :]
     gl.store(out + at, made.to(gl.float32))
 
 
 @pytest.mark.parametrize(
-    ("form", "sums", "rows", "turned", "message"),
+    ("form", "sums", "rows", "turned", "deep", "message"),
     [
-        (gl.bfloat16, gl.float32, 64, False, None),
-        (gl.bfloat16, gl.float32, 64, True, None),
-        (gl.int8, gl.int32, 64, True, None),
-        (gl.float8e4nv, gl.float32, 64, True, None),
-        (gl.int8, gl.int32, 64, False, "8-bit operands of wgmma must have the summed dimension contiguous"),
-        (gl.float8e4nv, gl.float32, 64, False, "8-bit operands"),
-        (gl.int8, gl.float32, 64, True, r"wgmma can't add to torch.float32 \[64, 64\]"),
-        (gl.bfloat16, gl.float32, 32, True, r"wgmma can't multiply \[32, 64\] and \[64, 64\]"),
-        (gl.float32, gl.float32, 64, True, "wgmma can't multiply fp32 and fp32"),
+        (gl.bfloat16, gl.float32, 64, False, 16, None),
+        (gl.bfloat16, gl.float32, 64, True, 16, None),
+        (gl.int8, gl.int32, 64, True, 32, None),
+        (gl.float8e4nv, gl.float32, 64, True, 32, None),
+        (gl.int8, gl.int32, 64, False, 32, "8-bit operands of wgmma must have the summed dimension contiguous"),
+        (gl.float8e4nv, gl.float32, 64, False, 32, "8-bit operands"),
+        (gl.int8, gl.float32, 64, True, 32, r"wgmma can't add to torch.float32 \[64, 64\]"),
+        (gl.bfloat16, gl.float32, 32, True, 16, r"wgmma can't multiply \[32, 64\] and \[64, 64\]"),
+        (gl.float32, gl.float32, 64, True, 8, "wgmma can't multiply fp32 and fp32"),
+        (gl.int8, gl.int32, 64, True, 16, "wgmma takes 32 bytes at a time"),
     ],
 )
-def test_rules_of_products(form: Any, sums: Any, rows: int, turned: bool, message: str | None) -> None:
+def test_rules_of_products(form: Any, sums: Any, rows: int, turned: bool, deep: int, message: str | None) -> None:
     out = torch.zeros(64, 64)
     with pytest.raises(emulator.KernelError, match=message) if message else contextlib.nullcontext():
-        emulator.run(product_kernel, (1,), out, TYPE=form, SUMS=sums, ROWS=rows, TURNED=turned)
+        emulator.run(product_kernel, (1,), out, TYPE=form, SUMS=sums, ROWS=rows, TURNED=turned, DEEP=deep)
         assert (out == 64).all()
 
 
@@ -385,6 +393,23 @@ def test_what_it_cannot_do() -> None:
         emulator.run(unknown_kernel, (1,), torch.zeros(1))
     with pytest.raises(emulator.KernelError, match="one axis"):
         emulator.run(unknown_kernel, (1, 1), torch.zeros(1))
+
+
+@pytest.mark.parametrize("name", ["box", "two copies", "duet", "product", "product of int8"])
+def test_kernels_of_this_file_are_gluon(name: str) -> None:
+    """The emulator takes more of Python than the compiler: what is right here compiles."""
+    x, out, registers = torch.zeros(16, 16), torch.zeros(64, 64), gl.BlockedLayout([1, 1], [2, 16], [4, 1], [1, 0])
+    desc = TensorDescriptor.from_tensor(x, [8, 16], gl.NVMMASharedLayout.get_default_for([8, 16], gl.float32))
+    kernel, arguments, constants = {
+        "box": (box_kernel, (desc, out, 0, 0, 8), {"LAYOUT": registers}),
+        "two copies": (solo_kernel, (desc, out), {"RULE": "rows of two copies", "LAYOUT": registers}),
+        "duet": (duet_kernel, (desc, out), {"LATE": False, "FENCED": True, "LAYOUT": registers}),
+        "product": (product_kernel, (out,), {"TYPE": gl.bfloat16, "SUMS": gl.float32, "TURNED": False, "DEEP": 16}),
+        "product of int8": (product_kernel, (out,), {"TYPE": gl.int8, "SUMS": gl.int32, "TURNED": True, "DEEP": 32}),
+    }[name]
+    if kernel is product_kernel:
+        constants["ROWS"] = 64
+    gpu_static.compile_launch(launch.Launch(kernel, arguments, constants, 4, 1), "sm_90")
 
 
 @pytest.mark.parametrize("precision", ["full", "int8", "fp8"])

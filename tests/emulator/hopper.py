@@ -11,6 +11,7 @@ from typing import Any
 import torch
 import triton.language as tl
 from torch import Tensor
+from triton.experimental.gluon import language as gl
 
 from emulator.machine import Partition, current, join
 from emulator.shared import Barrier, Shared
@@ -237,10 +238,25 @@ def _check_product(a: Any, b: Shared, acc: Any) -> None:
     shared = [(x, axis) for x, axis in ((a, 1), (b, 0)) if isinstance(x, Shared)]
     if left.itemsize == 1 and any(x.data.stride(axis) != 1 for x, axis in shared):
         raise KernelError("8-bit operands of wgmma must have the summed dimension contiguous")
+    _check_layouts(a, acc, left.itemsize)
     sums = acc.data.dtype if isinstance(acc, Value) else _SUMS[left]
     sizes = acc.shape if isinstance(acc, Value) else [rows, columns]
     if sums != _SUMS[left] or sizes != [rows, columns]:
         raise KernelError(f"wgmma can't add to {sums} {sizes}")
+
+
+def _check_layouts(a: Any, acc: Any, size: int) -> None:
+    """An instruction takes 32 bytes of each row, of which a thread holds 4 and 4 next to each other."""
+    sums = acc.layout
+    if not isinstance(sums, gl.NVMMADistributedLayout) or list(sums.version) != [3, 0]:
+        raise KernelError(f"wgmma can't add in the layout {sums}")
+    if sums.instr_shape[-1] * size != 32:
+        raise KernelError(f"wgmma takes 32 bytes at a time, not {sums.instr_shape[-1]} of {size}")
+    if isinstance(a, Value):
+        held = a.layout
+        good = isinstance(held, gl.DotOperandLayout) and held.operand_index == 0 and held.parent == sums
+        if not good or held.k_width * size != 4:
+            raise KernelError(f"wgmma can't take an operand from the layout {held}")
 
 
 def warpgroup_mma(

@@ -18,6 +18,7 @@ from typing import Any
 from emulator.values import KernelError
 
 Clock = dict[Any, int]
+_MOST_STEPS = 100_000  # of one program; the calls of the tests take a few thousand
 
 
 class Deadlock(KernelError):
@@ -69,6 +70,7 @@ class Machine:
         self.paces = [1.0]
         self.events: list[Callable[[], None]] = []
         self.copies = 0  # under way
+        self.steps = 0
         self.failure: BaseException | None = None
         self.shared: list[Any] = []
 
@@ -84,6 +86,9 @@ class Machine:
     def switch(self) -> None:
         """Let time pass: others may run, and what is under way may finish."""
         me = self.here
+        self.steps += 1
+        if self.steps > _MOST_STEPS:
+            raise KernelError(f"no end after {_MOST_STEPS} steps of {me.name} and others")
         chosen = self._next()
         if chosen is not me:
             self._hand_over(chosen)
