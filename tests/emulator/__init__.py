@@ -1,6 +1,7 @@
 """Gluon kernels on a CPU: a kernel's own source runs on emulated Hopper hardware, which finds faults in its protocol.
 
-    values.py    tensors and pointers, with Triton's rules for types
+    values.py    tensors, with Triton's rules for types
+    pointers.py  global memory and its bounds
     machine.py   partitions that take turns in an order drawn from a seed, and who knows what to be done
     shared.py    shared memory, races, barriers
     hopper.py    copies (TMA), products (wgmma), and the operations on barriers

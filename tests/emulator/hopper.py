@@ -14,8 +14,9 @@ from torch import Tensor
 from triton.experimental.gluon import language as gl
 
 from emulator.machine import Partition, current, join
+from emulator.pointers import Memory
 from emulator.shared import Barrier, Shared
-from emulator.values import TORCH, TRITON, KernelError, Memory, Type, Value, common_layout, raw, scalar
+from emulator.values import TORCH, TRITON, KernelError, Type, Value, common_layout, raw, scalar
 
 
 class Descriptor:

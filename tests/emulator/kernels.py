@@ -18,7 +18,8 @@ from triton.runtime.jit import JITFunction
 
 from emulator import language, machine
 from emulator.hopper import Descriptor
-from emulator.values import KernelError, Memory, Pointer, scalar
+from emulator.pointers import Memory, Pointer
+from emulator.values import KernelError, scalar
 
 Mutation = Callable[[str, str], str]
 

@@ -13,7 +13,8 @@ from triton.experimental.gluon.language._layouts import DistributedLayout
 
 from emulator import hopper, shared
 from emulator.machine import current
-from emulator.values import TORCH, KernelError, Pointer, Value, common_layout, paired, scalar, valued
+from emulator.pointers import Pointer
+from emulator.values import TORCH, KernelError, Value, common_layout, paired, scalar, valued
 
 
 def _laid_out(layout: Any) -> Any:
