@@ -593,6 +593,8 @@ def hopper_kernel(
     What could be computed from other arguments is one too: a number worked out before the warps part is kept by all of
     them in registers, which the copying ones have 24 of, and an argument is read where it is used.
     """
+    # Else the upper half of each, for products of 64 bits, would be one more number that all warps keep.
+    gl.assume((q_len >= 0) & (row_tiles >= 0) & (q_tiles >= 0) & (value_tiles >= 0) & (kv_tiles >= 0))
     PARTS: gl.constexpr = 1 if DV <= 128 else DV // 64
     RINGS: gl.constexpr = 2 if SPLIT else 1
     PV8: gl.constexpr = v_desc.dtype == gl.float8e4nv
