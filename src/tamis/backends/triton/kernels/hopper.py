@@ -404,7 +404,7 @@ def _consume(
         scales = k_scale
         if QK8:
             row_factor = gl.load(q_scale + row_at, mask=rows < q_len, other=0.0) * factor
-            scales = k_scale + (batch * kv_heads + head // kv_group).to(gl.int64) * kv_tiles
+            scales = k_scale + (batch * kv_heads + head // kv_group) * kv_tiles  # 2^31 tiles of keys fit no GPU
         threshold = factor
         if STAGE2:
             threshold = gl.load(pv_threshold + head) * LOG2E
@@ -594,7 +594,7 @@ def hopper_kernel(
     them in registers, which the copying ones have 24 of, and an argument is read where it is used.
     """
     # Else the upper half of each, for products of 64 bits, would be one more number that all warps keep.
-    gl.assume((q_len >= 0) & (row_tiles >= 0) & (q_tiles >= 0) & (value_tiles >= 0) & (kv_tiles >= 0))
+    gl.assume((q_len >= 0) & (row_tiles >= 0) & (q_tiles >= 0) & (value_tiles >= 0))
     PARTS: gl.constexpr = 1 if DV <= 128 else DV // 64
     RINGS: gl.constexpr = 2 if SPLIT else 1
     PV8: gl.constexpr = v_desc.dtype == gl.float8e4nv
