@@ -423,8 +423,6 @@ def test_the_table_shows_every_row() -> None:
 
 def test_markdown(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     path = tmp_path / "gpu.json"
-    assert cli.main(["bench", "gpu", "--markdown", str(path)]) == 0
-    assert capsys.readouterr().out == "not measured\n"
     wrong = made_up("dense", "int8", [], error=0.3) | {"failure": "relative L1"}
     cannot = made_up("flex", "bf16", [], 0.25) | {"failure": "OSError"}
     idle = made_up("total", "fp8", [], 0.25)
@@ -444,9 +442,27 @@ def test_markdown(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     ]
     assert "| dense fp8, d=128, x fastest SDPA | >= 0.85 | holds | 2 at worst (long, dense fp8) |" in lines
     assert "| dense full, d=128, x fastest SDPA | >= 0.6 | not measured |  |" in lines
-    path.write_text('{"rows": []}', encoding="utf-8")
+
+
+@pytest.mark.parametrize(
+    ("text", "message"),
+    [
+        (None, "is not there: `tamis bench gpu --json "),
+        ('{"rows": []}', "is no result of `tamis bench gpu`: it has no 'shapes'"),
+        ("[1]", "is no result of `tamis bench gpu`"),
+        ("rows", "is no result of `tamis bench gpu`: it is no JSON"),
+    ],
+)
+def test_markdown_of_something_else(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str], text: str | None, message: str
+) -> None:
+    path = tmp_path / "gpu.json"
+    if text is not None:
+        path.write_text(text, encoding="utf-8")
     assert cli.main(["bench", "gpu", "--markdown", str(path)]) == 1
-    assert "is no result of tamis bench gpu: KeyError" in capsys.readouterr().err
+    printed = capsys.readouterr()
+    assert f"tamis: {path} {message}" in printed.err
+    assert "Error" not in printed.err and printed.out == ""
 
 
 def test_the_command_says_what_it_lacks(capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch) -> None:

@@ -1,12 +1,14 @@
-"""What is said where the triton backend cannot run, or falls back, or memory ends: each with a remedy, without a GPU."""
+"""What is said where the triton backend cannot run, or falls back, or memory ends: each with a remedy."""
 
 from __future__ import annotations
 
+import json
+import os
+import subprocess
 import sys
 import sysconfig
 import types
 import warnings
-from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
@@ -15,20 +17,20 @@ from samples import qkv
 from torch._subclasses import FakeTensorMode
 
 import tamis
+from tamis import cli
 from tamis.backends import base
 from tamis.backends.triton import chips
 from tamis.call import Call, make_call
 
 
 @pytest.fixture(autouse=True)
-def fresh(monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
+def fresh(monkeypatch: pytest.MonkeyPatch) -> None:
     """As in a new process: no compiler found yet, nobody warned; and a GPU that is not there."""
     monkeypatch.setattr(chips, "_compilers", [])
     monkeypatch.setattr(base, "_warned", [])
     monkeypatch.setattr(chips, "name_of", lambda device: "sm_90")
     monkeypatch.delenv("TRITON_INTERPRET", raising=False)
     monkeypatch.delenv("CC", raising=False)
-    yield
 
 
 def triton(version: str) -> types.ModuleType:
@@ -46,11 +48,11 @@ def missing() -> str:
     return chips.missing("cuda", 0) or "nothing"
 
 
-def gpu_call(**options: Any) -> Call:
+def gpu_call(precision: str = "full") -> Call:
     """A call on tensors of a GPU, without their numbers."""
     with FakeTensorMode():
         token = torch.empty(1, 1, 4, 8, device="cuda", dtype=torch.bfloat16)
-        return make_call(token, token, token, **options)
+        return make_call(token, token, token, precision=precision)
 
 
 def test_tensors_of_a_cpu_are_to_be_moved(monkeypatch: pytest.MonkeyPatch) -> None:
@@ -120,9 +122,9 @@ def test_an_unknown_gpu_is_refused_by_name(monkeypatch: pytest.MonkeyPatch, name
     monkeypatch.setitem(sys.modules, "triton", None)
     monkeypatch.setattr(chips, "name_of", lambda device: name)
     assert "interpreter" not in missing()
-    with pytest.raises(RuntimeError, match=text):
+    with pytest.raises(RuntimeError, match=text) as error:
         chips.of(torch.device("cuda", 0))
-    assert missing() == str(pytest.raises(RuntimeError, chips.of, torch.device("cuda", 0)).value)
+    assert missing() == str(error.value)
 
 
 def test_relatives_keep_their_names(monkeypatch: pytest.MonkeyPatch, new_triton: None) -> None:
@@ -155,8 +157,7 @@ def test_the_interpreter_is_for_tests(monkeypatch: pytest.MonkeyPatch, word: str
 def test_plain_torch_on_a_gpu_is_said_once(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(chips, "name_of", lambda device: "sm_75")
     with pytest.warns(RuntimeWarning, match=r"plain torch, right and very slow.*this GPU is sm_75") as caught:
-        assert base.choose(gpu_call(), None) == "reference"
-        assert base.choose(gpu_call(), None) == "reference"
+        assert [base.choose(gpu_call(), None) for _ in range(2)] == ["reference"] * 2
     assert len(caught) == 1
     base._warned.clear()
     with warnings.catch_warnings():
@@ -176,7 +177,7 @@ def test_fp8_without_a_gpu_names_the_remedy() -> None:
 
 @pytest.mark.parametrize("op", ["attend", "key_mean"])
 def test_memory_ends_with_a_remedy(monkeypatch: pytest.MonkeyPatch, op: str) -> None:
-    """The error keeps its type and what torch said; compiled calls raise it too, and work when there is memory again."""
+    """The error keeps its type and what torch said; compiled calls raise it too, and work when memory is back."""
     q, k, v = qkv(q_len=130)
     before = [x.clone() for x in (q, k, v)]
 
@@ -199,3 +200,85 @@ def test_memory_ends_with_a_remedy(monkeypatch: pytest.MonkeyPatch, op: str) -> 
         assert "fewer heads or a smaller batch" in str(error.value)
         assert torch.equal(run(q, k, v), expected)
     assert all(torch.equal(mine, old) for mine, old in zip((q, k, v), before, strict=True))
+
+
+def gpus(monkeypatch: pytest.MonkeyPatch, *names: str) -> None:
+    """GPUs of these architectures; one named "broken" fails, and nothing may be put on any."""
+
+    def name_of(device: torch.device) -> str:
+        if names[device.index] == "broken":
+            raise RuntimeError("CUDA error: an illegal memory access\nmore lines")
+        return names[device.index]
+
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
+    monkeypatch.setattr(torch.cuda, "device_count", lambda: len(names))
+    monkeypatch.setattr(torch.cuda, "get_device_name", lambda device: f"card {device.index}")
+    monkeypatch.setattr(chips, "name_of", name_of)
+
+
+def info(capsys: pytest.CaptureFixture[str]) -> tuple[list[str], dict[str, object]]:
+    assert cli.main(["info"]) == 0
+    lines = capsys.readouterr().out.splitlines()
+    assert cli.main(["info", "--json"]) == 0
+    return lines, json.loads(capsys.readouterr().out)
+
+
+def test_info_says_what_runs_on_every_gpu(
+    capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch, new_triton: None
+) -> None:
+    gpus(monkeypatch, "sm_75", "sm_80", "broken", "sm_103")
+    lines, found = info(capsys)
+    assert "backend triton: available" in lines
+    first = next(number for number, line in enumerate(lines) if line.startswith("gpu card 0"))
+    assert lines[first].startswith("gpu card 0 (sm_75): this GPU is sm_75, and the kernels need sm_80 or newer")
+    assert lines[first + 1].startswith("gpu card 1 (sm_80): its kernels are compiled and checked, but were never run")
+    assert lines[first + 2].startswith("  precisions: full yes; int8 yes; fp8 no (precision 'fp8' needs sm_89 or newer")
+    assert lines[first + 3] == "gpu cuda:2 (unknown): torch cannot use it: CUDA error: an illegal memory access"
+    assert lines[first + 4].startswith("gpu card 3 (sm_103): its kernels")
+    assert "full yes; int8 no (precision 'int8' needs Triton 3.9" in lines[first + 5]
+    _, ampere, broken, blackwell = found["gpus"]  # type: ignore[misc]
+    assert ampere["precisions"]["int8"] is None and ampere["usable"]
+    assert not broken["usable"] and set(broken["precisions"]) == {"full", "int8", "fp8"}
+    assert "Triton 3.9" in blackwell["precisions"]["fp8"]
+
+
+def test_info_without_a_gpu_asks_for_one(capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setitem(sys.modules, "triton", None)
+    gpus(monkeypatch)
+    lines, found = info(capsys)
+    (line,) = (line for line in lines if line.startswith("backend triton"))
+    assert line.startswith(
+        f"backend triton: it needs a GPU that torch can use, and torch {torch.__version__} sees none"
+    )
+    assert found["gpus"] == []
+    gpus(monkeypatch, "sm_70", "sm_70")
+    lines, _ = info(capsys)
+    (line,) = (line for line in lines if line.startswith("backend triton"))
+    assert line.count("this GPU is sm_70") == 1
+
+
+def test_a_reader_that_leaves_is_no_failure() -> None:
+    """`tamis info | head -1`: more is printed than anybody reads."""
+    program = "import sys; from tamis import cli; sys.exit(cli.main(['info']))"
+    reading, writing = os.pipe()
+    os.close(reading)
+    places = [str(Path(tamis.__file__).parent.parent), os.environ.get("PYTHONPATH", "")]
+    environment = {**os.environ, "PYTHONPATH": os.pathsep.join(places)}
+    done = subprocess.run(
+        [sys.executable, "-c", program], stdout=writing, stderr=subprocess.PIPE, text=True, env=environment
+    )
+    os.close(writing)
+    assert (done.returncode, done.stderr) == (0, "")
+
+
+def test_a_command_without_triton_names_the_same_remedy(
+    capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def fail() -> None:
+        raise ModuleNotFoundError("no", name="triton.backends")
+
+    from tamis.bench import gpu_static
+
+    monkeypatch.setattr(gpu_static, "architectures", fail)
+    assert cli.main(["bench", "gpu-static"]) == 1
+    assert capsys.readouterr().err == f"tamis: triton.backends is not installed: {chips.how_to_install()}\n"

@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import argparse
 import json
+import os
 import sys
 from collections.abc import Callable, Sequence
 from pathlib import Path
@@ -25,6 +26,10 @@ def main(arguments: Sequence[str] | None = None) -> int:
     command: Callable[[argparse.Namespace], None] = options.command
     try:
         command(options)
+        sys.stdout.flush()
+    except BrokenPipeError:
+        # Who read has seen enough (`tamis info | head`); what is left must not fail when Python ends.
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
     except KeyboardInterrupt:
         print("tamis: interrupted", file=sys.stderr)
         return INTERRUPTED
@@ -34,13 +39,18 @@ def main(arguments: Sequence[str] | None = None) -> int:
     except ModuleNotFoundError as error:
         if error.name is None or error.name.split(".")[0] == "tamis":
             raise
-        extra = "triton" if error.name.split(".")[0] == "triton" else "demo"
-        print(f"tamis: {error.name} is not installed: pip install 'tamis[{extra}]'", file=sys.stderr)
+        print(f"tamis: {error.name} is not installed: {_how_to_install(error.name)}", file=sys.stderr)
         return FAILED
     except (ValueError, RuntimeError, OSError) as error:
         print(f"tamis: {error}", file=sys.stderr)
         return FAILED
     return 0
+
+
+def _how_to_install(module: str) -> str:
+    from tamis.backends.triton import chips
+
+    return chips.how_to_install() if module.split(".")[0] == "triton" else "pip install 'tamis[demo]'"
 
 
 class _UsageError(Exception):
@@ -55,7 +65,7 @@ def _parser() -> argparse.ArgumentParser:
     _add_tune(commands)
     _add_report(commands)
     _add_bench(commands)
-    info = commands.add_parser("info", help="backends, CPU target, threads, versions")
+    info = commands.add_parser("info", help="backends, GPUs and what runs on them, CPU target, threads, versions")
     info.add_argument("--json", action="store_true", help="print JSON")
     info.set_defaults(command=_info)
     parser.add_argument("--version", action="version", version=f"tamis {_version()}")
@@ -181,7 +191,7 @@ def _add_bench(commands: Any) -> None:
         "--markdown",
         type=Path,
         metavar="FILE",
-        help="measure nothing: print this result as a table; no file: not measured",
+        help="measure nothing: print this result as a table",
     )
     gpu.set_defaults(command=_bench_gpu)
     decode = kinds.add_parser("decode", help="one query a head against a long key")
@@ -538,7 +548,10 @@ def _info(options: argparse.Namespace) -> None:
     for name, backend in found["backends"].items():
         print(f"backend {name}: {'available' if backend['available'] else '; '.join(backend['reasons'])}")
     for gpu in found["gpus"]:
-        print(f"gpu {gpu['name']} ({gpu['target']}): {gpu['state']}")
+        print(f"gpu {gpu['name']} ({gpu['target'] or 'unknown'}): {gpu['state']}")
+        if gpu["usable"]:
+            runs = (f"{name} {'yes' if why is None else f'no ({why})'}" for name, why in gpu["precisions"].items())
+            print(f"  precisions: {'; '.join(runs)}")
     for name, state in found["cpu_targets"].items():
         print(f"cpu target {name}: {state}")
     packages = ", ".join(f"{name} {version or '(not installed)'}" for name, version in found["packages"].items())

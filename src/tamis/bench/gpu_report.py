@@ -265,19 +265,25 @@ def _worst(bar: Row) -> str:
 
 
 def markdown(path: Path) -> str:
-    """A saved result as the table of the documentation, or "not measured" if there is none.
+    """A saved result as the table of the documentation.
 
     Raises:
-        ValueError: the file is something else.
+        ValueError: the file is not there, or is something else.
     """
-    if not path.exists():
-        return NOT_MEASURED
+    if not path.is_file():
+        raise ValueError(f"{path} is not there: `tamis bench gpu --json {path}` makes it, on a machine with a GPU")
+    wrong = f"{path} is no result of `tamis bench gpu`"
     try:
         result = json.loads(path.read_text(encoding="utf-8"))
+    except ValueError:
+        raise ValueError(f"{wrong}: it is no JSON") from None
+    try:
         complete(result)
         return "\n".join([_origin(result), "", *_markdown_rows(result), "", *_markdown_bars(result)])
-    except (KeyError, TypeError, ValueError) as error:
-        raise ValueError(f"{path} is no result of tamis bench gpu: {type(error).__name__}: {error}") from None
+    except KeyError as error:
+        raise ValueError(f"{wrong}: it has no {error}") from None
+    except (TypeError, ValueError, AttributeError):
+        raise ValueError(wrong) from None
 
 
 def _origin(result: Result) -> str:

@@ -13,7 +13,7 @@ from typing import Any, cast
 import torch
 
 from tamis.backends import base
-from tamis.call import make_call
+from tamis.call import PRECISIONS, make_call
 
 _OPTIONAL = ("triton", "transformers", "accelerate", "gguf", "onnx", "numpy", "scikit-image")
 
@@ -34,7 +34,7 @@ def machine() -> dict[str, Any]:
 
 
 def info() -> dict[str, Any]:
-    """What `tamis info` shows: backends with their reasons, CPU targets, threads, versions."""
+    """What `tamis info` shows: backends with their reasons, GPUs, CPU targets, threads, versions."""
     cpu = cast(ModuleType, base.load("cpu"))
     built, runnable = cpu.built_targets(), cpu.available_targets()
     problem = None
@@ -42,11 +42,11 @@ def info() -> dict[str, Any]:
         target = cpu.target()
     except ValueError as error:
         target, problem = None, str(error)
+    token = torch.zeros(1, 1, 1, 8)
+    gpus = _gpus()
     backends = {}
     for name in base.BACKENDS:
-        device = "cuda" if name == "triton" and torch.cuda.is_available() else "cpu"
-        token = torch.zeros(1, 1, 1, 8, device=device)
-        reasons = base.load(name).reasons(make_call(token, token, token))
+        reasons = _no_gpu(gpus) if name == "triton" else base.load(name).reasons(make_call(token, token, token))
         if name == "cpu" and problem is not None:
             reasons = [*reasons, problem]
         backends[name] = {"available": not reasons, "reasons": reasons}
@@ -59,31 +59,46 @@ def info() -> dict[str, Any]:
         "cores": os.cpu_count() or 1,
         "threads": torch.get_num_threads(),
         "backends": backends,
-        "gpus": _gpus(),
+        "gpus": gpus,
         "cpu_target": target,
         "cpu_targets": {name: _why_not(name, target, built, runnable) for name in built},
         "packages": {name: _version(name) for name in _OPTIONAL},
     }
 
 
-def _gpus() -> list[dict[str, str]]:
-    """Name, architecture and standing of every GPU that torch sees."""
+def _gpus() -> list[dict[str, Any]]:
+    """Name, architecture and standing of every GPU that torch sees; nothing is put on them, for they may be full."""
+    return [_gpu(index) for index in range(torch.cuda.device_count())]
+
+
+def _gpu(index: int) -> dict[str, Any]:
+    """One GPU; `precisions` has None for what runs on it, and else the reason."""
+    from tamis.backends import triton
     from tamis.backends.triton import chips
 
-    found = []
-    for index in range(torch.cuda.device_count()):
-        device = torch.device("cuda", index)
+    device = torch.device("cuda", index)
+    found: dict[str, Any] = {"name": f"cuda:{index}", "target": None}
+    try:
+        found |= {"name": torch.cuda.get_device_name(device), "target": chips.name_of(device)}
         problem = chips.missing("cuda", index)
-        standing = problem
-        if problem is None:
-            measured = chips.of(device).measured
-            standing = (
-                "in use" if measured else "its kernels are compiled and checked, but were never run by tamis' authors"
-            )
-        found.append(
-            {"name": torch.cuda.get_device_name(device), "target": chips.name_of(device), "state": standing or ""}
-        )
-    return found
+        measured = problem is None and chips.of(device).measured
+        precisions = {name: problem or triton.lacks(name, "cuda", index) for name in PRECISIONS}
+    except (RuntimeError, AssertionError) as error:  # a driver that is too old, or a card that has failed
+        problem = f"torch cannot use it: {str(error).splitlines()[0]}"
+        return found | {"state": problem, "usable": False, "precisions": dict.fromkeys(PRECISIONS, problem)}
+    never = "its kernels are compiled and checked, but were never run by tamis' authors"
+    state = problem or ("in use" if measured else never)
+    return found | {"state": state, "usable": problem is None, "precisions": precisions}
+
+
+def _no_gpu(gpus: list[dict[str, Any]]) -> list[str]:
+    """Why the triton backend runs on no GPU here; empty if it runs on one."""
+    if not gpus:
+        return [
+            f"it needs a GPU that torch can use, and torch {torch.__version__} sees none: run it on a machine with "
+            "one, with torch's CUDA or ROCm build"
+        ]
+    return [] if any(gpu["usable"] for gpu in gpus) else list(dict.fromkeys(gpu["state"] for gpu in gpus))
 
 
 def _why_not(name: str, target: str | None, built: list[str], runnable: list[str]) -> str:
