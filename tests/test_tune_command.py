@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import math
 from pathlib import Path
 from typing import Any
@@ -157,3 +158,10 @@ def test_the_judge_measures_the_end() -> None:
     assert half["end_l1"] > 1e-4
     assert half["perplexity_change"] is not None
     assert math.isfinite(half["perplexity_change"])
+
+
+def test_the_docs_say_what_was_measured() -> None:
+    root = Path(__file__).parents[1]
+    saved = json.loads((root / "benchmarks" / "results" / "tune-smollm2.json").read_text(encoding="utf-8"))
+    assert bench.table(saved) in (root / "docs" / "tuning.md").read_text(encoding="utf-8")
+    assert saved["lower"] == bench.gains(saved)

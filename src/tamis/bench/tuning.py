@@ -34,7 +34,8 @@ from tamis.tuning.ending import output_of, perplexity
 from tamis.tuning.sources import ModelSource
 
 BOUNDS = (0.08, 0.05, 0.12)  # for every head
-GLOBAL = (0.975, 0.99, 0.995)  # cdf for all heads
+GLOBAL = (0.96, 0.975, 0.99, 0.995)  # cdf for all heads
+PERPLEXITY = 0.005
 MAIN = 0.08
 _STAGE_2 = 1.125  # what stage 2 may add: .09 of .08
 
@@ -64,6 +65,7 @@ def run(options: TuneOptions, journal: Path | None) -> dict[str, Any]:
         "one setting": [{"cdf": cdf, **judge(Sparge(cdf=cdf))} for cdf in GLOBAL],
         "one bound": [],
         "the end": [],
+        "perplexity": [],
         "machine": machine(),
         "commit": commit(),
     }
@@ -77,6 +79,10 @@ def run(options: TuneOptions, journal: Path | None) -> dict[str, Any]:
             continue
         profile, spent = _tuned(tuned, held_out, Budget(end_l1=row["end_l1"]), journal)
         result["the end"].append({"end_l1_asked": row["end_l1"], "seconds": spent, **judge(profile)})
+    if isinstance(inputs[0], Tensor) and not inputs[0].is_floating_point():
+        profile, spent = _tuned(tuned, held_out, Budget(end_perplexity=PERPLEXITY), journal)
+        row = {"end_perplexity_asked": PERPLEXITY, "on_tuning_inputs": profile.evidence["end_perplexity"]}
+        result["perplexity"].append({**row, "seconds": spent, **judge(profile)})
     result["lower"] = gains(result)
     return result
 
@@ -189,7 +195,12 @@ def table(result: dict[str, Any]) -> str:
         "| settings | density | L1 of the output | perplexity |",
         "|---|---|---|---|",
     ]
-    for name, key in (("one setting", "cdf"), ("one bound", "l1"), ("the end", "end_l1_asked")):
+    for name, key in (
+        ("one setting", "cdf"),
+        ("one bound", "l1"),
+        ("the end", "end_l1_asked"),
+        ("perplexity", "end_perplexity_asked"),
+    ):
         for row in result[name]:
             change = row["perplexity_change"]
             said = "" if change is None else f"{change:+.2%}"
