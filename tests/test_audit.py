@@ -20,9 +20,9 @@ from samples import block_mask, qkv
 
 import tamis
 from tamis.integrations import rows
+from tamis.integrations.apply import apply
 from tamis.integrations.audit import Audit, Auditor, LayerAudit
-from tamis.integrations.hook import Request
-from tamis.integrations.transformers import apply
+from tamis.integrations.request import Request
 
 DEFAULTS: dict[str, Any] = {
     "layer": "layer",
@@ -36,7 +36,6 @@ DEFAULTS: dict[str, Any] = {
     "sink_logits": None,
     "dropout": 0.0,
     "obstacle": None,
-    "extra": {},
 }
 Calls = list[tuple[Request, torch.Tensor]]
 
@@ -448,7 +447,7 @@ MODELS = {
 @pytest.mark.parametrize("name", list(MODELS))
 def test_a_model_does_not_notice(name: str, monkeypatch: pytest.MonkeyPatch) -> None:
     """Bit for bit the same logits; and what is reported holds against the oracle on what the layers really did."""
-    from tamis.integrations import transformers as room
+    from tamis.integrations import applied as room
 
     model = MODELS[name]()
     mask = torch.ones(2, 400, dtype=torch.long)

@@ -31,7 +31,7 @@ def test_language_model_reads() -> None:
     ids = models.encode(tokenizer, text.default_text(), 1024)
     dense = language.backbone(model, ids)
     settings = measure.Settings(tamis.Sparge(), 12.0)
-    with passes.install(model, settings) as handle:
+    with passes.applied(model, settings) as handle:
         sparse = language.backbone(model, ids)
     assert handle.calls == {"sparse": 30, "dense": 0}
     densities = [layer.last.density for layer in handle.stats().values() if layer.last is not None]

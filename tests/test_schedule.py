@@ -18,10 +18,11 @@ import torch
 
 import tamis
 from tamis.integrations import break_even as room
+from tamis.integrations.applied import Applied
+from tamis.integrations.apply import apply
 from tamis.integrations.break_even import BreakEven
 from tamis.integrations.hook import attention_layers
 from tamis.integrations.schedule import Schedule
-from tamis.integrations.transformers import Applied, apply
 from tamis.profile import LayerSettings, Profile, Stage
 
 transformers = pytest.importorskip("transformers")
@@ -273,7 +274,7 @@ def cache(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
 def clock(monkeypatch: pytest.MonkeyPatch, dense: float, sparse: tuple[float, float]) -> Counter[str]:
     """Time that passes as told: dense takes `dense` per query, sparse `sparse[0]` and `sparse[1]` per query, and at
     first a tenth of a second more."""
-    from tamis.integrations import transformers as applied
+    from tamis.integrations import applied
 
     now, calls = [0.0], Counter[str]()
     really = applied.dense, applied.sparse
@@ -479,7 +480,7 @@ def test_the_guide_runs(cache: Path, capsys: pytest.CaptureFixture[str]) -> None
 
 
 def test_examples_run() -> None:
-    for name in ("audit", "schedule", "transformers"):
+    for name in ("audit", "schedule", "apply"):
         module = importlib.import_module(f"tamis.integrations.{name}")
         results = doctest.testmod(module)
         assert results.failed == 0 < results.attempted, name

@@ -1,4 +1,4 @@
-"""Models of transformers through `tamis.integrations.transformers.apply`, against their own eager attention."""
+"""Models of transformers through `tamis.apply`, against their own eager attention."""
 
 from __future__ import annotations
 
@@ -8,7 +8,7 @@ import pytest
 import torch
 
 import tamis
-from tamis.integrations.transformers import apply
+from tamis.integrations.apply import apply
 
 transformers = pytest.importorskip("transformers")
 

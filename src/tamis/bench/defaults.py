@@ -28,7 +28,7 @@ from tamis.demo.language import backbone, perplexity
 from tamis.demo.machine import machine
 from tamis.demo.measure import Settings
 from tamis.demo.models import encode, load_language_model
-from tamis.demo.passes import install
+from tamis.demo.passes import applied
 from tamis.demo.progress import Progress
 from tamis.demo.text import default_text
 from tamis.predictors.sparge import Sparge
@@ -149,7 +149,7 @@ def _reader() -> Callable[[Settings | None, int], float]:
         if settings is None:
             hidden = backbone(model, ids)
         else:
-            with install(model, settings):
+            with applied(model, settings):
                 hidden = backbone(model, ids)
         with torch.inference_mode():
             return perplexity(model, hidden, ids, "perplexity")

@@ -25,8 +25,10 @@ from tamis.bench.record import commit
 from tamis.demo.machine import machine
 from tamis.demo.progress import note
 from tamis.demo.tuning import TuneOptions, load
-from tamis.integrations.hook import Hook
-from tamis.integrations.transformers import Applied, apply, dense
+from tamis.integrations.applied import Applied
+from tamis.integrations.apply import apply
+from tamis.integrations.hook import install
+from tamis.integrations.request import dense
 from tamis.predictors.sparge import Sparge
 from tamis.profile import Profile
 from tamis.tuning import Budget, tune_source
@@ -120,7 +122,7 @@ class Judge:
         self._source = source
         self._exact: list[tuple[Tensor, float | None]] = []
         for number in range(len(source)):
-            with Hook(source.model, dense):
+            with install(source.model, dense):
                 states = output_of(source.run(number))
             self._exact.append((states, self._perplexity(states, number)))
         self.tokens = statistics.fmean(states.shape[1] for states, _ in self._exact)

@@ -14,9 +14,11 @@ from torch import Tensor, nn
 from tamis.demo.maps import Gallery
 from tamis.demo.measure import DenseKind, LayerMeasure, Settings, measure_layer, probe_dense, summary, torch_dense
 from tamis.demo.progress import Progress
+from tamis.integrations.applied import Applied
+from tamis.integrations.apply import apply
 from tamis.integrations.capture import Captured, capture
-from tamis.integrations.hook import Hook, Request
-from tamis.integrations.transformers import Applied, apply
+from tamis.integrations.hook import install
+from tamis.integrations.request import Request
 
 
 @dataclass(frozen=True)
@@ -111,7 +113,7 @@ def alternate(model: Any, run: Callable[[], Tensor], settings: Settings, kind: D
         try:
             for number in range(2 * rounds):
                 sparse = number % 4 in (1, 2)
-                with install(model, settings) if sparse else Hook(model, dense), torch.inference_mode():
+                with applied(model, settings) if sparse else install(model, dense), torch.inference_mode():
                     start = time.perf_counter()
                     result = run()
                     times[sparse].append(time.perf_counter() - start)
@@ -122,7 +124,7 @@ def alternate(model: Any, run: Callable[[], Tensor], settings: Settings, kind: D
     return Timed(times[False], times[True], output)
 
 
-def install(model: Any, settings: Settings) -> Applied:
+def applied(model: Any, settings: Settings) -> Applied:
     """`tamis.apply` with the demo's settings."""
     return apply(
         model,

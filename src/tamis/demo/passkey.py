@@ -9,7 +9,7 @@ import torch
 from torch import Tensor
 
 from tamis.demo.measure import Settings
-from tamis.demo.passes import install
+from tamis.demo.passes import applied
 from tamis.demo.progress import Progress
 
 TOKENS = 3072  # the longest context, in steps of 1,024, at which dense SmolLM2-135M finds the number at all five depths
@@ -49,7 +49,7 @@ def prompt(tokenizer: Any, text: str, tokens: int, depth: float, number: int) ->
 
 def answer(model: Any, tokenizer: Any, ids: Tensor, settings: Settings | None) -> str:
     """Greedy continuation after a dense prefill (no settings) or a sparse one; decoding itself is dense."""
-    handle = None if settings is None else install(model, settings)
+    handle = None if settings is None else applied(model, settings)
     with nullcontext() if handle is None else handle, torch.inference_mode():
         output = model.generate(
             ids, attention_mask=torch.ones_like(ids), max_new_tokens=_ANSWER_TOKENS, do_sample=False, use_cache=True

@@ -27,7 +27,7 @@ import torch
 from torch import Tensor
 
 from tamis.integrations import rows
-from tamis.integrations.hook import Request
+from tamis.integrations.request import Request
 
 # Chance of a false alarm, over all looks at a layer together; also what an interval of 95% leaves out on each side.
 TAIL = 0.025

@@ -28,7 +28,7 @@ import torch
 from torch import Tensor
 
 from tamis.backends import base
-from tamis.integrations.hook import Request
+from tamis.integrations.request import Request, torch_attention
 from tamis.predictors.sparge import Sparge
 from tamis.profile import LayerSettings
 
@@ -158,7 +158,7 @@ def _random(request: Request, length: int) -> Request:
         return made.to(tensor.dtype).transpose(1, 2)
 
     query, key, value = like(request.query), like(request.key), like(request.value)
-    return replace(request, query=query, key=key, value=value, mask=None, segments=None, extra={})
+    return replace(request, query=query, key=key, value=value, mask=None, segments=None, library=torch_attention)
 
 
 def _key(request: Request, settings: LayerSettings, backend: str | None) -> dict[str, Any]:

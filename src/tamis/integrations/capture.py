@@ -16,7 +16,8 @@ from torch import Tensor, nn
 
 from tamis.integrations.capture_files import Entry, Skipped, read_index, read_tensors
 from tamis.integrations.capture_writer import Calls, Choice, Recorder, beyond, open_folder
-from tamis.integrations.hook import Hook, Request
+from tamis.integrations.hook import install
+from tamis.integrations.request import Request
 
 
 @dataclass(frozen=True)
@@ -69,7 +70,7 @@ def capture(model: nn.Module, run: Callable[[], Any], visit: Callable[[Captured]
         )
         return visit(captured)
 
-    with Hook(model, attend), torch.inference_mode():
+    with install(model, attend), torch.inference_mode():
         return run()
 
 
@@ -119,7 +120,7 @@ def record(
         [torch.Size([1, 2, 20, 8])]
     """
     choice = Choice(input, layers, heads, steps, dtype, max_bytes)
-    with Hook(model, lambda request: recorder.attend(request)), torch.inference_mode():
+    with install(model, lambda request: recorder.attend(request)), torch.inference_mode():
         modules = {name for name, _ in model.named_modules()}
         if unknown := [name for name in choice.layers or () if isinstance(name, str) and name not in modules]:
             raise ValueError(f"layers has {unknown[0]!r}, and {type(model).__name__} has no module of that name")

@@ -23,8 +23,7 @@ from tamis.integrations.capture_files import (
     write_index,
     write_whole,
 )
-from tamis.integrations.hook import Request
-from tamis.integrations.transformers import dense
+from tamis.integrations.request import Request, dense
 
 _NAMES = {dtype: name for name, dtype in DTYPES.items()}
 

@@ -1,304 +1,53 @@
-"""The place where a transformers model lets an attention function in.
-
-`Hook` hands every attention call of a model to a function of ours, as one `Request` in which masks have been reduced to
-what they mean (causal, window, padding).
-
-transformers has two registries, one for attention functions and one for mask functions. Both are needed: without the
-second, masks silently become None, padding included.
-"""
+"""A function installed in a model in place of its attention, whatever library the model comes from."""
 
 from __future__ import annotations
 
-import inspect
-import itertools
+from abc import ABC, abstractmethod
 from collections.abc import Callable
-from dataclasses import dataclass
-from typing import Any
+from types import TracebackType
+from typing import TypeVar
 
-import torch
 from torch import Tensor, nn
 
-from tamis.call import DTYPES
-from tamis.errors import UnsupportedError
+from tamis.integrations.request import Request
 
-# Arguments that reach attention functions and say nothing about what attention computes.
-_HARMLESS = frozenset(
-    [
-        "position_ids",
-        "cache_position",
-        "use_cache",
-        "output_hidden_states",
-        "output_router_logits",
-        "return_dict",
-        "logits_to_keep",
-        "labels",
-        "num_items_in_batch",
-        "position_embeddings",
-        "past_key_values",
-    ]
-)
-_HONOURED = frozenset(("sliding_window", "softcap", "s_aux"))
-_NO_WINDOW = 2**31 - 1
-_names = (f"tamis_{number}" for number in itertools.count())
+_Self = TypeVar("_Self", bound="Hook")
 
 
-@dataclass(frozen=True)
-class Request:
-    """One attention call of a model; tensors are `[batch, heads, seq, head_dim]`, keys may have fewer heads.
-
-    Attributes:
-        layer: qualified name of the attention module.
-        mask: a complete mask, bool or additive, broadcastable to `[batch, heads, q_len, kv_len]`, or None.
-        causal: row i sees keys up to its own, both sequences aligned at their ends. False with a complete mask.
-        segments: 0 for tokens and -1 for padding, `[batch, q_len]` and `[batch, kv_len]`, or None.
-        obstacle: why this call can only run dense, or None.
-    """
-
-    layer: str
-    module: nn.Module
-    query: Tensor
-    key: Tensor
-    value: Tensor
-    mask: Tensor | None
-    causal: bool
-    window: int | None
-    segments: tuple[Tensor, Tensor] | None
-    scale: float | None
-    softcap: float | None
-    sink_logits: Tensor | None
-    dropout: float
-    obstacle: str | None
-    extra: dict[str, Any]
-
-
-class Hook:
+class Hook(ABC):
     """A function installed in a model; `remove` puts the model's own attention back. Also a context manager."""
 
-    def __init__(self, model: nn.Module, function: Callable[[Request], Tensor]) -> None:
-        from transformers import AttentionInterface, AttentionMaskInterface
-
-        self._model = _check_model(model)
-        self._name = next(_names)
-        self._layers = {module: name for name, module in model.named_modules()}
-        self._function = function
-        self._configs = _configs(model)
-        AttentionInterface.register(self._name, self._forward)
-        AttentionMaskInterface.register(self._name, _mask_function)
-        try:
-            self._model.set_attn_implementation(self._name)
-            kept = [type(config).__name__ for config, _ in self._configs if config._attn_implementation != self._name]
-            if kept:
-                raise UnsupportedError(f"{type(model).__name__} does not take an attention function (for {kept})")
-        except BaseException:
-            self.remove()
-            raise
-
+    @abstractmethod
     def remove(self) -> None:
         """Restore the attention that was there before; safe to call twice."""
-        from transformers import AttentionInterface, AttentionMaskInterface
 
-        for config, implementation in self._configs:
-            if config._attn_implementation == self._name:
-                config._attn_implementation_internal = implementation
-        AttentionInterface._global_mapping.pop(self._name, None)
-        AttentionMaskInterface._global_mapping.pop(self._name, None)
-
-    def __enter__(self) -> Hook:
+    def __enter__(self: _Self) -> _Self:
         return self
 
-    def __exit__(self, *_: object) -> None:
+    def __exit__(
+        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
+    ) -> None:
         self.remove()
 
-    def _forward(
-        self,
-        module: nn.Module,
-        query: Tensor,
-        key: Tensor,
-        value: Tensor,
-        attention_mask: Tensor | None,
-        scaling: float | None = None,
-        dropout: float = 0.0,
-        is_causal: bool | None = None,
-        **extra: Any,
-    ) -> tuple[Tensor, None]:
-        causal = getattr(module, "is_causal", True) if is_causal is None else is_causal
-        mask, window, segments = _read_mask(attention_mask, query.shape[2], key.shape[2])
-        if attention_mask is None and causal:
-            window = extra.get("sliding_window")
-        sinks = extra.get("s_aux")
-        request = Request(
-            layer=self._layers.get(module, type(module).__name__),
-            module=module,
-            query=query,
-            key=key,
-            value=value,
-            mask=mask,
-            causal=causal and mask is None,
-            window=window,
-            segments=segments,
-            scale=scaling,
-            softcap=extra.get("softcap"),
-            sink_logits=None if sinks is None else sinks.reshape(-1).float(),
-            dropout=dropout,
-            obstacle=_obstacle(query, key, value, mask, dropout, extra),
-            extra={name: item for name, item in extra.items() if name not in _HONOURED},
-        )
-        return self._function(request).transpose(1, 2).contiguous(), None
+
+def install(model: nn.Module, function: Callable[[Request], Tensor]) -> Hook:
+    """Hand every attention call of a model to a function until `.remove()`, or inside a `with` block.
+
+    Raises:
+        TypeError: the model comes from no library that tamis knows.
+        UnsupportedError: the model does not take attention functions.
+    """
+    from tamis.integrations.transformers import TransformersHook
+
+    return TransformersHook(model, function)
 
 
 def attention_layers(model: nn.Module) -> list[str]:
-    """Qualified names of the modules whose code calls an attention function, in the order of `named_modules`.
+    """Qualified names of a model's attention layers, in the order of `named_modules`.
 
     Raises:
-        TypeError: `model` is no transformers model.
+        TypeError: the model comes from no library that tamis knows.
     """
-    from transformers import PreTrainedModel
+    from tamis.integrations import transformers
 
-    _check_model(model)
-    found: dict[type, bool] = {}
-    for module in model.modules():
-        kind = type(module)
-        if kind not in found:
-            functions = [item for base in kind.__mro__ for item in vars(base).values() if inspect.isfunction(item)]
-            # Models name the registry itself; PreTrainedModel does so too, to check names.
-            found[kind] = not isinstance(module, PreTrainedModel) and any(
-                "ALL_ATTENTION_FUNCTIONS" in inspect.unwrap(function).__code__.co_names for function in functions
-            )
-    return [name for name, module in model.named_modules() if found[type(module)]]
-
-
-def _check_model(model: Any) -> Any:
-    from transformers import PreTrainedModel
-
-    if not isinstance(model, PreTrainedModel):
-        raise TypeError(f"model must be a transformers PreTrainedModel, got {type(model).__name__}")
-    return model
-
-
-def complete_mask(request: Request) -> Tensor | None:
-    """The mask that says what causal, window and padding say, bool `[batch, 1, q_len, kv_len]`."""
-    if request.mask is not None:
-        return request.mask
-    queries, keys = request.query.shape[2], request.key.shape[2]
-    device = request.query.device
-    distance = torch.arange(keys - queries, keys, device=device)[:, None] - torch.arange(keys, device=device)
-    visible = distance >= 0 if request.causal else torch.ones_like(distance, dtype=torch.bool)
-    if request.window is not None:
-        visible = visible & (distance.abs() < request.window)
-    visible = visible[None, None]
-    if request.segments is not None:
-        visible = visible & (request.segments[1] >= 0)[:, None, None, :]
-    return visible
-
-
-def _obstacle(
-    query: Tensor, key: Tensor, value: Tensor, mask: Tensor | None, dropout: float, extra: dict[str, Any]
-) -> str | None:
-    if dropout > 0:
-        return "dropout"
-    if query.dtype not in DTYPES:
-        return f"dtype {query.dtype}"
-    if torch.is_grad_enabled() and any(tensor.requires_grad for tensor in (query, key, value)):
-        return "gradients"
-    for name, item in extra.items():
-        if name not in _HONOURED and name not in _HARMLESS and item is not None and item is not False:
-            return f"argument {name}"
-    return "additive mask" if mask is not None and mask.dtype != torch.bool else None
-
-
-def _mask_function(
-    batch_size: int,
-    q_length: int,
-    kv_length: int,
-    q_offset: int | Tensor = 0,
-    kv_offset: int = 0,
-    mask_function: Callable[..., Tensor] | None = None,
-    attention_mask: Tensor | None = None,
-    local_size: int | None = None,
-    allow_is_causal_skip: bool = True,
-    device: torch.device | str = "cpu",
-    **kwargs: Any,
-) -> Tensor | None:
-    """What transformers asks for before a forward pass: None for plain causal, key codes for causal with a window or
-    padding, and the complete bool mask for everything else.
-
-    Key codes are int32 `[batch, 1, 1, kv_len]`: 0 for padding, else the window (`_NO_WINDOW` without one). Their dtype
-    tells them from masks, whose dtypes are bool or floating.
-    """
-    from transformers.masking_utils import causal_mask_function, prepare_padding_mask, sdpa_mask
-
-    pattern: Callable[..., Any] = causal_mask_function if mask_function is None else mask_function
-    aligned = not isinstance(q_offset, Tensor) and q_offset + q_length == kv_offset + kv_length
-    window = local_size if local_size is not None and kv_length > local_size else None
-    if torch.compiler.is_compiling():
-        if allow_is_causal_skip and aligned and attention_mask is None and local_size is None:
-            return None
-    elif allow_is_causal_skip and aligned and _is_causal(pattern, q_length, kv_length, kv_offset, window, device):
-        padding = prepare_padding_mask(attention_mask, kv_length, kv_offset)
-        tokens = None if padding is None else padding[:, kv_offset : kv_offset + kv_length].to(torch.bool)
-        if tokens is None or bool(tokens.all()):
-            if window is None:
-                return None
-            tokens = torch.ones(batch_size, kv_length, dtype=torch.bool, device=device)
-        codes = tokens.to(torch.int32) * (_NO_WINDOW if window is None else window)
-        return codes[:, None, None, :]
-    return sdpa_mask(
-        batch_size=batch_size,
-        q_length=q_length,
-        kv_length=kv_length,
-        q_offset=q_offset,  # type: ignore[arg-type]  # a tensor with static caches
-        kv_offset=kv_offset,
-        mask_function=pattern,
-        attention_mask=attention_mask,
-        local_size=local_size,
-        allow_is_causal_skip=False,
-        device=device,
-        **kwargs,
-    )
-
-
-def _is_causal(
-    pattern: Callable[..., Tensor], queries: int, keys: int, offset: int, window: int | None, device: torch.device | str
-) -> bool:
-    """Whether a pattern is causal, with a window if one is given, judged by its last two rows.
-
-    The other pattern with a local size, attention in chunks, agrees with a window in at most one of two adjacent rows.
-    """
-    last = offset + keys - 1
-    zero = torch.zeros((), dtype=torch.long, device=device)
-    rows = torch.arange(last - min(queries, 2) + 1, last + 1, device=device)[:, None]
-    columns = torch.arange(offset, offset + keys, device=device)[None, :]
-    distance = rows - columns
-    expected = (distance >= 0) & (distance < (keys + 1 if window is None else window))
-    return torch.equal(pattern(zero, zero, rows, columns).expand_as(expected), expected)
-
-
-def _read_mask(
-    mask: Tensor | None, queries: int, keys: int
-) -> tuple[Tensor | None, int | None, tuple[Tensor, Tensor] | None]:
-    """Split what `_mask_function` returned into a complete mask, a window and segments."""
-    if mask is None or mask.dtype != torch.int32:
-        return mask, None, None
-    codes = mask[:, 0, 0, :keys]
-    window = int(codes.max())
-    segments = (codes > 0).to(torch.int32) - 1
-    padded = bool((segments < 0).any())
-    return (
-        None,
-        None if window in (0, _NO_WINDOW) else window,
-        (segments[:, keys - queries :], segments) if padded else None,
-    )
-
-
-def _configs(model: nn.Module) -> list[tuple[Any, str]]:
-    """Every configuration inside a model once, with its present attention implementation."""
-    from transformers import PreTrainedModel
-
-    found: dict[int, Any] = {}
-    pending = [module.config for module in model.modules() if isinstance(module, PreTrainedModel)]
-    while pending:
-        config = pending.pop()
-        if id(config) not in found:
-            found[id(config)] = config
-            pending += [inner for name in config.sub_configs if (inner := getattr(config, name, None)) is not None]
-    return [(config, config._attn_implementation) for config in found.values()]
+    return transformers.attention_layers(model)

@@ -13,7 +13,7 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from tamis.integrations.hook import Request
+from tamis.integrations.request import Request
 
 # An audited call costs half a millisecond however few its rows are, so short calls are audited less often but with this
 # many pairs.

@@ -1,321 +1,120 @@
-"""Attention of `transformers` models through tamis: sparse where possible, dense with a counted reason elsewhere."""
+"""The place where a transformers model lets an attention function in.
+
+`TransformersHook` hands every attention call of a model to a function of ours, as one `Request` in which masks have
+been reduced to what they mean (causal, window, padding).
+
+transformers has two registries, one for attention functions and one for mask functions. Both are needed: without the
+second, masks silently become None, padding included.
+"""
 
 from __future__ import annotations
 
-from collections import Counter
-from collections.abc import Sequence
-from dataclasses import dataclass, field
-from typing import Any, Literal
+import inspect
+import itertools
+from collections.abc import Callable
+from functools import partial
+from typing import Any
 
 import torch
 from torch import Tensor, nn
 
-from tamis.attend import DEFAULT_PV_THRESHOLD, attend
-from tamis.call import PerHead
+from tamis.call import DTYPES
 from tamis.errors import UnsupportedError
-from tamis.integrations.audit import Audit, Auditor, LayerAudit
-from tamis.integrations.break_even import BreakEven, break_even, can_measure
-from tamis.integrations.hook import Hook, Request, attention_layers, complete_mask
-from tamis.integrations.schedule import Chooser, Schedule
-from tamis.predictors.base import Predictor
-from tamis.predictors.sparge import Sparge
-from tamis.profile import LayerSettings, Profile
-from tamis.stats import AttentionOutput, AttentionStats
+from tamis.integrations.hook import Hook
+from tamis.integrations.request import Request
+
+# Arguments that reach attention functions and say nothing about what attention computes.
+_HARMLESS = frozenset(
+    [
+        "position_ids",
+        "cache_position",
+        "use_cache",
+        "output_hidden_states",
+        "output_router_logits",
+        "return_dict",
+        "logits_to_keep",
+        "labels",
+        "num_items_in_batch",
+        "position_embeddings",
+        "past_key_values",
+    ]
+)
+_HONOURED = frozenset(("sliding_window", "softcap", "s_aux"))
+_NO_WINDOW = 2**31 - 1
+_names = (f"tamis_{number}" for number in itertools.count())
 
 
-@dataclass
-class LayerCalls:
-    """What one attention layer did since the model was hooked: counts, and the stats of its last sparse call."""
+class TransformersHook(Hook):
+    """A function installed in a transformers model."""
 
-    sparse: int = 0
-    dense: int = 0
-    reasons: Counter[str] = field(default_factory=Counter)
-    last: AttentionStats | None = None
+    def __init__(self, model: nn.Module, function: Callable[[Request], Tensor]) -> None:
+        from transformers import AttentionInterface, AttentionMaskInterface
 
-
-class Applied(Hook):
-    """A model whose attention runs through tamis. Not counted while a graph is compiled."""
-
-    def __init__(
-        self,
-        model: nn.Module,
-        chooser: Chooser,
-        *,
-        backend: str | None,
-        min_queries: int | Literal["auto"],
-        audit: Audit | None,
-    ) -> None:
-        self.backend = backend
-        self.min_queries = min_queries
-        self._chooser = chooser
-        self._auditor = None if audit is None else Auditor(audit)
-        self._calls: dict[str, LayerCalls] = {}
-        self._break_even: dict[str, tuple[tuple[object, ...], BreakEven]] = {}
-        super().__init__(model, self._attend)
-
-    def __enter__(self) -> Applied:
-        return self
-
-    @property
-    def step(self) -> int | None:
-        """The step of a diffusion model that runs now; None while it is counted from the calls."""
-        return self._chooser.step
-
-    @step.setter
-    def step(self, step: int) -> None:
-        if isinstance(step, bool) or not isinstance(step, int) or step < 0:
-            raise ValueError(f"step must be an integer of at least 0, got {step!r}")
-        self._chooser.step = step
-
-    def start(self) -> None:
-        """Begin a new image or video: steps count from 0 again. Counts and audit go on."""
-        self._chooser.start()
-
-    @property
-    def calls(self) -> dict[str, int]:
-        """Number of calls that ran sparse and dense, over all layers."""
-        layers = self._calls.values()
-        return {"sparse": sum(layer.sparse for layer in layers), "dense": sum(layer.dense for layer in layers)}
-
-    @property
-    def dense_reasons(self) -> Counter[str]:
-        """How many calls ran dense for which reason."""
-        return sum((layer.reasons for layer in self._calls.values()), Counter())
-
-    def stats(self) -> dict[str, LayerCalls]:
-        """Counts and last stats by the qualified name of the layer."""
-        return dict(self._calls)
-
-    def audit(self) -> dict[str, LayerAudit]:
-        """Estimated error of every layer since the model was hooked or `reset`, by its qualified name.
-
-        Raises:
-            ValueError: no audit was asked for.
-        """
-        if self._auditor is None:
-            raise ValueError("there is no audit: give apply(.., audit=0.005)")
-        return self._auditor.report()
-
-    def reset(self) -> None:
-        """Forget the counts, the steps and the audit's samples."""
-        self._calls.clear()
-        self._chooser.start()
-        if self._auditor is not None:
-            self._auditor.reset()
-
-    def _attend(self, request: Request) -> Tensor:
-        choice = self._chooser.choose(request.layer)
-        reason = request.obstacle or self._too_few(request.query.shape[2]) or choice.dense
-        if reason is None:
-            try:
-                reason = self._too_slow(request, choice.settings) if self.min_queries == "auto" else None
-                if reason is None:
-                    return self._sparse(request, choice.settings)
-            except UnsupportedError as error:
-                if self.backend is not None:
-                    raise
-                reason = str(error).splitlines()[0]
-        self._count(request, reason, None)
-        return dense(request)
-
-    def _too_few(self, queries: int) -> str | None:
-        least = 2 if self.min_queries == "auto" else self.min_queries
-        if queries >= least:
-            return None
-        return "decoding" if queries == 1 else f"fewer than {least} queries"
-
-    def _too_slow(self, request: Request, settings: LayerSettings) -> str | None:
-        known = self._break_even.get(request.layer)
-        if can_measure(request.query.device):
-            # What of a layer's calls may change; the whole key takes as long as a short call.
-            query, threads = request.query, torch.get_num_threads()
-            kind = (id(settings.predictor), query.dtype, query.device, request.causal, request.window, threads)
-            if known is None or known[0] != kind:
-                known = kind, break_even(request, settings, self.backend, dense, sparse)
-                self._break_even[request.layer] = known
-        if known is None:
-            return "the break-even is not known inside of a graph: call the model once before"
-        return known[1].reason(request.query.shape[2])
-
-    def _sparse(self, request: Request, settings: LayerSettings) -> Tensor:
-        result = sparse(request, settings, self.backend)
-        self._count(request, None, result.stats)
-        if self._auditor is not None and can_measure(request.query.device):
-            self._auditor.look(request, result.output)
-        return result.output
-
-    def _count(self, request: Request, reason: str | None, stats: AttentionStats | None) -> None:
-        if torch.compiler.is_compiling():
-            return
-        layer = self._calls.setdefault(request.layer, LayerCalls())
-        if reason is None:
-            layer.sparse += 1
-            layer.last = stats
-        else:
-            layer.dense += 1
-            layer.reasons[reason] += 1
-
-
-def apply(
-    model: nn.Module,
-    predictor: Predictor | Profile | None = None,
-    *,
-    precision: str | None = None,
-    pv_threshold: PerHead | Literal["default"] | None = "default",
-    compensate: str | None = None,
-    backend: str | None = None,
-    min_queries: int | Literal["auto"] = 128,
-    schedule: Schedule | None = None,
-    audit: float | Audit | None = None,
-) -> Applied:
-    """Run the attention of a transformers model through tamis until `.remove()`, or inside a `with` block.
-
-    Calls with at least `min_queries` queries (prefill, whole or in chunks) run sparse. Decoding, and calls that ask for
-    something sparse attention does not do (dropout, gradients, additive masks, arguments it does not know), run dense,
-    and `dense_reasons` counts why.
-
-    Args:
-        model: a `PreTrainedModel` whose attention goes through `AttentionInterface` (Llama, Mistral, Qwen, DINOv2, ..).
-        predictor: which blocks to keep, in all layers, by default `Sparge()`; or a `Profile` with the settings of every
-            layer, by its exact name. Layers that the profile does not name run dense.
-        precision: "int8" or "full", as in `attend`; "int8" by default. Not with a profile, which has its own.
-        pv_threshold: as in `attend`, or "default" for its measured default. Not with a profile.
-        compensate: as in `attend`. Not with a profile.
-        backend: run there or raise; None lets tamis choose, and calls that no backend can serve run dense.
-        min_queries: shorter calls run dense. "auto": calls run dense that are shorter than the length from which on
-            sparse attention is faster, measured in seconds at the first call of its kind and kept for this machine.
-            In a compiled graph everything runs dense if the model has not been called before.
-        schedule: which steps and layers run dense or with other predictors (`tamis.integrations.schedule`).
-        audit: check so large a share of the work against dense attention while the model runs, e.g. .005, or an
-            `Audit` (`tamis.integrations.audit`). It changes no output; `handle.audit()` reports.
-
-    Returns:
-        A handle with `.calls`, `.dense_reasons`, `.stats()` by layer, `.audit()`, `.step`, `.start()`, `.reset()` and
-        `.remove()`.
-
-    Raises:
-        TypeError: `model` is no transformers model, or an argument has the wrong type.
-        ValueError: the profile or the schedule names a layer that the model does not have, an argument is given beside
-            a profile that has its own, or is out of its range.
-        UnsupportedError: the model does not take attention functions.
-
-    Example:
-        >>> import torch
-        >>> from transformers import LlamaConfig, LlamaForCausalLM
-        >>> config = LlamaConfig(hidden_size=32, intermediate_size=32, num_hidden_layers=1, num_attention_heads=2,
-        ...                      num_key_value_heads=1, vocab_size=64)
-        >>> model = LlamaForCausalLM(config).eval()
-        >>> with torch.no_grad(), apply(model) as handle:
-        ...     _ = model(torch.zeros(1, 256, dtype=torch.long))
-        >>> handle.calls
-        {'sparse': 1, 'dense': 0}
-    """
-    if isinstance(predictor, Profile):
-        for name, given in (
-            ("precision", precision is not None),
-            ("pv_threshold", not (isinstance(pv_threshold, str) and pv_threshold == "default")),
-            ("compensate", compensate is not None),
-        ):
-            if given:
-                raise ValueError(f"{name} must not be given with a profile, which has its own for every layer")
-        source: LayerSettings | Profile = predictor
-    else:
-        source = _uniform(predictor, precision, pv_threshold, compensate)
-    if isinstance(min_queries, str) and min_queries != "auto":
-        raise ValueError(f"min_queries must be an integer or 'auto', got {min_queries!r}")
-    if audit is not None and not isinstance(audit, Audit):
-        audit = Audit(share=audit)
-    return Applied(
-        model,
-        Chooser(source, schedule, attention_layers(model)),
-        backend=backend,
-        min_queries=min_queries,
-        audit=audit,
-    )
-
-
-def _uniform(
-    predictor: Predictor | None,
-    precision: str | None,
-    pv_threshold: PerHead | str | None,
-    compensate: str | None,
-) -> LayerSettings:
-    """The same settings for every layer."""
-    if isinstance(pv_threshold, str) and pv_threshold != "default":
-        raise ValueError(f"pv_threshold must be a number, one per head, None or 'default', got {pv_threshold!r}")
-    return LayerSettings(
-        Sparge() if predictor is None else predictor,
-        pv_threshold=_plain(pv_threshold),
-        precision="int8" if precision is None else precision,
-        compensate=compensate,
-    )
-
-
-def _plain(pv_threshold: Any) -> float | tuple[float, ...] | None:
-    """As settings hold it; what is no threshold `attend` refuses."""
-    if isinstance(pv_threshold, str):
-        return DEFAULT_PV_THRESHOLD
-    if isinstance(pv_threshold, Tensor):
-        pv_threshold = pv_threshold.tolist()
-    return tuple(pv_threshold) if isinstance(pv_threshold, Sequence) else pv_threshold
-
-
-def sparse(request: Request, settings: LayerSettings, backend: str | None) -> AttentionOutput:
-    """Sparse attention of a request."""
-    geometry: dict[str, Any] = {
-        "causal": request.causal,
-        "window": request.window,
-        "scale": request.scale,
-        "attn_mask": request.mask,
-        "segments": request.segments,
-        "backend": backend,
-    }
-    assert settings.predictor is not None
-    return attend(
-        request.query,
-        request.key,
-        request.value,
-        settings.predictor(request.query, request.key, **geometry),
-        softcap=request.softcap,
-        sink_logits=request.sink_logits,
-        precision=settings.precision,
-        pv_threshold=settings.pv_threshold,
-        compensate=settings.compensate,
-        **geometry,
-    )
-
-
-def dense(request: Request) -> Tensor:
-    """Dense attention of a request: torch where torch can, tamis for window, softcap, sinks and aligned ends.
-
-    Raises:
-        UnsupportedError: softcap or sinks together with what no backend does, such as gradients.
-    """
-    ours_alone = request.softcap is not None or request.sink_logits is not None
-    aligned = not request.causal or request.query.shape[2] in (1, request.key.shape[2])
-    if not ours_alone and aligned and request.window is None and request.segments is None:
-        return _torch_attention(request, request.mask, request.causal)
-    if ours_alone or request.obstacle is None:
+        self._model = _check_model(model)
+        self._name = next(_names)
+        self._layers = {module: name for name, module in model.named_modules()}
+        self._function = function
+        self._configs = _configs(model)
+        AttentionInterface.register(self._name, self._forward)
+        AttentionMaskInterface.register(self._name, _mask_function)
         try:
-            return attend(
-                request.query,
-                request.key,
-                request.value,
-                causal=request.causal,
-                window=request.window,
-                scale=request.scale,
-                attn_mask=request.mask,
-                segments=request.segments,
-                softcap=request.softcap,
-                sink_logits=request.sink_logits,
-            ).output
-        except UnsupportedError:
-            if ours_alone:
-                raise
-    return _torch_attention(request, complete_mask(request), False)
+            self._model.set_attn_implementation(self._name)
+            kept = [type(config).__name__ for config, _ in self._configs if config._attn_implementation != self._name]
+            if kept:
+                raise UnsupportedError(f"{type(model).__name__} does not take an attention function (for {kept})")
+        except BaseException:
+            self.remove()
+            raise
+
+    def remove(self) -> None:
+        """Restore the attention that was there before; safe to call twice."""
+        from transformers import AttentionInterface, AttentionMaskInterface
+
+        for config, implementation in self._configs:
+            if config._attn_implementation == self._name:
+                config._attn_implementation_internal = implementation
+        AttentionInterface._global_mapping.pop(self._name, None)
+        AttentionMaskInterface._global_mapping.pop(self._name, None)
+
+    def _forward(
+        self,
+        module: nn.Module,
+        query: Tensor,
+        key: Tensor,
+        value: Tensor,
+        attention_mask: Tensor | None,
+        scaling: float | None = None,
+        dropout: float = 0.0,
+        is_causal: bool | None = None,
+        **extra: Any,
+    ) -> tuple[Tensor, None]:
+        causal = getattr(module, "is_causal", True) if is_causal is None else is_causal
+        mask, window, segments = _read_mask(attention_mask, query.shape[2], key.shape[2])
+        if attention_mask is None and causal:
+            window = extra.get("sliding_window")
+        sinks = extra.get("s_aux")
+        request = Request(
+            layer=self._layers.get(module, type(module).__name__),
+            module=module,
+            query=query,
+            key=key,
+            value=value,
+            mask=mask,
+            causal=causal and mask is None,
+            window=window,
+            segments=segments,
+            scale=scaling,
+            softcap=extra.get("softcap"),
+            sink_logits=None if sinks is None else sinks.reshape(-1).float(),
+            dropout=dropout,
+            obstacle=_obstacle(query, key, value, mask, dropout, extra),
+            library=partial(_library, {name: item for name, item in extra.items() if name not in _HONOURED}),
+        )
+        return self._function(request).transpose(1, 2).contiguous(), None
 
 
-def _torch_attention(request: Request, mask: Tensor | None, causal: bool) -> Tensor:
+def _library(extra: dict[str, Any], request: Request, mask: Tensor | None, causal: bool) -> Tensor:
+    """Dense attention as transformers' own "sdpa" runs it, with the arguments that tamis does not read."""
     from transformers.integrations.sdpa_attention import sdpa_attention_forward
 
     output, _ = sdpa_attention_forward(
@@ -327,6 +126,148 @@ def _torch_attention(request: Request, mask: Tensor | None, causal: bool) -> Ten
         dropout=request.dropout,
         scaling=request.scale,
         is_causal=causal,
-        **request.extra,
+        **extra,
     )
     return output.transpose(1, 2)
+
+
+def attention_layers(model: nn.Module) -> list[str]:
+    """Qualified names of the modules whose code calls an attention function, in the order of `named_modules`.
+
+    Raises:
+        TypeError: `model` is no transformers model.
+    """
+    from transformers import PreTrainedModel
+
+    _check_model(model)
+    found: dict[type, bool] = {}
+    for module in model.modules():
+        kind = type(module)
+        if kind not in found:
+            functions = [item for base in kind.__mro__ for item in vars(base).values() if inspect.isfunction(item)]
+            # Models name the registry itself; PreTrainedModel does so too, to check names.
+            found[kind] = not isinstance(module, PreTrainedModel) and any(
+                "ALL_ATTENTION_FUNCTIONS" in inspect.unwrap(function).__code__.co_names for function in functions
+            )
+    return [name for name, module in model.named_modules() if found[type(module)]]
+
+
+def _check_model(model: Any) -> Any:
+    from transformers import PreTrainedModel
+
+    if not isinstance(model, PreTrainedModel):
+        raise TypeError(f"model must be a transformers PreTrainedModel, got {type(model).__name__}")
+    return model
+
+
+def _obstacle(
+    query: Tensor, key: Tensor, value: Tensor, mask: Tensor | None, dropout: float, extra: dict[str, Any]
+) -> str | None:
+    if dropout > 0:
+        return "dropout"
+    if query.dtype not in DTYPES:
+        return f"dtype {query.dtype}"
+    if torch.is_grad_enabled() and any(tensor.requires_grad for tensor in (query, key, value)):
+        return "gradients"
+    for name, item in extra.items():
+        if name not in _HONOURED and name not in _HARMLESS and item is not None and item is not False:
+            return f"argument {name}"
+    return "additive mask" if mask is not None and mask.dtype != torch.bool else None
+
+
+def _mask_function(
+    batch_size: int,
+    q_length: int,
+    kv_length: int,
+    q_offset: int | Tensor = 0,
+    kv_offset: int = 0,
+    mask_function: Callable[..., Tensor] | None = None,
+    attention_mask: Tensor | None = None,
+    local_size: int | None = None,
+    allow_is_causal_skip: bool = True,
+    device: torch.device | str = "cpu",
+    **kwargs: Any,
+) -> Tensor | None:
+    """What transformers asks for before a forward pass: None for plain causal, key codes for causal with a window or
+    padding, and the complete bool mask for everything else.
+
+    Key codes are int32 `[batch, 1, 1, kv_len]`: 0 for padding, else the window (`_NO_WINDOW` without one). Their dtype
+    tells them from masks, whose dtypes are bool or floating.
+    """
+    from transformers.masking_utils import causal_mask_function, prepare_padding_mask, sdpa_mask
+
+    pattern: Callable[..., Any] = causal_mask_function if mask_function is None else mask_function
+    aligned = not isinstance(q_offset, Tensor) and q_offset + q_length == kv_offset + kv_length
+    window = local_size if local_size is not None and kv_length > local_size else None
+    if torch.compiler.is_compiling():
+        if allow_is_causal_skip and aligned and attention_mask is None and local_size is None:
+            return None
+    elif allow_is_causal_skip and aligned and _is_causal(pattern, q_length, kv_length, kv_offset, window, device):
+        padding = prepare_padding_mask(attention_mask, kv_length, kv_offset)
+        tokens = None if padding is None else padding[:, kv_offset : kv_offset + kv_length].to(torch.bool)
+        if tokens is None or bool(tokens.all()):
+            if window is None:
+                return None
+            tokens = torch.ones(batch_size, kv_length, dtype=torch.bool, device=device)
+        codes = tokens.to(torch.int32) * (_NO_WINDOW if window is None else window)
+        return codes[:, None, None, :]
+    return sdpa_mask(
+        batch_size=batch_size,
+        q_length=q_length,
+        kv_length=kv_length,
+        q_offset=q_offset,  # type: ignore[arg-type]  # a tensor with static caches
+        kv_offset=kv_offset,
+        mask_function=pattern,
+        attention_mask=attention_mask,
+        local_size=local_size,
+        allow_is_causal_skip=False,
+        device=device,
+        **kwargs,
+    )
+
+
+def _is_causal(
+    pattern: Callable[..., Tensor], queries: int, keys: int, offset: int, window: int | None, device: torch.device | str
+) -> bool:
+    """Whether a pattern is causal, with a window if one is given, judged by its last two rows.
+
+    The other pattern with a local size, attention in chunks, agrees with a window in at most one of two adjacent rows.
+    """
+    last = offset + keys - 1
+    zero = torch.zeros((), dtype=torch.long, device=device)
+    rows = torch.arange(last - min(queries, 2) + 1, last + 1, device=device)[:, None]
+    columns = torch.arange(offset, offset + keys, device=device)[None, :]
+    distance = rows - columns
+    expected = (distance >= 0) & (distance < (keys + 1 if window is None else window))
+    return torch.equal(pattern(zero, zero, rows, columns).expand_as(expected), expected)
+
+
+def _read_mask(
+    mask: Tensor | None, queries: int, keys: int
+) -> tuple[Tensor | None, int | None, tuple[Tensor, Tensor] | None]:
+    """Split what `_mask_function` returned into a complete mask, a window and segments."""
+    if mask is None or mask.dtype != torch.int32:
+        return mask, None, None
+    codes = mask[:, 0, 0, :keys]
+    window = int(codes.max())
+    segments = (codes > 0).to(torch.int32) - 1
+    padded = bool((segments < 0).any())
+    return (
+        None,
+        None if window in (0, _NO_WINDOW) else window,
+        (segments[:, keys - queries :], segments) if padded else None,
+    )
+
+
+def _configs(model: nn.Module) -> list[tuple[Any, str]]:
+    """Every configuration inside a model once, with its present attention implementation."""
+    from transformers import PreTrainedModel
+
+    found: dict[int, Any] = {}
+    pending = [module.config for module in model.modules() if isinstance(module, PreTrainedModel)]
+    while pending:
+        config = pending.pop()
+        if id(config) not in found:
+            found[id(config)] = config
+            pending += [inner for name in config.sub_configs if (inner := getattr(config, name, None)) is not None]
+    return [(config, config._attn_implementation) for config in found.values()]

@@ -10,8 +10,9 @@ import torch
 from torch import Tensor, nn
 
 from tamis.errors import UnsupportedError
-from tamis.integrations.hook import Hook, Request
-from tamis.integrations.transformers import apply, dense
+from tamis.integrations.apply import apply
+from tamis.integrations.hook import install
+from tamis.integrations.request import Request, dense
 from tamis.profile import Profile
 from tamis.tuning.sources import ModelSource, unfit
 
@@ -49,7 +50,7 @@ class End:
         numbers = range(len(self._source) if inputs is None else min(inputs, len(self._source)))
         for number in numbers:
             if number not in self._exact:
-                with Hook(self._source.model, dense):
+                with install(self._source.model, dense):
                     self._exact[number] = self._judge(number)
         with apply(self._source.model, profile, backend=self._backend):
             errors = [_distance(self._judge(number), self._exact[number]) for number in numbers]
@@ -117,7 +118,7 @@ def _weights(source: ModelSource, draws: int) -> dict[tuple[str, int], Tensor]:
         steps[request.layer] += 1
         return output + leaf
 
-    with Hook(source.model, attend):
+    with install(source.model, attend):
         output = output_of(source.call(0, _TOKENS)).float()
     if not output.requires_grad:
         raise UnsupportedError(

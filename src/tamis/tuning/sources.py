@@ -12,8 +12,8 @@ import torch
 from torch import Tensor, nn
 
 from tamis.integrations.capture import Captures
-from tamis.integrations.hook import Hook, Request
-from tamis.integrations.transformers import dense
+from tamis.integrations.hook import install
+from tamis.integrations.request import Request, dense
 from tamis.tuning.calls import LayerCall, exact_output
 
 MIN_QUERIES = 128  # a block of rows; shorter calls run dense
@@ -91,7 +91,7 @@ class ModelSource:
                 outputs.append(exact_output(call).to(q.dtype))
             return torch.cat(outputs)
 
-        with Hook(self.model, attend):
+        with install(self.model, attend):
             self.run(number)
 
     def identity(self) -> str:

@@ -1,0 +1,153 @@
+"""A model whose attention runs through tamis: sparse where possible, dense with a counted reason elsewhere."""
+
+from __future__ import annotations
+
+from collections import Counter
+from dataclasses import dataclass, field
+from typing import Literal
+
+import torch
+from torch import Tensor, nn
+
+from tamis.errors import UnsupportedError
+from tamis.integrations.audit import Audit, Auditor, LayerAudit
+from tamis.integrations.break_even import BreakEven, break_even, can_measure
+from tamis.integrations.hook import Hook, install
+from tamis.integrations.request import Request, dense, sparse
+from tamis.integrations.schedule import Chooser
+from tamis.profile import LayerSettings
+from tamis.stats import AttentionStats
+
+
+@dataclass
+class LayerCalls:
+    """What one attention layer did since the model was hooked: counts, and the stats of its last sparse call."""
+
+    sparse: int = 0
+    dense: int = 0
+    reasons: Counter[str] = field(default_factory=Counter)
+    last: AttentionStats | None = None
+
+
+class Applied(Hook):
+    """A model whose attention runs through tamis. Not counted while a graph is compiled."""
+
+    def __init__(
+        self,
+        model: nn.Module,
+        chooser: Chooser,
+        *,
+        backend: str | None,
+        min_queries: int | Literal["auto"],
+        audit: Audit | None,
+    ) -> None:
+        self.backend = backend
+        self.min_queries = min_queries
+        self._chooser = chooser
+        self._auditor = None if audit is None else Auditor(audit)
+        self._calls: dict[str, LayerCalls] = {}
+        self._break_even: dict[str, tuple[tuple[object, ...], BreakEven]] = {}
+        self._installed = install(model, self._attend)
+
+    def remove(self) -> None:
+        """Restore the attention that was there before; safe to call twice."""
+        self._installed.remove()
+
+    @property
+    def step(self) -> int | None:
+        """The step of a diffusion model that runs now; None while it is counted from the calls."""
+        return self._chooser.step
+
+    @step.setter
+    def step(self, step: int) -> None:
+        if isinstance(step, bool) or not isinstance(step, int) or step < 0:
+            raise ValueError(f"step must be an integer of at least 0, got {step!r}")
+        self._chooser.step = step
+
+    def start(self) -> None:
+        """Begin a new image or video: steps count from 0 again. Counts and audit go on."""
+        self._chooser.start()
+
+    @property
+    def calls(self) -> dict[str, int]:
+        """Number of calls that ran sparse and dense, over all layers."""
+        layers = self._calls.values()
+        return {"sparse": sum(layer.sparse for layer in layers), "dense": sum(layer.dense for layer in layers)}
+
+    @property
+    def dense_reasons(self) -> Counter[str]:
+        """How many calls ran dense for which reason."""
+        return sum((layer.reasons for layer in self._calls.values()), Counter())
+
+    def stats(self) -> dict[str, LayerCalls]:
+        """Counts and last stats by the qualified name of the layer."""
+        return dict(self._calls)
+
+    def audit(self) -> dict[str, LayerAudit]:
+        """Estimated error of every layer since the model was hooked or `reset`, by its qualified name.
+
+        Raises:
+            ValueError: no audit was asked for.
+        """
+        if self._auditor is None:
+            raise ValueError("there is no audit: give apply(.., audit=0.005)")
+        return self._auditor.report()
+
+    def reset(self) -> None:
+        """Forget the counts, the steps and the audit's samples."""
+        self._calls.clear()
+        self._chooser.start()
+        if self._auditor is not None:
+            self._auditor.reset()
+
+    def _attend(self, request: Request) -> Tensor:
+        choice = self._chooser.choose(request.layer)
+        reason = request.obstacle or self._too_few(request.query.shape[2]) or choice.dense
+        if reason is None:
+            try:
+                reason = self._too_slow(request, choice.settings) if self.min_queries == "auto" else None
+                if reason is None:
+                    return self._sparse(request, choice.settings)
+            except UnsupportedError as error:
+                if self.backend is not None:
+                    raise
+                reason = str(error).splitlines()[0]
+        self._count(request, reason, None)
+        return dense(request)
+
+    def _too_few(self, queries: int) -> str | None:
+        least = 2 if self.min_queries == "auto" else self.min_queries
+        if queries >= least:
+            return None
+        return "decoding" if queries == 1 else f"fewer than {least} queries"
+
+    def _too_slow(self, request: Request, settings: LayerSettings) -> str | None:
+        known = self._break_even.get(request.layer)
+        if can_measure(request.query.device):
+            # What of a layer's calls may change; the whole key takes as long as a short call.
+            query, threads = request.query, torch.get_num_threads()
+            kind = (id(settings.predictor), query.dtype, query.device, request.causal, request.window, threads)
+            if known is None or known[0] != kind:
+                known = kind, break_even(request, settings, self.backend, dense, sparse)
+                self._break_even[request.layer] = known
+        if known is None:
+            return "the break-even is not known inside of a graph: call the model once before"
+        return known[1].reason(request.query.shape[2])
+
+    def _sparse(self, request: Request, settings: LayerSettings) -> Tensor:
+        result = sparse(request, settings, self.backend)
+        self._count(request, None, result.stats)
+        if self._auditor is not None and can_measure(request.query.device):
+            self._auditor.look(request, result.output)
+        return result.output
+
+    def _count(self, request: Request, reason: str | None, stats: AttentionStats | None) -> None:
+        if torch.compiler.is_compiling():
+            return
+        layer = self._calls.setdefault(request.layer, LayerCalls())
+        if reason is None:
+            layer.sparse += 1
+            layer.last = stats
+        else:
+            layer.dense += 1
+            layer.reasons[reason] += 1

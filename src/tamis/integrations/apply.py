@@ -1,0 +1,122 @@
+"""`tamis.apply`: a model's attention sparse in one line."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import Any, Literal
+
+from torch import Tensor, nn
+
+from tamis.attend import DEFAULT_PV_THRESHOLD
+from tamis.call import PerHead
+from tamis.integrations.applied import Applied
+from tamis.integrations.audit import Audit
+from tamis.integrations.hook import attention_layers
+from tamis.integrations.schedule import Chooser, Schedule
+from tamis.predictors.base import Predictor
+from tamis.predictors.sparge import Sparge
+from tamis.profile import LayerSettings, Profile
+
+
+def apply(
+    model: nn.Module,
+    predictor: Predictor | Profile | None = None,
+    *,
+    precision: str | None = None,
+    pv_threshold: PerHead | Literal["default"] | None = "default",
+    compensate: str | None = None,
+    backend: str | None = None,
+    min_queries: int | Literal["auto"] = 128,
+    schedule: Schedule | None = None,
+    audit: float | Audit | None = None,
+) -> Applied:
+    """Run the attention of a transformers model through tamis until `.remove()`, or inside a `with` block.
+
+    Calls with at least `min_queries` queries (prefill, whole or in chunks) run sparse. Decoding, and calls that ask for
+    something sparse attention does not do (dropout, gradients, additive masks, arguments it does not know), run dense,
+    and `dense_reasons` counts why.
+
+    Args:
+        model: a `PreTrainedModel` whose attention goes through `AttentionInterface` (Llama, Mistral, Qwen, DINOv2, ..).
+        predictor: which blocks to keep, in all layers, by default `Sparge()`; or a `Profile` with the settings of every
+            layer, by its exact name. Layers that the profile does not name run dense.
+        precision: "int8" or "full", as in `attend`; "int8" by default. Not with a profile, which has its own.
+        pv_threshold: as in `attend`, or "default" for its measured default. Not with a profile.
+        compensate: as in `attend`. Not with a profile.
+        backend: run there or raise; None lets tamis choose, and calls that no backend can serve run dense.
+        min_queries: shorter calls run dense. "auto": calls run dense that are shorter than the length from which on
+            sparse attention is faster, measured in seconds at the first call of its kind and kept for this machine.
+            In a compiled graph everything runs dense if the model has not been called before.
+        schedule: which steps and layers run dense or with other predictors (`tamis.integrations.schedule`).
+        audit: check so large a share of the work against dense attention while the model runs, e.g. .005, or an
+            `Audit` (`tamis.integrations.audit`). It changes no output; `handle.audit()` reports.
+
+    Returns:
+        A handle with `.calls`, `.dense_reasons`, `.stats()` by layer, `.audit()`, `.step`, `.start()`, `.reset()` and
+        `.remove()`.
+
+    Raises:
+        TypeError: `model` is no transformers model, or an argument has the wrong type.
+        ValueError: the profile or the schedule names a layer that the model does not have, an argument is given beside
+            a profile that has its own, or is out of its range.
+        UnsupportedError: the model does not take attention functions.
+
+    Example:
+        >>> import torch
+        >>> from transformers import LlamaConfig, LlamaForCausalLM
+        >>> config = LlamaConfig(hidden_size=32, intermediate_size=32, num_hidden_layers=1, num_attention_heads=2,
+        ...                      num_key_value_heads=1, vocab_size=64)
+        >>> model = LlamaForCausalLM(config).eval()
+        >>> with torch.no_grad(), apply(model) as handle:
+        ...     _ = model(torch.zeros(1, 256, dtype=torch.long))
+        >>> handle.calls
+        {'sparse': 1, 'dense': 0}
+    """
+    if isinstance(predictor, Profile):
+        for name, given in (
+            ("precision", precision is not None),
+            ("pv_threshold", not (isinstance(pv_threshold, str) and pv_threshold == "default")),
+            ("compensate", compensate is not None),
+        ):
+            if given:
+                raise ValueError(f"{name} must not be given with a profile, which has its own for every layer")
+        source: LayerSettings | Profile = predictor
+    else:
+        source = _uniform(predictor, precision, pv_threshold, compensate)
+    if isinstance(min_queries, str) and min_queries != "auto":
+        raise ValueError(f"min_queries must be an integer or 'auto', got {min_queries!r}")
+    if audit is not None and not isinstance(audit, Audit):
+        audit = Audit(share=audit)
+    return Applied(
+        model,
+        Chooser(source, schedule, attention_layers(model)),
+        backend=backend,
+        min_queries=min_queries,
+        audit=audit,
+    )
+
+
+def _uniform(
+    predictor: Predictor | None,
+    precision: str | None,
+    pv_threshold: PerHead | str | None,
+    compensate: str | None,
+) -> LayerSettings:
+    """The same settings for every layer."""
+    if isinstance(pv_threshold, str) and pv_threshold != "default":
+        raise ValueError(f"pv_threshold must be a number, one per head, None or 'default', got {pv_threshold!r}")
+    return LayerSettings(
+        Sparge() if predictor is None else predictor,
+        pv_threshold=_plain(pv_threshold),
+        precision="int8" if precision is None else precision,
+        compensate=compensate,
+    )
+
+
+def _plain(pv_threshold: Any) -> float | tuple[float, ...] | None:
+    """As settings hold it; what is no threshold `attend` refuses."""
+    if isinstance(pv_threshold, str):
+        return DEFAULT_PV_THRESHOLD
+    if isinstance(pv_threshold, Tensor):
+        pv_threshold = pv_threshold.tolist()
+    return tuple(pv_threshold) if isinstance(pv_threshold, Sequence) else pv_threshold
