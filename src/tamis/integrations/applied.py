@@ -3,16 +3,18 @@
 from __future__ import annotations
 
 from collections import Counter
+from collections.abc import Callable
 from dataclasses import dataclass, field
 from typing import Literal
 
 import torch
-from torch import Tensor, nn
+from torch import Tensor
 
 from tamis.errors import UnsupportedError
 from tamis.integrations.audit import Audit, Auditor, LayerAudit
 from tamis.integrations.break_even import BreakEven, break_even, can_measure
-from tamis.integrations.hook import Hook, install
+from tamis.integrations.decoding import Decode, attend_selected, decode_obstacle
+from tamis.integrations.hook import Hook
 from tamis.integrations.request import Request, dense, sparse
 from tamis.integrations.schedule import Chooser
 from tamis.profile import LayerSettings
@@ -30,16 +32,25 @@ class LayerCalls:
 
 
 class Applied(Hook):
-    """A model whose attention runs through tamis. Not counted while a graph is compiled."""
+    """Attention that runs through tamis: of one model, or of all that ask for it by name.
+
+    Calls are not counted while a graph is compiled.
+
+    Args:
+        install: puts the function it is given in the place of attention.
+        chooser: settings of every call.
+        backend, min_queries, audit, decode: as in `tamis.apply`.
+    """
 
     def __init__(
         self,
-        model: nn.Module,
+        install: Callable[[Callable[[Request], Tensor]], Hook],
         chooser: Chooser,
         *,
         backend: str | None,
         min_queries: int | Literal["auto"],
-        audit: Audit | None,
+        audit: Audit | None = None,
+        decode: Decode | None = None,
     ) -> None:
         self.backend = backend
         self.min_queries = min_queries
@@ -47,11 +58,14 @@ class Applied(Hook):
         self._auditor = None if audit is None else Auditor(audit)
         self._calls: dict[str, LayerCalls] = {}
         self._break_even: dict[str, tuple[tuple[object, ...], BreakEven]] = {}
-        self._installed = install(model, self._attend)
+        self._decode = decode
+        self.removed = False
+        self._installed = install(self._attend)
 
     def remove(self) -> None:
         """Restore the attention that was there before; safe to call twice."""
         self._installed.remove()
+        self.removed = True
 
     @property
     def step(self) -> int | None:
@@ -102,9 +116,11 @@ class Applied(Hook):
 
     def _attend(self, request: Request) -> Tensor:
         choice = self._chooser.choose(request.layer)
-        reason = request.obstacle or self._too_few(request.query.shape[2]) or choice.dense
+        reason = request.obstacle or self._too_few(request) or choice.dense
         if reason is None:
             try:
+                if self._decode is not None and request.query.shape[2] == 1:
+                    return self._selected(request, self._decode)
                 reason = self._too_slow(request, choice.settings) if self.min_queries == "auto" else None
                 if reason is None:
                     return self._sparse(request, choice.settings)
@@ -115,11 +131,12 @@ class Applied(Hook):
         self._count(request, reason, None)
         return dense(request)
 
-    def _too_few(self, queries: int) -> str | None:
+    def _too_few(self, request: Request) -> str | None:
+        queries = request.query.shape[2]
         least = 2 if self.min_queries == "auto" else self.min_queries
-        if queries >= least:
-            return None
-        return "decoding" if queries == 1 else f"fewer than {least} queries"
+        if queries == 1 and (self._decode is not None or least > 1):
+            return decode_obstacle(request, self._decode)
+        return None if queries >= least else f"fewer than {least} queries"
 
     def _too_slow(self, request: Request, settings: LayerSettings) -> str | None:
         known = self._break_even.get(request.layer)
@@ -133,6 +150,11 @@ class Applied(Hook):
         if known is None:
             return "the break-even is not known inside of a graph: call the model once before"
         return known[1].reason(request.query.shape[2])
+
+    def _selected(self, request: Request, decode: Decode) -> Tensor:
+        result = attend_selected(request, decode, self.backend)
+        self._count(request, None, result.stats)
+        return result.output
 
     def _sparse(self, request: Request, settings: LayerSettings) -> Tensor:
         result = sparse(request, settings, self.backend)

@@ -2,8 +2,11 @@
 
 from __future__ import annotations
 
+import weakref
 from collections.abc import Sequence
+from functools import partial
 from typing import Any, Literal
+from weakref import WeakKeyDictionary
 
 from torch import Tensor, nn
 
@@ -11,11 +14,15 @@ from tamis.attend import DEFAULT_PV_THRESHOLD
 from tamis.call import PerHead
 from tamis.integrations.applied import Applied
 from tamis.integrations.audit import Audit
-from tamis.integrations.hook import attention_layers
+from tamis.integrations.decoding import Decode
+from tamis.integrations.hook import attention_layers, install
 from tamis.integrations.schedule import Chooser, Schedule
 from tamis.predictors.base import Predictor
 from tamis.predictors.sparge import Sparge
 from tamis.profile import LayerSettings, Profile
+
+# Modules of models that run through tamis, and whose handle they are.
+_applied: WeakKeyDictionary[nn.Module, weakref.ref[Applied]] = WeakKeyDictionary()
 
 
 def apply(
@@ -29,6 +36,7 @@ def apply(
     min_queries: int | Literal["auto"] = 128,
     schedule: Schedule | None = None,
     audit: float | Audit | None = None,
+    decode: float | Decode | None = None,
 ) -> Applied:
     """Run the attention of a transformers model through tamis until `.remove()`, or inside a `with` block.
 
@@ -48,6 +56,9 @@ def apply(
             sparse attention is faster, measured in seconds at the first call of its kind and kept for this machine.
             In a compiled graph everything runs dense if the model has not been called before.
         schedule: which steps and layers run dense or with other predictors (`tamis.integrations.schedule`).
+        decode: what one query at a time reads of a long cache: the share of its key blocks with the largest bounds on
+            their scores, e.g. .25, or a `Decode` (`tamis.integrations.decoding`). None: everything, densely. For
+            decoders of transformers with growing caches, without padding.
         audit: check so large a share of the work against dense attention while the model runs, e.g. .005, or an
             `Audit` (`tamis.integrations.audit`). It changes no output; `handle.audit()` reports.
 
@@ -59,6 +70,7 @@ def apply(
         TypeError: `model` is no transformers model, or an argument has the wrong type.
         ValueError: the profile or the schedule names a layer that the model does not have, an argument is given beside
             a profile that has its own, or is out of its range.
+            The model runs through tamis already.
         UnsupportedError: the model does not take attention functions.
 
     Example:
@@ -72,28 +84,89 @@ def apply(
         >>> handle.calls
         {'sparse': 1, 'dense': 0}
     """
-    if isinstance(predictor, Profile):
-        for name, given in (
-            ("precision", precision is not None),
-            ("pv_threshold", not (isinstance(pv_threshold, str) and pv_threshold == "default")),
-            ("compensate", compensate is not None),
-        ):
-            if given:
-                raise ValueError(f"{name} must not be given with a profile, which has its own for every layer")
-        source: LayerSettings | Profile = predictor
-    else:
-        source = _uniform(predictor, precision, pv_threshold, compensate)
-    if isinstance(min_queries, str) and min_queries != "auto":
-        raise ValueError(f"min_queries must be an integer or 'auto', got {min_queries!r}")
-    if audit is not None and not isinstance(audit, Audit):
-        audit = Audit(share=audit)
-    return Applied(
-        model,
-        Chooser(source, schedule, attention_layers(model)),
+    source = _source(predictor, precision, pv_threshold, compensate)
+    _check_min_queries(min_queries)
+    chooser = Chooser(source, schedule, attention_layers(model))
+    handles = [known() for module in model.modules() if (known := _applied.get(module)) is not None]
+    if any(handle is not None and not handle.removed for handle in handles):
+        raise ValueError(f"{type(model).__name__} runs through tamis already: .remove() that handle first")
+    applied = Applied(
+        partial(install, model, bounds=decode is not None),
+        chooser,
         backend=backend,
         min_queries=min_queries,
-        audit=audit,
+        audit=audit if audit is None or isinstance(audit, Audit) else Audit(share=audit),
+        decode=None if decode is None else decode if isinstance(decode, Decode) else Decode(share=decode),
     )
+    _applied.update((module, weakref.ref(applied)) for module in model.modules())
+    return applied
+
+
+def register(
+    name: str = "tamis",
+    predictor: Predictor | None = None,
+    *,
+    precision: str | None = None,
+    pv_threshold: PerHead | Literal["default"] | None = "default",
+    compensate: str | None = None,
+    backend: str | None = None,
+    min_queries: int | Literal["auto"] = 128,
+) -> Applied:
+    """Let transformers models be made with `attn_implementation="tamis"`, all with the same settings.
+
+    Args:
+        name: what models ask for.
+        predictor, precision, pv_threshold, compensate, backend, min_queries: as in `apply`.
+
+    Returns:
+        A handle over all models that use the name; layers are named by their class and number. `.remove()` forgets the
+        name: models that still ask for it cannot run.
+
+    Raises:
+        ValueError: the name is registered already, or an argument is out of its range.
+
+    Example:
+        >>> import torch
+        >>> from transformers import LlamaConfig, LlamaForCausalLM
+        >>> from tamis.integrations.apply import register
+        >>> config = LlamaConfig(hidden_size=32, intermediate_size=32, num_hidden_layers=1, num_attention_heads=2,
+        ...                      num_key_value_heads=1, vocab_size=64, attn_implementation="tamis")
+        >>> with register() as handle, torch.no_grad():
+        ...     _ = LlamaForCausalLM(config).eval()(torch.zeros(1, 256, dtype=torch.long))
+        >>> handle.calls
+        {'sparse': 1, 'dense': 0}
+    """
+    from tamis.integrations.transformers import NamedHook
+
+    _check_min_queries(min_queries)
+    chooser = Chooser(_uniform(predictor, precision, pv_threshold, compensate), None, ())
+    return Applied(partial(NamedHook, name), chooser, backend=backend, min_queries=min_queries)
+
+
+def _check_min_queries(min_queries: object) -> None:
+    if min_queries == "auto":
+        return
+    if isinstance(min_queries, bool) or not isinstance(min_queries, int):
+        raise ValueError(f"min_queries must be an integer or 'auto', got {min_queries!r}")
+
+
+def _source(
+    predictor: Predictor | Profile | None,
+    precision: str | None,
+    pv_threshold: PerHead | str | None,
+    compensate: str | None,
+) -> LayerSettings | Profile:
+    """What settings come from; a profile has its own of everything."""
+    if not isinstance(predictor, Profile):
+        return _uniform(predictor, precision, pv_threshold, compensate)
+    for name, given in (
+        ("precision", precision is not None),
+        ("pv_threshold", not (isinstance(pv_threshold, str) and pv_threshold == "default")),
+        ("compensate", compensate is not None),
+    ):
+        if given:
+            raise ValueError(f"{name} must not be given with a profile, which has its own for every layer")
+    return predictor
 
 
 def _uniform(

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from dataclasses import dataclass, field
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import torch
 import torch.nn.functional as F
@@ -14,6 +14,9 @@ from tamis.attend import attend
 from tamis.errors import UnsupportedError
 from tamis.profile import LayerSettings
 from tamis.stats import AttentionOutput
+
+if TYPE_CHECKING:
+    from tamis.integrations.decoding import KeyBounds
 
 
 @dataclass(frozen=True)
@@ -27,6 +30,7 @@ class Request:
         segments: 0 for tokens and -1 for padding, `[batch, q_len]` and `[batch, kv_len]`, or None.
         obstacle: why this call can only run dense, or None.
         library: dense attention as the model's own library runs it, given the request, a mask and whether it is causal.
+        bounds: of the key's blocks, where the cache keeps them (`Decode`).
     """
 
     layer: str
@@ -44,6 +48,7 @@ class Request:
     dropout: float
     obstacle: str | None
     library: Callable[[Request, Tensor | None, bool], Tensor] = field(default_factory=lambda: torch_attention)
+    bounds: KeyBounds | None = None
 
 
 def complete_mask(request: Request) -> Tensor | None:

@@ -17,6 +17,7 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
+from torch.utils.hooks import RemovableHandle
 
 from tamis.call import DTYPES
 from tamis.errors import UnsupportedError
@@ -47,36 +48,80 @@ _names = (f"tamis_{number}" for number in itertools.count())
 class TransformersHook(Hook):
     """A function installed in a transformers model."""
 
-    def __init__(self, model: nn.Module, function: Callable[[Request], Tensor]) -> None:
-        from transformers import AttentionInterface, AttentionMaskInterface
-
+    def __init__(self, model: nn.Module, function: Callable[[Request], Tensor], *, bounds: bool = False) -> None:
         self._model = _check_model(model)
         self._name = next(_names)
-        self._layers = {module: name for name, module in model.named_modules()}
-        self._function = function
         self._configs = _configs(model)
-        AttentionInterface.register(self._name, self._forward)
-        AttentionMaskInterface.register(self._name, _mask_function)
+        self._bounds: list[RemovableHandle] = []
+        _register(self._name, _Attention(function, {module: name for name, module in model.named_modules()}))
         try:
             self._model.set_attn_implementation(self._name)
             kept = [type(config).__name__ for config, _ in self._configs if config._attn_implementation != self._name]
             if kept:
                 raise UnsupportedError(f"{type(model).__name__} does not take an attention function (for {kept})")
+            if bounds:
+                self._bounds = _keep_bounds(model)
         except BaseException:
             self.remove()
             raise
 
     def remove(self) -> None:
         """Restore the attention that was there before; safe to call twice."""
-        from transformers import AttentionInterface, AttentionMaskInterface
-
         for config, implementation in self._configs:
             if config._attn_implementation == self._name:
                 config._attn_implementation_internal = implementation
-        AttentionInterface._global_mapping.pop(self._name, None)
-        AttentionMaskInterface._global_mapping.pop(self._name, None)
+        for handle in self._bounds:
+            handle.remove()
+        _unregister(self._name)
 
-    def _forward(
+
+class NamedHook(Hook):
+    """A function registered under a name, for models that are made with `attn_implementation=name`."""
+
+    def __init__(self, name: str, function: Callable[[Request], Tensor]) -> None:
+        from transformers import AttentionInterface
+
+        if name in AttentionInterface._global_mapping:
+            raise ValueError(f"name must be new to transformers, {name!r} is registered already")
+        self._name = name
+        _register(name, _Attention(function, {}))
+
+    def remove(self) -> None:
+        """Forget the name; models that still ask for it cannot run. Safe to call twice."""
+        _unregister(self._name)
+
+
+def _register(name: str, attention: _Attention) -> None:
+    from transformers import AttentionInterface, AttentionMaskInterface
+
+    AttentionInterface.register(name, attention)
+    AttentionMaskInterface.register(name, _mask_function)
+
+
+def _unregister(name: str) -> None:
+    from transformers import AttentionInterface, AttentionMaskInterface
+
+    AttentionInterface._global_mapping.pop(name, None)
+    AttentionMaskInterface._global_mapping.pop(name, None)
+
+
+def _keep_bounds(model: nn.Module) -> list[RemovableHandle]:
+    from transformers import PreTrainedModel
+
+    from tamis.integrations.cache import keep_bounds
+
+    modules = [module for module in model.modules() if isinstance(module, PreTrainedModel)]
+    return [module.register_forward_pre_hook(keep_bounds, with_kwargs=True) for module in modules]
+
+
+class _Attention:
+    """An attention function as transformers calls it, for a function of ours."""
+
+    def __init__(self, function: Callable[[Request], Tensor], layers: dict[nn.Module, str]) -> None:
+        self._function = function
+        self._layers = layers
+
+    def __call__(
         self,
         module: nn.Module,
         query: Tensor,
@@ -94,7 +139,7 @@ class TransformersHook(Hook):
             window = extra.get("sliding_window")
         sinks = extra.get("s_aux")
         request = Request(
-            layer=self._layers.get(module, type(module).__name__),
+            layer=self._layers.get(module) or _layer_name(module),
             module=module,
             query=query,
             key=key,
@@ -109,8 +154,15 @@ class TransformersHook(Hook):
             dropout=dropout,
             obstacle=_obstacle(query, key, value, mask, dropout, extra),
             library=partial(_library, {name: item for name, item in extra.items() if name not in _HONOURED}),
+            bounds=getattr(key, "tamis_bounds", None),
         )
         return self._function(request).transpose(1, 2).contiguous(), None
+
+
+def _layer_name(module: nn.Module) -> str:
+    """A name for a layer whose model is not known: its class, and its number in the model if it has one."""
+    number = getattr(module, "layer_idx", None)
+    return type(module).__name__ if number is None else f"{type(module).__name__}.{number}"
 
 
 def _library(extra: dict[str, Any], request: Request, mask: Tensor | None, causal: bool) -> Tensor:
