@@ -21,7 +21,7 @@ from samples import block_mask, qkv
 import tamis
 from tamis.integrations import rows
 from tamis.integrations.apply import apply
-from tamis.integrations.audit import Audit, Auditor, LayerAudit
+from tamis.integrations.audit import Audit, Auditor, LayerAudit, _Layer
 from tamis.integrations.request import Request
 
 DEFAULTS: dict[str, Any] = {
@@ -191,7 +191,7 @@ def relative_l1(calls: Calls) -> float:
 
 
 def audited(calls: Calls, **settings: Any) -> LayerAudit:
-    auditor = Auditor(Audit(**{"budget": math.inf, **settings}))
+    auditor = Auditor(Audit(**{"budget": math.inf, "seed": 0, **settings}))
     for call, output in calls:
         auditor.look(call, output)
     return auditor.report()["layer"]
@@ -388,11 +388,48 @@ def test_values_that_are_not_finite_are_flagged() -> None:
 
 def test_inference_mode_may_come_and_go() -> None:
     many = population(4, 3, 128)
-    auditor = Auditor(Audit(share=0.3, budget=math.inf))
+    auditor = Auditor(Audit(share=0.3, budget=math.inf, seed=0))
     for number, (call, output) in enumerate(many):
         with torch.inference_mode(number % 2 == 0):
             auditor.look(call, output)
     assert auditor.report()["layer"] == audited(many, share=0.3)
+
+
+def test_every_handle_looks_at_other_rows() -> None:
+    """A seed of one's own repeats itself; without one, short lives of a model add up."""
+    torch.manual_seed(6)
+    many = population(0, calls=3, length=300)
+    assert len({audited(many, share=0.1, seed=3).estimate for _ in range(4)}) == 1
+    assert len({audited(many, share=0.1, seed=None).estimate for _ in range(4)}) > 1
+    auditor = Auditor(Audit(share=0.1, budget=math.inf))
+    found = set()
+    for _ in range(4):
+        for call, output in many:
+            auditor.look(call, output)
+        found.add(auditor.report()["layer"].estimate)
+        auditor.reset()
+    assert len(found) > 1
+
+
+def test_what_was_not_looked_at_is_unknown() -> None:
+    many = population(0, calls=1, length=300)
+    audit = next(found for seed in range(100) if not (found := audited(many, share=0.0005, seed=seed)).audited)
+    assert math.isnan(audit.estimate)
+    assert (audit.low, audit.high, audit.rows, audit.calls) == (0.0, math.inf, 0, 1)
+
+
+def test_looks_share_the_chance_of_a_false_alarm(monkeypatch: pytest.MonkeyPatch) -> None:
+    """After 1, 2, 4, 8 audited calls, with tails that sum up to no more than 2.5% however long it goes on."""
+    looks = []
+    real = _Layer.summary
+
+    def watch(self: _Layer, *tail: float) -> LayerAudit:
+        looks.extend((self.audited, chance) for chance in tail)
+        return real(self, *tail)
+
+    monkeypatch.setattr(_Layer, "summary", watch)
+    audited(population(0, calls=9, length=200), share=1.0, budget=1e9)
+    assert looks == [(2**n, pytest.approx(0.025 / ((n + 1) * (n + 2)))) for n in range(4)]
 
 
 @pytest.mark.parametrize(
@@ -402,7 +439,7 @@ def test_inference_mode_may_come_and_go() -> None:
         ({"share": 1.5}, r"share must be in \(0, 1\], got 1.5"),
         ({"share": True}, "share must be a number, got bool"),
         ({"budget": 0.0}, "budget must be > 0, got 0.0"),
-        ({"seed": 0.5}, "seed must be an integer, got float"),
+        ({"seed": 0.5}, "seed must be an integer or None, got float"),
         ({"on_exceeded": 3}, "on_exceeded must be callable or None, got int"),
     ],
 )
@@ -466,7 +503,7 @@ def test_a_model_does_not_notice(name: str, monkeypatch: pytest.MonkeyPatch) -> 
         return result
 
     monkeypatch.setattr(room, "sparse", record)
-    audit = Audit(share=0.3, budget=math.inf)
+    audit = Audit(share=0.3, budget=math.inf, seed=0)
     with torch.no_grad(), apply(model, tamis.Window(40), precision="full", pv_threshold=None, audit=audit) as handle:
         logits = model(**inputs).logits
         report = handle.audit()

@@ -13,7 +13,9 @@ import torch
 from tiny_models import LANGUAGE, OTHERS, outputs, tokens
 
 import tamis
-from tamis.integrations.decoding import BLOCK, Decode, KeyBounds
+from tamis.integrations.decoding import BLOCK, Decode, KeyMeans
+from tamis.integrations.schedule import Schedule
+from tamis.profile import LayerSettings, Stage
 
 transformers = pytest.importorskip("transformers")
 
@@ -21,6 +23,11 @@ EVERYTHING = tamis.Sparge(topk=1.0, similarity=-1.0)
 NO_SDPA = ("gemma2", "gpt_oss")  # transformers refuses it: softcap, sinks
 CLOSE = {"atol": 1e-5, "rtol": 0.0}
 GENERATED = 64
+
+
+def profile(model: str = "LlamaForCausalLM", heads: int = 4, layer: str = "model.layers.0.self_attn") -> tamis.Profile:
+    settings = LayerSettings(tamis.Sparge(topk=(0.5,) * heads))
+    return tamis.Profile({layer: (Stage(settings),)}, model=model)
 
 
 def through_tamis(model: Any, *, kernels: bool) -> Any:
@@ -199,7 +206,7 @@ def test_by_name() -> None:
     torch.testing.assert_close(found, expected, **CLOSE)
     assert handle.calls == {"sparse": 2, "dense": 0}
     assert "tamis" not in transformers.AttentionInterface().valid_keys()
-    with pytest.raises(ValueError, match="min_queries must be"):
+    with pytest.raises(TypeError, match="min_queries must be"):
         register(min_queries="never")
 
 
@@ -210,26 +217,20 @@ def long_model() -> Any:
     return tiny_models.language("Llama", max_position_embeddings=2048)
 
 
-def test_bounds_bound_every_score_and_follow_a_growing_key() -> None:
+def test_means_follow_a_growing_key_and_choose_blocks() -> None:
     generator = torch.Generator().manual_seed(0)
     key = torch.randn(2, 3, 333, 16, generator=generator)
     query = torch.randn(2, 3, 4, 16, generator=generator)
-    grown = KeyBounds.of(key[:, :, :1])
+    grown = KeyMeans.of(key[:, :, :1])
     for length in (63, 64, 65, 66, 200, 320, 333):
         grown.extend(key[:, :, :length])
-    blocks = -(-333 // BLOCK)
-    padded = torch.nn.functional.pad(key, (0, 0, 0, blocks * BLOCK - 333), value=torch.nan).unflatten(2, (-1, BLOCK))
-    low, high = padded.nan_to_num(torch.inf).amin(3), padded.nan_to_num(-torch.inf).amax(3)
-    assert grown.low[:, :, :blocks].equal(low)
-    assert grown.high[:, :, :blocks].equal(high)
-    scores = (query @ key.transpose(2, 3)).amax(2)
-    bound = (query.relu() @ high.transpose(2, 3) - (-query).relu() @ low.transpose(2, 3)).amax(2)
-    best = torch.nn.functional.pad(scores, (0, blocks * BLOCK - 333), value=-torch.inf).unflatten(2, (-1, BLOCK)).amax(3)
-    assert (bound >= best - 1e-5).all()
-    bound[:, :, [0, -1, -2]] = torch.inf
+    means = torch.stack([part.double().mean(2) for part in key.split(BLOCK, 2)], 2)
+    torch.testing.assert_close(grown.means[:, :, : means.shape[2]].double(), means, atol=1e-6, rtol=0)
+    score = (query.double() @ means.transpose(2, 3)).amax(2)
+    score[:, :, [0, -1, -2]] = torch.inf
     chosen = grown.select(query, 4)
     assert chosen.dtype == torch.int32
-    assert chosen[:, :, 0].equal(bound.topk(4, 2).indices.sort(2).values.int())
+    assert chosen[:, :, 0].equal(score.topk(4, 2).indices.sort(2).values.int())
 
 
 def test_decoding_reads_the_chosen_blocks() -> None:
@@ -260,7 +261,7 @@ def test_decoding_reads_the_chosen_blocks() -> None:
     assert len(seen) == 2
     for request, output in seen:
         rows = request.query.unflatten(1, (2, 2)).squeeze(3)
-        chosen = KeyBounds.of(request.key).select(rows, kept).long()
+        chosen = KeyMeans.of(request.key).select(rows, kept).long()
         visible = torch.zeros(2, 2, 1, blocks, dtype=torch.bool).scatter(3, chosen, True)
         mask = visible.repeat_interleave(BLOCK, 3)[..., : LONG + 1]
         expected = torch.nn.functional.scaled_dot_product_attention(
@@ -306,7 +307,7 @@ def test_decoding_that_must_read_everything_says_why() -> None:
         assert set(handle.dense_reasons) == {"decoding: every block is kept"}
         handle.reset()
         model.generate(tokens(1, 300), cache_implementation="static", disable_compile=True, **options)
-        assert any(reason.startswith("decoding: the cache keeps no bounds") for reason in handle.dense_reasons)
+        assert any(reason.startswith("decoding: the cache keeps no means") for reason in handle.dense_reasons)
 
 
 @pytest.mark.parametrize(
@@ -321,3 +322,28 @@ def test_decoding_that_must_read_everything_says_why() -> None:
 def test_wrong_settings_of_decoding(arguments: dict[str, Any], message: str) -> None:
     with pytest.raises((TypeError, ValueError), match=message):
         Decode(**arguments)
+
+
+@pytest.mark.parametrize(
+    ("arguments", "message"),
+    [
+        ({"predictor": "profile.json"}, r"got a path: tamis.Profile.load\('profile.json'\)"),
+        ({"predictor": 0.3}, "must be a predictor or a Profile, got float"),
+        ({"precision": "int4"}, "precision must be one of 'full', 'int8', 'fp8', got 'int4'"),
+        ({"compensate": "magic"}, "compensate must be one of None, 'centroid', got 'magic'"),
+        ({"min_queries": 0}, "min_queries must be at least 1"),
+        ({"min_queries": 1.5}, "min_queries must be an integer"),
+        ({"schedule": 0.3}, "schedule must be a Schedule, got float"),
+        ({"schedule": Schedule(dense_layers=3)}, "dense_layers is 3, the model has 2 attention layers"),
+        ({"predictor": profile(model="Other")}, "the profile is for Other, the model is LlamaForCausalLM"),
+        ({"predictor": profile(heads=3)}, "for 3 heads in model.layers.0.self_attn, the model has 4 there"),
+        ({"predictor": profile(layer="layers.0")}, "layers that the model does not have: layers.0"),
+    ],
+)
+def test_wrong_use_is_refused_and_the_model_untouched(arguments: dict[str, Any], message: str) -> None:
+    model = LANGUAGE["llama"]()
+    before = model.config.to_dict()
+    with pytest.raises((TypeError, ValueError), match=message):
+        tamis.apply(model, **arguments)
+    assert model.config.to_dict() == before
+    tamis.apply(model, profile()).remove()

@@ -115,7 +115,9 @@ LANGUAGE: dict[str, Callable[[], Any]] = {
     "gemma3": lambda: _build(
         transformers.Gemma3TextConfig(**_TEXT, head_dim=8, sliding_window=WINDOW), "Gemma3ForCausalLM"
     ),
-    "gpt_oss": lambda: language("GptOss", head_dim=8, sliding_window=WINDOW, num_local_experts=2, num_experts_per_tok=1),
+    "gpt_oss": lambda: language(
+        "GptOss", head_dim=8, sliding_window=WINDOW, num_local_experts=2, num_experts_per_tok=1
+    ),
 }
 OTHERS: dict[str, Callable[[], Any]] = {
     "whisper": whisper,

@@ -5,6 +5,7 @@ from __future__ import annotations
 import weakref
 from collections.abc import Sequence
 from functools import partial
+from pathlib import Path
 from typing import Any, Literal
 from weakref import WeakKeyDictionary
 
@@ -19,7 +20,7 @@ from tamis.integrations.hook import attention_layers, install
 from tamis.integrations.schedule import Chooser, Schedule
 from tamis.predictors.base import Predictor
 from tamis.predictors.sparge import Sparge
-from tamis.profile import LayerSettings, Profile
+from tamis.profile import LayerSettings, Profile, Stage
 
 # Modules of models that run through tamis, and whose handle they are.
 _applied: WeakKeyDictionary[nn.Module, weakref.ref[Applied]] = WeakKeyDictionary()
@@ -56,8 +57,8 @@ def apply(
             sparse attention is faster, measured in seconds at the first call of its kind and kept for this machine.
             In a compiled graph everything runs dense if the model has not been called before.
         schedule: which steps and layers run dense or with other predictors (`tamis.integrations.schedule`).
-        decode: what one query at a time reads of a long cache: the share of its key blocks with the largest bounds on
-            their scores, e.g. .25, or a `Decode` (`tamis.integrations.decoding`). None: everything, densely. For
+        decode: what one query at a time reads of a long cache: the share of its key blocks whose mean key scores most,
+            e.g. .25, or a `Decode` (`tamis.integrations.decoding`). None: everything, densely. For
             decoders of transformers with growing caches, without padding.
         audit: check so large a share of the work against dense attention while the model runs, e.g. .005, or an
             `Audit` (`tamis.integrations.audit`). It changes no output; `handle.audit()` reports.
@@ -68,8 +69,8 @@ def apply(
 
     Raises:
         TypeError: `model` is no transformers model, or an argument has the wrong type.
-        ValueError: the profile or the schedule names a layer that the model does not have, an argument is given beside
-            a profile that has its own, or is out of its range.
+        ValueError: the profile is of another class of models or number of heads, it or the schedule names a layer that
+            the model does not have, an argument is given beside a profile that has its own, or is out of its range.
             The model runs through tamis already.
         UnsupportedError: the model does not take attention functions.
 
@@ -86,12 +87,14 @@ def apply(
     """
     source = _source(predictor, precision, pv_threshold, compensate)
     _check_min_queries(min_queries)
+    if isinstance(source, Profile):
+        _check_profile(source, model)
     chooser = Chooser(source, schedule, attention_layers(model))
     handles = [known() for module in model.modules() if (known := _applied.get(module)) is not None]
     if any(handle is not None and not handle.removed for handle in handles):
         raise ValueError(f"{type(model).__name__} runs through tamis already: .remove() that handle first")
     applied = Applied(
-        partial(install, model, bounds=decode is not None),
+        partial(install, model, means=decode is not None),
         chooser,
         backend=backend,
         min_queries=min_queries,
@@ -143,11 +146,42 @@ def register(
     return Applied(partial(NamedHook, name), chooser, backend=backend, min_queries=min_queries)
 
 
+def _check_profile(profile: Profile, model: nn.Module) -> None:
+    """Refuse a profile of another class of models, or of layers with other heads, as far as both say."""
+    if profile.model not in ("", type(model).__name__):
+        raise ValueError(f"the profile is for {profile.model}, the model is {type(model).__name__}: tune this one")
+    modules = dict(model.named_modules())
+    for layer, stages in profile.layers.items():
+        heads, found = _heads(modules.get(layer)), {size for stage in stages for size in _sizes(stage)}
+        if heads is not None and found - {heads}:
+            raise ValueError(f"the profile has settings for {max(found)} heads in {layer}, the model has {heads} there")
+
+
+def _heads(module: nn.Module | None) -> int | None:
+    """Query heads of an attention layer, where it says how many."""
+    places = [(module, name) for name in ("num_heads", "num_attention_heads", "heads")]
+    places.append((getattr(module, "config", None), "num_attention_heads"))
+    return next((found for place, name in places if isinstance(found := getattr(place, name, None), int)), None)
+
+
+def _sizes(stage: Stage) -> set[int]:
+    """Lengths of what a stage gives by the head."""
+    predictor = stage.settings.predictor
+    per_head: list[Any] = [stage.settings.pv_threshold]
+    if isinstance(predictor, Sparge):
+        per_head += [predictor.cdf, predictor.topk, predictor.similarity]
+    if stage.evidence is not None:
+        per_head.append(stage.evidence.density)
+    return {len(numbers) for numbers in per_head if isinstance(numbers, tuple)}
+
+
 def _check_min_queries(min_queries: object) -> None:
     if min_queries == "auto":
         return
     if isinstance(min_queries, bool) or not isinstance(min_queries, int):
-        raise ValueError(f"min_queries must be an integer or 'auto', got {min_queries!r}")
+        raise TypeError(f"min_queries must be an integer or 'auto', got {min_queries!r}")
+    if min_queries < 1:
+        raise ValueError(f"min_queries must be at least 1, got {min_queries}")
 
 
 def _source(
@@ -157,6 +191,12 @@ def _source(
     compensate: str | None,
 ) -> LayerSettings | Profile:
     """What settings come from; a profile has its own of everything."""
+    if isinstance(predictor, (str, Path)):
+        raise TypeError(
+            f"predictor must be a predictor or a Profile, got a path: tamis.Profile.load({str(predictor)!r})"
+        )
+    if predictor is not None and not isinstance(predictor, Profile) and not callable(predictor):
+        raise TypeError(f"predictor must be a predictor or a Profile, got {type(predictor).__name__}")
     if not isinstance(predictor, Profile):
         return _uniform(predictor, precision, pv_threshold, compensate)
     for name, given in (

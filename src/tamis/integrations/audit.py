@@ -17,6 +17,7 @@ few rule; between calls n - 1 at most. Satterthwaite's rule (5.4) joins them for
 from __future__ import annotations
 
 import math
+import secrets
 import statistics
 import warnings
 import zlib
@@ -38,7 +39,8 @@ class LayerAudit:
     """What an audit knows of one layer.
 
     Attributes:
-        estimate: relative L1 error, sum|O - O'| / sum|O|, over all sparse calls of the layer.
+        estimate: relative L1 error, sum|O - O'| / sum|O|, over all sparse calls of the layer; NaN while no row was
+            sampled.
         low, high: its 95% confidence interval; 0 and inf while there are too few rows to say.
         rows: sampled rows, counted per head.
         calls: sparse calls of the layer; audited: those of which rows were sampled.
@@ -68,11 +70,15 @@ class Audit:
         share: mean work of the audit as a share of dense attention's, in (0, 1]. Work is multiplied pairs of a query
             and a key, including those that are multiplied and then masked.
         budget: relative L1 error that a layer may have. It is looked at after 1, 2, 4, 8, .. audited calls of a layer.
-        seed: of the sample; equal calls with equal seeds have equal samples.
+        seed: of the sample; equal calls with equal seeds have equal samples. None draws another seed for every handle,
+            so that many short lives of a model do not look at the same rows again and again.
         on_exceeded: called once per layer, with its name and its `LayerAudit`, when its error exceeds the budget, or
-            when its output is not finite where dense attention is; a warning by default. The chance that a layer
-            within the budget is ever reported is at most 2.5%, however long it is used (the n-th look has a share of
-            1 / (n (n + 1)) in it).
+            when its output is not finite where dense attention is; a warning by default. Where the interval holds, the
+            chance that a layer within the budget is ever reported is at most 2.5%, however long it is used (the n-th
+            look has a share of 1 / (n (n + 1)) in it).
+
+    Rows are drawn with equal chances, and the interval is Student's. It does not hold where less than a row in a
+    hundred carries most of sum|O| and few rows were sampled: a sample that misses those rows knows nothing of them.
 
     Raises:
         TypeError, ValueError: a setting is out of its range.
@@ -85,7 +91,7 @@ class Audit:
 
     share: float = 0.005
     budget: float = 0.08
-    seed: int = 0
+    seed: int | None = None
     on_exceeded: Callable[[str, LayerAudit], object] | None = None
 
     def __post_init__(self) -> None:
@@ -97,8 +103,8 @@ class Audit:
             raise ValueError(f"share must be in (0, 1], got {self.share}")
         if not self.budget > 0:
             raise ValueError(f"budget must be > 0, got {self.budget}")
-        if isinstance(self.seed, bool) or not isinstance(self.seed, int):
-            raise TypeError(f"seed must be an integer, got {type(self.seed).__name__}")
+        if self.seed is not None and (isinstance(self.seed, bool) or not isinstance(self.seed, int)):
+            raise TypeError(f"seed must be an integer or None, got {type(self.seed).__name__}")
         if self.on_exceeded is not None and not callable(self.on_exceeded):
             raise TypeError(f"on_exceeded must be callable or None, got {type(self.on_exceeded).__name__}")
 
@@ -108,6 +114,7 @@ class Auditor:
 
     def __init__(self, settings: Audit) -> None:
         self.settings = settings
+        self._seed = secrets.randbits(32) if settings.seed is None else settings.seed
         self._layers: dict[str, _Layer] = {}
 
     def look(self, request: Request, output: Tensor) -> None:
@@ -134,11 +141,13 @@ class Auditor:
         return {name: layer.summary() for name, layer in self._layers.items()}
 
     def reset(self) -> None:
-        """Forget all samples and start again from the seed."""
+        """Forget all samples and start again: from the seed, or without one with another."""
         self._layers.clear()
+        if self.settings.seed is None:
+            self._seed = secrets.randbits(32)
 
     def _generator(self, layer: str) -> torch.Generator:
-        return torch.Generator().manual_seed(zlib.crc32(f"{self.settings.seed}/{layer}".encode()))
+        return torch.Generator().manual_seed(zlib.crc32(f"{self._seed}/{layer}".encode()))
 
     def _judge(self, name: str, layer: _Layer) -> None:
         look = layer.audited.bit_length()
@@ -212,13 +221,13 @@ class _Layer:
         (error, size), (nonfinite, undefined), *squares = (
             part.tolist() for part in torch.split(self.totals, list(_SIZES))
         )
-        estimate = error / size if size > 0 else 0.0
+        estimate = error / size if size > 0 else 0.0 if self.rows else math.nan
         parts = [_expand(part, estimate) for part in squares]
         half = _half_width(parts, self.chosen, tail) / size if size > 0 else math.inf
         return LayerAudit(
             estimate=estimate,
-            low=max(0.0, estimate - half),
-            high=estimate + half,
+            low=max(0.0, estimate - half) if self.rows else 0.0,
+            high=estimate + half if self.rows else math.inf,
             rows=self.rows,
             calls=self.calls,
             audited=self.audited,

@@ -218,7 +218,7 @@ def _read(path: Path, key: dict[str, Any]) -> BreakEven | None:
     """A measurement from its file; None if there is none, or none that can be used."""
     try:
         held = json.loads(path.read_text(encoding="utf-8"))
-    except (OSError, ValueError):
+    except (OSError, ValueError, RecursionError):
         return None
     if not isinstance(held, dict) or held.get("key") != key:
         return None

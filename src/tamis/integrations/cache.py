@@ -1,4 +1,4 @@
-"""A cache of transformers that keeps bounds of its key blocks, for `Decode`."""
+"""A cache of transformers that keeps the mean key of every block, for `Decode`."""
 
 from __future__ import annotations
 
@@ -7,21 +7,21 @@ from typing import Any
 from torch import Tensor, nn
 from transformers.cache_utils import Cache, DynamicLayer
 
-from tamis.integrations.decoding import KeyBounds
+from tamis.integrations.decoding import KeyMeans
 
 
-class BoundedLayer(DynamicLayer):  # type: ignore[no-untyped-call]  # transformers' own, as below
-    """One layer's growing keys and values, written into room that is kept, with bounds of every block of 64 keys.
+class MeansLayer(DynamicLayer):  # type: ignore[no-untyped-call]  # transformers' own, as below
+    """One layer's growing keys and values, written into room that is kept, with the mean key of every block of 64.
 
     Whatever replaces `keys` from outside (beam search, cropping, offloading) is noticed at the next update, which then
-    makes room and bounds anew.
+    makes room and means anew.
     """
 
     def __init__(self, layer: DynamicLayer | None = None) -> None:
         super().__init__()  # type: ignore[no-untyped-call]
         self._room: tuple[Tensor, Tensor] | None = None
         self._seen: tuple[Tensor, Tensor] | None = None
-        self.bounds: KeyBounds | None = None
+        self.means: KeyMeans | None = None
         if layer is not None and layer.keys is not None and layer.values is not None:
             self.lazy_initialization(layer.keys, layer.values)
             self.keys, self.values = layer.keys, layer.values
@@ -32,7 +32,7 @@ class BoundedLayer(DynamicLayer):  # type: ignore[no-untyped-call]  # transforme
             self.lazy_initialization(key_states, value_states)
         assert self.keys is not None and self.values is not None
         if self._seen is None or self._seen[0] is not self.keys or self._seen[1] is not self.values:
-            self._room = self.bounds = None
+            self._room = self.means = None
         old = self.get_seq_length()
         length = old + key_states.shape[2]
         room = self._room
@@ -41,11 +41,11 @@ class BoundedLayer(DynamicLayer):  # type: ignore[no-untyped-call]  # transforme
         room[0][:, :, old:length] = key_states
         room[1][:, :, old:length] = value_states
         keys, values = room[0][:, :, :length], room[1][:, :, :length]
-        if self.bounds is None:
-            self.bounds = KeyBounds.of(keys)
+        if self.means is None:
+            self.means = KeyMeans.of(keys)
         else:
-            self.bounds.extend(keys)
-        keys.tamis_bounds = self.bounds  # type: ignore[attr-defined]  # how it reaches the attention function
+            self.means.extend(keys)
+        keys.tamis_means = self.means  # type: ignore[attr-defined]  # how it reaches the attention function
         self._room, self._seen = room, (keys, values)
         self.keys, self.values = keys, values
         return keys, values
@@ -53,7 +53,7 @@ class BoundedLayer(DynamicLayer):  # type: ignore[no-untyped-call]  # transforme
     def reset(self) -> None:
         """Forget all keys and values."""
         super().reset()
-        self._room = self._seen = self.bounds = None
+        self._room = self._seen = self.means = None
 
 
 def _grown(have: Tensor, new: Tensor, old: int, length: int) -> Tensor:
@@ -65,13 +65,13 @@ def _grown(have: Tensor, new: Tensor, old: int, length: int) -> Tensor:
     return room
 
 
-def keep_bounds(_: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
-    """A forward pre-hook: the growing layers of the cache that a model is called with keep bounds from here on."""
+def keep_means(_: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
+    """A forward pre-hook: the growing layers of the cache that a model is called with keep means from here on."""
     for cache in (*args, *kwargs.values()):
         if not isinstance(cache, Cache):
             continue
         if cache.layer_class_to_replicate is DynamicLayer:
-            cache.layer_class_to_replicate = BoundedLayer
+            cache.layer_class_to_replicate = MeansLayer
         for number, layer in enumerate(cache.layers):
             if type(layer) is DynamicLayer:
-                cache.layers[number] = BoundedLayer(layer)
+                cache.layers[number] = MeansLayer(layer)

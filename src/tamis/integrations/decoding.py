@@ -1,8 +1,8 @@
-"""Decoding that reads a share of the key blocks, chosen from bounds that are kept beside the cache.
+"""Decoding that reads a share of the key blocks, chosen by the mean key of each, which is kept beside the cache.
 
-For a query q and a key block with per-channel minima and maxima lo, hi, no key of the block scores more than
-`relu(q) . hi - relu(-q) . lo`. The blocks with the largest bounds are read (Quest, arXiv 2406.10774, section 3.2), one
-choice for the query heads that share a key head: they share what is read.
+Blocks are ranked by q . mean(block), the first stage of SpargeAttn with a single query (arXiv 2502.18137, section 3.2).
+The query heads that share a key head read the same blocks, so that each is read once. Bounds from per-channel minima
+and maxima (Quest, arXiv 2406.10774) rank far worse on SmolLM2.
 """
 
 from __future__ import annotations
@@ -59,74 +59,71 @@ class Decode:
 
 
 @dataclass
-class KeyBounds:
-    """Smallest and largest key of every block of 64, per channel: `[batch, kv_heads, room, head_dim]` each.
+class KeyMeans:
+    """The mean key of every block of 64, fp32 `[batch, kv_heads, room, head_dim]`.
 
     Attributes:
         length: tokens they are of. Behind its blocks there may be room, which is never read.
     """
 
-    low: Tensor
-    high: Tensor
+    means: Tensor
     length: int
 
     @classmethod
-    def of(cls, key: Tensor) -> KeyBounds:
-        """Bounds of a key `[batch, kv_heads, length, head_dim]`."""
-        bounds = cls(key.new_empty(*key.shape[:2], 0, key.shape[3]), key.new_empty(*key.shape[:2], 0, key.shape[3]), 0)
-        bounds.extend(key)
-        return bounds
+    def of(cls, key: Tensor) -> KeyMeans:
+        """Means of a key `[batch, kv_heads, length, head_dim]`."""
+        found = cls(key.new_empty(*key.shape[:2], 0, key.shape[3], dtype=torch.float32), 0)
+        found.extend(key)
+        return found
 
     def extend(self, key: Tensor) -> None:
         """Take in the tokens that a key has grown by; its first `length` tokens are as they were."""
         first, blocks = self.length // BLOCK, geometry.num_blocks(key.shape[2], BLOCK)
-        if blocks > self.low.shape[2]:
-            room = key.new_empty(*key.shape[:2], max(blocks, blocks * 9 // 8) - self.low.shape[2], key.shape[3])
-            self.low, self.high = torch.cat([self.low, room], dim=2), torch.cat([self.high, room], dim=2)
+        if blocks > self.means.shape[2]:
+            more = max(blocks, blocks * 9 // 8) - self.means.shape[2]
+            self.means = torch.cat([self.means, self.means.new_empty(*key.shape[:2], more, key.shape[3])], dim=2)
         fresh = key[:, :, first * BLOCK :]
-        whole = fresh.shape[2] // BLOCK * BLOCK
-        for store, extreme in ((self.low, torch.amin), (self.high, torch.amax)):
-            if whole:
-                tiles = fresh[:, :, :whole].reshape(*fresh.shape[:2], -1, BLOCK, fresh.shape[3])
-                store[:, :, first : first + whole // BLOCK] = extreme(tiles, dim=3)
-            if whole < fresh.shape[2]:
-                store[:, :, blocks - 1] = extreme(fresh[:, :, whole:], dim=2)
+        whole = fresh.shape[2] // BLOCK
+        if whole:
+            tiles = fresh[:, :, : whole * BLOCK].reshape(*fresh.shape[:2], whole, BLOCK, fresh.shape[3])
+            self.means[:, :, first : first + whole] = tiles.mean(dim=3, dtype=torch.float32)
+        if whole * BLOCK < fresh.shape[2]:
+            self.means[:, :, blocks - 1] = fresh[:, :, whole * BLOCK :].mean(dim=2, dtype=torch.float32)
         self.length = key.shape[2]
 
     def select(self, query: Tensor, kept: int) -> Tensor:
         """Blocks for queries `[batch, kv_heads, rows, head_dim]`: int32 `[batch, kv_heads, 1, kept]`, ascending."""
         blocks = geometry.num_blocks(self.length, BLOCK)
-        low, high = self.low[:, :, :blocks].transpose(2, 3), self.high[:, :, :blocks].transpose(2, 3)
-        bound = (query.relu() @ high - (-query).relu() @ low).amax(dim=2)
-        bound[:, :, 0] = bound[:, :, -2:] = torch.inf
-        return bound.topk(kept, dim=2).indices.sort(dim=2).values.to(torch.int32)[:, :, None]
+        score = (query.float() @ self.means[:, :, :blocks].transpose(2, 3)).amax(dim=2)
+        score[:, :, 0] = score[:, :, -2:] = torch.inf
+        return score.topk(kept, dim=2).indices.sort(dim=2).values.to(torch.int32)[:, :, None]
 
 
 def decode_obstacle(request: Request, decode: Decode | None) -> str | None:
     """Why one query cannot be answered from a part of the cache; None where it can."""
     if decode is None:
         return "decoding"
-    if request.bounds is None:
-        return "decoding: the cache keeps no bounds"
+    if request.means is None:
+        return "decoding: the cache keeps no means"
     if request.mask is not None or request.window is not None or request.segments is not None:
         return "decoding: under a mask, a window or padding"
     if request.sink_logits is not None:
         return "decoding: with sinks"  # they differ by query head, and the query heads of a key head are rows here
-    if request.bounds.length != request.key.shape[2]:
-        return "decoding: the cache was changed behind its bounds"
+    if request.means.length != request.key.shape[2]:
+        return "decoding: the cache was changed behind its means"
     blocks = geometry.num_blocks(request.key.shape[2], BLOCK)
     return None if decode.kept(blocks) < blocks else "decoding: every block is kept"
 
 
 def attend_selected(request: Request, decode: Decode, backend: str | None) -> AttentionOutput:
-    """Attention of one query `[batch, heads, 1, head_dim]` over the key blocks with the largest bounds."""
-    assert request.bounds is not None
+    """Attention of one query `[batch, heads, 1, head_dim]` over the key blocks whose mean scores most."""
+    assert request.means is not None
     batch, heads, _, dim = request.query.shape
     kv_heads, length = request.key.shape[1:3]
     # The query heads of a key head as rows of one block: what it reads is read once for all of them.
     rows = request.query.reshape(batch, kv_heads, heads // kv_heads, dim)
     kept = decode.kept(geometry.num_blocks(length, BLOCK))
-    indices = request.bounds.select(rows.to(request.key.dtype), kept)
+    indices = request.means.select(rows, kept)
     counts = torch.full(indices.shape[:3], kept, dtype=torch.int32, device=indices.device)
     result = attend(
         rows,

@@ -30,11 +30,11 @@ class Hook(ABC):
         self.remove()
 
 
-def install(model: nn.Module, function: Callable[[Request], Tensor], *, bounds: bool = False) -> Hook:
+def install(model: nn.Module, function: Callable[[Request], Tensor], *, means: bool = False) -> Hook:
     """Hand every attention call of a model to a function until `.remove()`, or inside a `with` block.
 
     Args:
-        bounds: let the caches that the model is called with keep bounds of their key blocks, for `Decode`.
+        means: let the caches that the model is called with keep the mean key of every block, for `Decode`.
 
     Raises:
         TypeError: the model comes from no library that tamis knows.
@@ -42,7 +42,7 @@ def install(model: nn.Module, function: Callable[[Request], Tensor], *, bounds: 
     """
     from tamis.integrations.transformers import TransformersHook
 
-    return TransformersHook(model, function, bounds=bounds)
+    return TransformersHook(model, function, means=means)
 
 
 def attention_layers(model: nn.Module) -> list[str]:

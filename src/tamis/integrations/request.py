@@ -16,7 +16,7 @@ from tamis.profile import LayerSettings
 from tamis.stats import AttentionOutput
 
 if TYPE_CHECKING:
-    from tamis.integrations.decoding import KeyBounds
+    from tamis.integrations.decoding import KeyMeans
 
 
 @dataclass(frozen=True)
@@ -30,7 +30,7 @@ class Request:
         segments: 0 for tokens and -1 for padding, `[batch, q_len]` and `[batch, kv_len]`, or None.
         obstacle: why this call can only run dense, or None.
         library: dense attention as the model's own library runs it, given the request, a mask and whether it is causal.
-        bounds: of the key's blocks, where the cache keeps them (`Decode`).
+        means: of the key's blocks, where the cache keeps them (`Decode`).
     """
 
     layer: str
@@ -48,7 +48,7 @@ class Request:
     dropout: float
     obstacle: str | None
     library: Callable[[Request, Tensor | None, bool], Tensor] = field(default_factory=lambda: torch_attention)
-    bounds: KeyBounds | None = None
+    means: KeyMeans | None = None
 
 
 def complete_mask(request: Request) -> Tensor | None:

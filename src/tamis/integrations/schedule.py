@@ -98,6 +98,8 @@ class Chooser:
     """
 
     def __init__(self, source: LayerSettings | Profile, schedule: Schedule | None, layers: Sequence[str]) -> None:
+        if schedule is not None and not isinstance(schedule, Schedule):
+            raise TypeError(f"schedule must be a Schedule, got {type(schedule).__name__}")
         self.source = source
         self.schedule = Schedule() if schedule is None else schedule
         self.step: int | None = None
@@ -112,6 +114,8 @@ class Chooser:
                 for stages in source.layers.values()
             )
         given = self.schedule.dense_layers
+        if isinstance(given, int) and given > len(layers):
+            raise ValueError(f"schedule: dense_layers is {given}, the model has {len(layers)} attention layers")
         self._dense = frozenset(layers[:given] if isinstance(given, int) else given)
         for name in self._dense.difference(layers):
             near = difflib.get_close_matches(name, layers, 3)

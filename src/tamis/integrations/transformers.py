@@ -48,19 +48,19 @@ _names = (f"tamis_{number}" for number in itertools.count())
 class TransformersHook(Hook):
     """A function installed in a transformers model."""
 
-    def __init__(self, model: nn.Module, function: Callable[[Request], Tensor], *, bounds: bool = False) -> None:
+    def __init__(self, model: nn.Module, function: Callable[[Request], Tensor], *, means: bool = False) -> None:
         self._model = _check_model(model)
         self._name = next(_names)
         self._configs = _configs(model)
-        self._bounds: list[RemovableHandle] = []
+        self._means: list[RemovableHandle] = []
         _register(self._name, _Attention(function, {module: name for name, module in model.named_modules()}))
         try:
             self._model.set_attn_implementation(self._name)
             kept = [type(config).__name__ for config, _ in self._configs if config._attn_implementation != self._name]
             if kept:
                 raise UnsupportedError(f"{type(model).__name__} does not take an attention function (for {kept})")
-            if bounds:
-                self._bounds = _keep_bounds(model)
+            if means:
+                self._means = _keep_means(model)
         except BaseException:
             self.remove()
             raise
@@ -70,7 +70,7 @@ class TransformersHook(Hook):
         for config, implementation in self._configs:
             if config._attn_implementation == self._name:
                 config._attn_implementation_internal = implementation
-        for handle in self._bounds:
+        for handle in self._means:
             handle.remove()
         _unregister(self._name)
 
@@ -105,13 +105,13 @@ def _unregister(name: str) -> None:
     AttentionMaskInterface._global_mapping.pop(name, None)
 
 
-def _keep_bounds(model: nn.Module) -> list[RemovableHandle]:
+def _keep_means(model: nn.Module) -> list[RemovableHandle]:
     from transformers import PreTrainedModel
 
-    from tamis.integrations.cache import keep_bounds
+    from tamis.integrations.cache import keep_means
 
     modules = [module for module in model.modules() if isinstance(module, PreTrainedModel)]
-    return [module.register_forward_pre_hook(keep_bounds, with_kwargs=True) for module in modules]
+    return [module.register_forward_pre_hook(keep_means, with_kwargs=True) for module in modules]
 
 
 class _Attention:
@@ -154,7 +154,7 @@ class _Attention:
             dropout=dropout,
             obstacle=_obstacle(query, key, value, mask, dropout, extra),
             library=partial(_library, {name: item for name, item in extra.items() if name not in _HONOURED}),
-            bounds=getattr(key, "tamis_bounds", None),
+            means=getattr(key, "tamis_means", None),
         )
         return self._function(request).transpose(1, 2).contiguous(), None
 

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 
+from tamis.call import COMPENSATIONS, PRECISIONS
 from tamis.predictors.base import Predictor
 
 
@@ -14,12 +15,22 @@ class LayerSettings:
     Attributes:
         predictor: what chooses the blocks; None runs the layer dense.
         pv_threshold: one number, one per query head (inf = off for that head), or None = off.
+        precision, compensate: as in `attend`.
+
+    Raises:
+        ValueError: precision or compensate is none that `attend` knows.
     """
 
     predictor: Predictor | None
     pv_threshold: float | tuple[float, ...] | None = None
     precision: str = "int8"
     compensate: str | None = None
+
+    def __post_init__(self) -> None:
+        for name, allowed in (("precision", PRECISIONS), ("compensate", (None, *COMPENSATIONS))):
+            if getattr(self, name) not in allowed:
+                choices = ", ".join(map(repr, allowed))
+                raise ValueError(f"{name} must be one of {choices}, got {getattr(self, name)!r}")
 
 
 @dataclass(frozen=True)
