@@ -526,6 +526,8 @@ def _check_folder(path: Path | None, option: str = "--json") -> None:
     """Before minutes of measuring, not after."""
     if path is not None and not path.resolve().parent.is_dir():
         raise _UsageError(f"{option}: the folder of {path} is not there")
+    if path is not None and path.is_dir():
+        raise _UsageError(f"{option}: {path} is a folder, give a file in it")
 
 
 def _write(path: Path | None, name: str, result: dict[str, Any]) -> None:

@@ -92,11 +92,12 @@ class Profile:
             raise ValueError(f"the profile has layers that the model does not have: {', '.join(strange[:5])}{hint}")
 
     def merge(self, other: Profile) -> Profile:
-        """Both profiles' layers.
+        """Both profiles' layers; what was measured of each as a whole is true of neither any more, and left out.
 
         Raises:
             ValueError: a layer has different settings in the two, or they are for different models.
         """
+        _check_type(other)
         if self.model != other.model:
             raise ValueError(f"the profiles are for different models: {self.model!r} and {other.model!r}")
         clashes = [name for name in self.layers if name in other.layers and self.layers[name] != other.layers[name]]
@@ -108,6 +109,7 @@ class Profile:
 
     def diff(self, other: Profile) -> list[str]:
         """What differs between two profiles, a line each; empty if nothing does."""
+        _check_type(other)
         lines = [
             f"{name}: {getattr(self, name)!r} -> {getattr(other, name)!r}"
             for name in ("model", "budget", "library", "evidence")
@@ -140,18 +142,34 @@ class Profile:
             raise ValueError(f"{path} is no profile that tamis can use: {error}") from error
 
     def __str__(self) -> str:
-        heads = [part for stages in self.layers.values() for stage in stages for part in _heads(stage)]
-        parts = [f"{len(self.layers)} layers", f"budget {dict(self.budget)}"]
-        if heads:
-            density = sum(head[0] for head in heads) / len(heads)
-            parts += [f"{len(heads)} heads", f"mean density {density:.3f}", f"worst L1 {max(h[1] for h in heads):.3f}"]
+        """A line for what was tuned, and one for what held-out inputs say of it."""
+        known = [stage.evidence for stages in self.layers.values() for stage in stages if stage.evidence is not None]
+        budget = ", ".join(f"{name} {value:.4g}" for name, value in self.budget.items())
+        parts = [f"{len(self.layers)} layers", *([f"budget {budget}"] if budget else [])]
+        density = [number for evidence in known for number in evidence.density]
+        if density:
+            worst = max(number for evidence in known for number in evidence.l1_worst)
+            parts += [
+                f"{len(density)} heads",
+                f"mean density {sum(density) / len(density):.3f}",
+                f"worst L1 {worst:.3f}",
+            ]
         parts += [f"{name} {value:.4g}" for name, value in self.evidence.items()]
-        return f"Profile of {self.model or 'a model'}: {', '.join(parts)}"
+        text = f"Profile of {self.model or 'a model'}: {', '.join(parts)}"
+        held = [number for evidence in known for number in evidence.held_out_l1]
+        if not held:
+            return text
+        bound = max((value for name, value in self.budget.items() if name in ("l1", "pv_l1")), default=None)
+        within = (
+            "" if bound is None else f"{sum(x <= bound for x in held) / len(held):.0%} of heads within {bound:.4g}, "
+        )
+        worst = max(number for evidence in known for number in evidence.held_out_l1_worst)
+        return f"{text}\nheld out: {within}mean L1 {sum(held) / len(held):.3f}, worst on one input {worst:.3f}"
 
 
-def _heads(stage: Stage) -> list[tuple[float, float]]:
-    """Density and worst L1 of every head with evidence."""
-    return [] if stage.evidence is None else list(zip(stage.evidence.density, stage.evidence.l1_worst, strict=True))
+def _check_type(other: object) -> None:
+    if not isinstance(other, Profile):
+        raise TypeError(f"other must be a Profile, got {type(other).__name__}: tamis.Profile.load reads a file")
 
 
 def _differences(name: str, first: tuple[Stage, ...], second: tuple[Stage, ...]) -> list[str]:
@@ -164,8 +182,16 @@ def _differences(name: str, first: tuple[Stage, ...], second: tuple[Stage, ...])
         where = name if len(first) == 1 else f"{name} from step {one.first}"
         for key in [*old, *(key for key in new if key not in old)]:
             if old.get(key) != new.get(key):
-                lines.append(f"{where}: {key} {files.inline(old.get(key))} -> {files.inline(new.get(key))}")
+                lines.append(f"{where}: {key} {_change(old.get(key), new.get(key))}")
     return lines
+
+
+def _change(old: Any, new: Any) -> str:
+    """What became of a value; of lists of equal length only the heads that changed."""
+    if isinstance(old, list) and isinstance(new, list) and len(old) == len(new):
+        pairs = [(head, pair) for head, pair in enumerate(zip(old, new, strict=True)) if pair[0] != pair[1]]
+        return "; ".join(f"head {head}: {files.inline(a)} -> {files.inline(b)}" for head, (a, b) in pairs)
+    return f"{files.inline(old)} -> {files.inline(new)}"
 
 
 def _flat(value: Mapping[str, Any], prefix: str = "") -> dict[str, Any]:
