@@ -6,6 +6,7 @@ dtype the model has.
 
 from __future__ import annotations
 
+import math
 import statistics
 import time
 from collections.abc import Callable
@@ -24,9 +25,11 @@ from tamis.demo.machine import machine
 from tamis.demo.progress import note
 from tamis.demo.text import texts
 from tamis.integrations.apply import apply
+from tamis.integrations.decoding import Decode
 
 SHORT = 128
-NEW_TOKENS = 24
+NEW_TOKENS = 128
+SHARES = (0.25, 0.125, 0.0625)
 DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16}
 Way = Callable[[], AbstractContextManager[Any]]
 
@@ -63,29 +66,39 @@ def _prefill(model: Any, ids: Tensor, rounds: int) -> dict[str, Any]:
     ways: dict[str, Way] = {"own": nullcontext, "tamis": lambda: apply(model)}
     times, hidden = _in_turn(ways, lambda: language.backbone(model, ids), rounds)
     found = {name: language.perplexity(model, value, ids, name) for name, value in hidden.items()}
-    row = {"what": f"SmolLM2-135M, prefill of {ids.shape[1]} tokens", **_ratio(times, "own", "tamis")}
+    row = {"what": f"SmolLM2-135M, prefill of {ids.shape[1]}", **_ratio(times, "own", "tamis")}
     return row | {"perplexity": found["own"], "perplexity_change": found["tamis"] / found["own"] - 1}
 
 
 def _decoding(model: Any, ids: Tensor) -> list[dict[str, Any]]:
-    """Seconds of a token, the first two left out: there what is kept beside the cache is made."""
-    note(f"decoding after {ids.shape[1]} tokens")
+    """The last tokens of the text one at a time; in the first two what is kept beside the cache is made."""
+    length = ids.shape[1] - NEW_TOKENS
+    note(f"{NEW_TOKENS} tokens after {length}, one at a time")
     ways: dict[str, Way] = {"own": nullcontext, "dense": lambda: apply(model)}
-    for share in (0.25, 0.125):
-        ways[f"{share:g} of the cache"] = partial(apply, model, decode=share)
+    ways |= {f"{share:g} of the cache": partial(apply, model, decode=Decode(share, least=8)) for share in SHARES}
     times: dict[str, list[float]] = {}
+    perplexity: dict[str, float] = {}
     for name, way in ways.items():
         with apply(model):
-            cache = model(ids[:, :-1], use_cache=True, logits_to_keep=1).past_key_values
+            cache = model(ids[:, :length], use_cache=True, logits_to_keep=1).past_key_values
+        taken, loss = [], 0.0
         with way():
-            taken = []
-            for _ in range(NEW_TOKENS + 2):
+            for place in range(length, ids.shape[1] - 1):
                 start = time.perf_counter()
-                model(ids[:, -1:], past_key_values=cache)
+                logits = model(ids[:, place : place + 1], past_key_values=cache).logits[0, -1]
                 taken.append(time.perf_counter() - start)
-        times[name] = taken[2:]
-    kind = f"SmolLM2-135M, a token after {ids.shape[1]}"
-    return [{"what": f"{kind}, {name}", **_ratio(times, "own", name)} for name in ways if name != "own"]
+                loss += float(torch.nn.functional.cross_entropy(logits.float(), ids[0, place + 1]))
+        times[name], perplexity[name] = taken[2:], math.exp(loss / len(taken))
+    return [
+        {
+            "what": f"a token after {length}, {name}",
+            **_ratio(times, "own", name),
+            "perplexity": perplexity[name],
+            "perplexity_change": perplexity[name] / perplexity["own"] - 1,
+        }
+        for name in ways
+        if name != "own"
+    ]
 
 
 def _image(pixels: int, rounds: int, dtype: torch.dtype) -> dict[str, Any]:
@@ -119,11 +132,21 @@ def _ratio(times: dict[str, list[float]], own: str, other: str) -> dict[str, Any
 
 
 def table(result: dict[str, Any]) -> str:
-    """The result as text; ratios above 1 are in favour of tamis."""
-    lines = [f"{result['dtype']}{'own s':>50}{'tamis s':>10}{'x':>7}"]
+    """The result in Markdown; ratios above 1 are in favour of tamis."""
+    machine = result["machine"]
+    lines = [
+        f"{machine['cpu']}, {machine['threads']} threads, models in {result['dtype']}, torch {machine['torch']}.",
+        "",
+        "| | own attention | tamis | ratio | |",
+        "|---|---|---|---|---|",
+    ]
     for row in result["rows"]:
         notes = [f"perplexity {row['perplexity_change']:+.2%}"] if "perplexity_change" in row else []
-        notes += [f"cosine {row['feature_cosine']:.4f}"] if "feature_cosine" in row else []
-        line = f"{row['what']:<49}{row['own_seconds']:10.4f}{row['seconds']:10.4f}{row['ratio']['median']:7.2f}"
-        lines.append(f"{line}  {', '.join(notes)}".rstrip())
+        notes += [f"feature cosine {row['feature_cosine']:.4f}"] if "feature_cosine" in row else []
+        times = f"{_time(row['own_seconds'])} | {_time(row['seconds'])} | {row['ratio']['median']:.2f}x"
+        lines.append(f"| {row['what']} | {times} | {', '.join(notes)} |")
     return "\n".join(lines)
+
+
+def _time(seconds: float) -> str:
+    return f"{seconds:.2f} s" if seconds >= 1 else f"{seconds * 1e3:.1f} ms"
