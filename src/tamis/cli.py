@@ -235,10 +235,24 @@ def _add_bench(commands: Any) -> None:
     whole.add_argument("--rounds", type=_positive, default=3, metavar="N", help="whole passes of each kind (3)")
     whole.add_argument("--dtype", choices=("float32", "bfloat16"), default="float32", help="of the models (float32)")
     whole.set_defaults(command=_bench_models)
-    for kind in (cpu, gpu, decode, whole, limits, ablation, defaults, static, tuned, compensate, frontier):
+    ordered = _add_bench_order(kinds)
+    for kind in (cpu, gpu, decode, whole, limits, ablation, defaults, static, tuned, compensate, frontier, ordered):
         kind.add_argument(
             "--json", type=Path, metavar="FILE", help="result (NAME-DATE.json, under benchmarks/results if there)"
         )
+
+
+def _add_bench_order(kinds: Any) -> argparse.ArgumentParser:
+    ordered: argparse.ArgumentParser = kinds.add_parser("order", help="what the order of a video's tokens is worth")
+    ordered.add_argument("--clip", nargs="+", metavar="NAME", help="bikes bigbuckbunny (both)")
+    ordered.add_argument("--frames", type=_positive, default=13, metavar="N", help="frames of each (13)")
+    ordered.add_argument("--stride", type=_positive, default=4, metavar="N", help="take only each N-th frame (4)")
+    ordered.add_argument("--rows", type=_positive, default=16, metavar="N", help="height of a frame in tokens (16)")
+    ordered.add_argument("--every", type=_positive, default=3, metavar="N", help="take only each N-th layer (3)")
+    ordered.add_argument("--picture", type=Path, metavar="FILE", help="also draw the orders on small grids as SVG")
+    ordered.add_argument("--markdown", type=Path, metavar="FILE", help="measure nothing: print this result as tables")
+    ordered.set_defaults(command=_bench_order)
+    return ordered
 
 
 def _positive(text: str) -> int:
@@ -535,6 +549,26 @@ def _bench_frontier(options: argparse.Namespace) -> None:
         print(frontier_report.markdown(result))
     if options.picture is not None:
         options.picture.write_text(frontier_report.svg(result), encoding="utf-8")
+
+
+def _bench_order(options: argparse.Namespace) -> None:
+    _check_folder(options.json)
+    _check_folder(options.picture, "--picture")
+    from tamis.bench import order, order_report
+    from tamis.demo import clip
+
+    names = tuple(options.clip or clip.CLIPS)
+    if wrong := [name for name in names if name not in clip.CLIPS]:
+        raise _UsageError(f"--clip: {', '.join(wrong)} is not one of {', '.join(clip.CLIPS)}")
+    if options.picture is not None:
+        options.picture.write_text(order_report.svg(), encoding="utf-8")
+    if options.markdown is None:
+        chosen = order.OrderOptions(names, options.frames, options.stride, options.rows, options.every)
+        result = order.run(chosen)
+        print(order_report.markdown(result))
+        _write(options.json, "order", result)
+    else:
+        print(order_report.markdown(json.loads(options.markdown.read_text(encoding="utf-8"))))
 
 
 def _check_folder(path: Path | None, option: str = "--json") -> None:

@@ -66,7 +66,7 @@ def run(tokens: int, start: int, every: int = 1, families: tuple[Family, ...] = 
         for family in families:
             rows: list[dict[str, float]] = []
             for setting in family.settings:
-                rows.append({"setting": setting} | _measure(layers, family.make(setting)))
+                rows.append({"setting": setting} | measure(layers, family.make(setting)))
                 progress.advance()
             found.append({"name": family.name, "rows": sorted(rows, key=lambda row: row["density"])})
     shares = _cost(layers, families)
@@ -83,8 +83,8 @@ def run(tokens: int, start: int, every: int = 1, families: tuple[Family, ...] = 
     }
 
 
-def _measure(layers: list[Layer], predictor: Predictor) -> dict[str, float]:
-    """Mean density and relative L1 over all heads."""
+def measure(layers: list[Layer], predictor: Predictor) -> dict[str, float]:
+    """Mean density and relative L1 over all heads, in full precision: what differs from dense is the mask alone."""
     densities: list[float] = []
     errors: list[float] = []
     with torch.inference_mode():

