@@ -9,7 +9,7 @@ import pytest
 import torch
 
 import tamis
-from tamis.demo import assets, image, language, measure, models, passes, speech, text
+from tamis.demo import assets, clip, image, language, measure, models, passes, speech, text
 from tamis.integrations.capture import Captures, record
 
 pytest.importorskip("transformers")
@@ -68,6 +68,28 @@ def test_a_missing_image_weight_is_refused(monkeypatch: pytest.MonkeyPatch) -> N
     monkeypatch.setattr(image, "read_weights", lambda _path: weights)
     with pytest.raises(ValueError, match=r"Missing key.*encoder\.layer\.3\.mlp\.fc1\.weight"):
         image.load_image_model(path)
+
+
+@pytest.mark.parametrize(("name", "columns", "moved"), [("bikes", 12, 0.1), ("bigbuckbunny", 9, 0.03)])
+def test_frames_of_a_clip(name: str, columns: int, moved: float) -> None:
+    """In order: a frame is like the next one, and less like the ninth; each as the image model wants it."""
+    pytest.importorskip("av")
+    frames = clip.frames(name, 9, stride=4, rows=5)
+    assert len(frames) == 9 and {frame.shape for frame in frames} == {(1, 3, 5 * 14, columns * 14)}
+    assert all(frame.abs().max() < 3 and frame.std() > 0.3 for frame in frames)
+    assert torch.equal(clip.frames(name, 5, stride=8, rows=5)[4], frames[8])
+    near, far = ((frames[0] - frames[other]).abs().mean() for other in (1, 8))
+    assert 0 < near < far and far > moved
+
+
+def test_a_clip_is_not_longer_than_it_is() -> None:
+    pytest.importorskip("av")
+    with pytest.raises(
+        ValueError, match="bikes has 250 frames, of which a stride of 90 leaves 3: ask for no more, got 4"
+    ):
+        clip.frames("bikes", 4, stride=90, rows=1)
+    with pytest.raises(ValueError, match="the clip must be one of bikes, bigbuckbunny, got 'ducks'"):
+        clip.frames("ducks", 1, stride=1, rows=1)
 
 
 def test_speech_model_writes_down_what_was_said() -> None:

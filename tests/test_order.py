@@ -65,15 +65,17 @@ def test_the_curve_through_grids_of_models(grid: order.Grid) -> None:
     assert longer_steps(coordinates(found.forward, grid)) == 0
 
 
-def test_a_block_of_the_curve_is_compact() -> None:
-    """Of a cube of 32 cells, 64 tokens in a row fill at most 4 x 4 x 4 and a little more: of row-major 1 x 2 x 32."""
+@pytest.mark.parametrize(("grid", "most", "of_row"), [((32, 32, 32), 5.5, 32), ((1, 2, 1001), 33, 64)], ids=str)
+def test_a_block_of_the_curve_is_compact(grid: order.Grid, most: float, of_row: float) -> None:
+    """The longest side of 64 tokens in a row, on average: at least 4 in a cube, 32 where two rows are all there are."""
 
-    def spread(kind: str) -> float:
-        cells = coordinates(order.tokens(kind, (32, 32, 32)).forward, (32, 32, 32)).view(-1, 64, 3)
-        sides = cells.amax(1) - cells.amin(1) + 1
-        return float(sides.amax(1).float().mean())
+    def side(kind: str) -> float:
+        whole = order.tokens(kind, grid).length // 64 * 64
+        cells = coordinates(order.tokens(kind, grid).forward[:whole], grid).view(-1, 64, 3)
+        return float((cells.amax(1) - cells.amin(1) + 1).amax(1).float().mean())
 
-    assert spread("hilbert") <= 6 and spread("row") == 32
+    assert side("hilbert") <= most < of_row / 1.9
+    assert side("row") >= 0.95 * of_row
 
 
 def test_what_each_order_is() -> None:

@@ -38,7 +38,9 @@ def frames(name: str, count: int, *, stride: int, rows: int) -> list[Tensor]:
                 found.append(_pixels(frame, rows))
             if len(found) == count:
                 return found
-    raise ValueError(f"{name} has {seen} frames: {count} at every {stride}. are too many, at most {len(found)}")
+    raise ValueError(
+        f"{name} has {seen} frames, of which a stride of {stride} leaves {len(found)}: ask for no more, got {count}"
+    )
 
 
 def _pixels(frame: Any, rows: int) -> Tensor:

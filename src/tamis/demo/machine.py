@@ -15,7 +15,7 @@ import torch
 from tamis.backends import base
 from tamis.call import PRECISIONS, make_call
 
-_OPTIONAL = ("triton", "transformers", "accelerate", "gguf", "onnx", "numpy", "scikit-image")
+_OPTIONAL = ("triton", "transformers", "accelerate", "gguf", "onnx", "numpy", "scikit-image", "av")
 
 
 def machine() -> dict[str, Any]:
