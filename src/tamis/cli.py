@@ -166,6 +166,7 @@ def _add_report(commands: Any) -> None:
 def _add_bench(commands: Any) -> None:
     bench = commands.add_parser("bench", help="measure speed, ablations, defaults")
     kinds = bench.add_subparsers(title="benchmarks", required=True, metavar="BENCHMARK")
+    _add_bench_order(kinds)
     cpu = kinds.add_parser("cpu", help="speed and memory against torch")
     cpu.add_argument("--n", type=_positive, nargs="+", metavar="N", help="lengths (1024 4096 8192 32768)")
     cpu.add_argument("--head-dim", type=_positive, nargs="+", metavar="D", help="head dims (64 128)")
@@ -235,15 +236,14 @@ def _add_bench(commands: Any) -> None:
     whole.add_argument("--rounds", type=_positive, default=3, metavar="N", help="whole passes of each kind (3)")
     whole.add_argument("--dtype", choices=("float32", "bfloat16"), default="float32", help="of the models (float32)")
     whole.set_defaults(command=_bench_models)
-    ordered = _add_bench_order(kinds)
-    for kind in (cpu, gpu, decode, whole, limits, ablation, defaults, static, tuned, compensate, frontier, ordered):
+    for kind in (cpu, gpu, decode, whole, limits, ablation, defaults, static, tuned, compensate, frontier):
         kind.add_argument(
             "--json", type=Path, metavar="FILE", help="result (NAME-DATE.json, under benchmarks/results if there)"
         )
 
 
-def _add_bench_order(kinds: Any) -> argparse.ArgumentParser:
-    ordered: argparse.ArgumentParser = kinds.add_parser("order", help="what the order of a video's tokens is worth")
+def _add_bench_order(kinds: Any) -> None:
+    ordered = kinds.add_parser("order", help="what the order of a video's tokens is worth")
     ordered.add_argument("--clip", nargs="+", metavar="NAME", help="bikes bigbuckbunny (both)")
     ordered.add_argument("--frames", type=_positive, default=13, metavar="N", help="frames of each (13)")
     ordered.add_argument("--stride", type=_positive, default=4, metavar="N", help="take only each N-th frame (4)")
@@ -251,8 +251,8 @@ def _add_bench_order(kinds: Any) -> argparse.ArgumentParser:
     ordered.add_argument("--every", type=_positive, default=3, metavar="N", help="take only each N-th layer (3)")
     ordered.add_argument("--picture", type=Path, metavar="FILE", help="also draw the orders on small grids as SVG")
     ordered.add_argument("--markdown", type=Path, metavar="FILE", help="measure nothing: print this result as tables")
+    ordered.add_argument("--json", type=Path, metavar="FILE", help="result (order-DATE.json, as of the others)")
     ordered.set_defaults(command=_bench_order)
-    return ordered
 
 
 def _positive(text: str) -> int:
