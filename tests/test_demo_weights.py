@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import statistics
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
@@ -99,6 +100,23 @@ def test_speech_model_writes_down_what_was_said() -> None:
     _, path = assets.fetch_together(assets.WHISPER[0], assets.WHISPER_TOKENIZER)
     tokenizer = Tokenizer.from_file(str(path))
     model = speech.load_speech_model()
+    dense = transcribe(model, tokenizer)
+    said = tokenizer.decode(dense)
+    for words in ("Oh, hello. I didn't know you were there.", "This is Diane in New Jersey.", "a Yankee down here"):
+        assert words in said, said
+    with tamis.apply(model) as handle:
+        assert transcribe(model, tokenizer) == dense
+    layers = {name: layer for name, layer in handle.stats().items() if ".encoder." in name}
+    assert len(layers) == 6
+    for layer in layers.values():
+        assert layer.sparse == 1
+        assert layer.last is not None
+        assert layer.last.density < 0.9
+    assert set(handle.dense_reasons) == {"decoding", "fewer than 128 queries"}
+
+
+def transcribe(model: Any, tokenizer: Any) -> list[int]:
+    """The tokens of greedy decoding."""
     (features,) = speech.speech_inputs(1)
     start = ("<|startoftranscript|>", "<|en|>", "<|transcribe|>", "<|notimestamps|>")
     ids = [tokenizer.token_to_id(token) for token in start]
@@ -110,9 +128,7 @@ def test_speech_model_writes_down_what_was_said() -> None:
             output = model(encoder_outputs=heard, decoder_input_ids=step, past_key_values=past, use_cache=True)
             past, step = output.past_key_values, output.logits[:, -1:].argmax(dim=-1)
             ids.append(int(step))
-    said = tokenizer.decode(ids)
-    for words in ("Oh, hello. I didn't know you were there.", "This is Diane in New Jersey.", "a Yankee down here"):
-        assert words in said, said
+    return ids
 
 
 def test_speech_encoder_can_be_captured(tmp_path: Path) -> None:
