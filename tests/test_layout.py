@@ -24,6 +24,7 @@ ORDER = [
     {"compensate"},
     {"attend"},
     {"profile", "order"},
+    {"parallel"},
     {"integrations", "report"},
     {"tuning"},
     {"demo", "bench"},
@@ -37,7 +38,7 @@ ONE_LINE_BUT_ALLOWED = {
     ("demo", "bench"),
     ("bench", "demo"),
 }
-LAZY_ROOMS = {"demo", "bench", "cli", "integrations", "report", "tuning"}
+LAZY_ROOMS = {"demo", "bench", "cli", "integrations", "parallel", "report", "tuning"}
 PUBLIC = {
     "attend",
     "attend_varlen",

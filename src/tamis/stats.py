@@ -55,6 +55,19 @@ class AttentionStats:
         # Looked at when read: asking a symbolic length here would bind a compiled graph to one side of the answer.
         self._formats, self._rows, self._kernel_reasons = formats, rows, kernel_reasons
 
+    def with_counts(self, counts: Tensor) -> AttentionStats:
+        """The same description of other counts, `[batch, heads, q_blocks, 3]`: those of several calls of one kind."""
+        return AttentionStats(
+            counts,
+            backend=self.backend,
+            target=self.target,
+            formats=self._formats,
+            rows=self._rows,
+            dense_reason=self.dense_reason,
+            compensate=self.compensate,
+            kernel_reasons=self._kernel_reasons,
+        )
+
     @property
     def kernel_reason(self) -> str | None:
         """Why a backend that has a faster kernel for some calls took the one for all calls; else None."""

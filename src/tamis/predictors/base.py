@@ -143,6 +143,11 @@ def must_blocks(call: Call, keep: Keep | None, *, diagonal: bool) -> Tensor:
     return table
 
 
+def touched_blocks(ranges: Sequence[Range], length: int, block: int, device: torch.device) -> Tensor:
+    """Blocks that overlap one of the ranges of so many tokens, bool `[blocks]`."""
+    return _touched(_flat(ranges), length, block, device)
+
+
 def _flat(ranges: Sequence[Range]) -> list[int]:
     """Ranges as start, stop, start, stop, ..; an op's list holds integers only, so an open end becomes a huge one."""
     return [end for start, stop in ranges for end in (0 if start is None else start, _OPEN if stop is None else stop)]

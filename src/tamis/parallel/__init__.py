@@ -1,0 +1,7 @@
+"""Attention over several devices: a sequence spread over the ranks of a process group, in two modes, and a planner."""
+
+from tamis.parallel.attention import attend, exchange_layout, layer_attention, sparse_attention
+from tamis.parallel.layout import Layout
+from tamis.parallel.wire import Traffic
+
+__all__ = ["Layout", "Traffic", "attend", "exchange_layout", "layer_attention", "sparse_attention"]

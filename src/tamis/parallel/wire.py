@@ -1,0 +1,164 @@
+"""Everything that ranks send each other, in one place, where it can be counted.
+
+Bytes are those that leave a rank for another one. Where a collective's way is its library's own choice, they are what a
+ring of ranks sends: (ranks - 1) shards in an all-gather, 2 (ranks - 1) / ranks of the tensor in an all-reduce.
+"""
+
+from __future__ import annotations
+
+import contextlib
+from collections import Counter
+from collections.abc import Callable, Iterator, Sequence
+from dataclasses import dataclass
+from typing import TYPE_CHECKING
+
+import torch
+import torch.distributed as dist
+from torch import Tensor
+
+if TYPE_CHECKING:
+    from torch.distributed import ProcessGroup
+    from torch.distributed.device_mesh import DeviceMesh
+
+_counters: list[Traffic] = []
+
+
+class Traffic:
+    """Counts the bytes that this rank sends to others while it is open.
+
+    Attributes:
+        sent: bytes by kind: "heads" (query, key, value to the ranks of their heads), "output" (back again), "order"
+            (ring: tokens to their place and back), "ring" (key and value passed on), "summaries" (what predictions and
+            key means need), "lengths", "stats".
+
+    Example:
+        >>> from tamis.parallel import Traffic
+        >>> with Traffic() as traffic:
+        ...     pass  # attention calls
+        >>> traffic.total
+        0
+    """
+
+    def __init__(self) -> None:
+        self.sent: Counter[str] = Counter()
+
+    @property
+    def total(self) -> int:
+        """Bytes of all kinds."""
+        return sum(self.sent.values())
+
+    def __enter__(self) -> Traffic:
+        _counters.append(self)
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        _counters.remove(self)
+
+    def __repr__(self) -> str:
+        return f"Traffic({dict(self.sent)})"
+
+
+@dataclass(frozen=True)
+class Peers:
+    """A process group as one rank sees it."""
+
+    group: ProcessGroup
+    rank: int
+    size: int
+
+    def all_to_all(self, send: Tensor, sizes: tuple[Sequence[int], Sequence[int]], kind: str) -> Tensor:
+        """Send slices of a flat tensor to the ranks and get theirs; `sizes` are elements (to, from) every rank."""
+        to, back = sizes
+        _count(kind, send.element_size() * (sum(to) - to[self.rank]))
+        item = send.element_size()
+        received = send.new_empty(sum(back))
+        with _explained(kind, self):
+            # As bytes: what a library can move must not depend on the number format.
+            dist.all_to_all_single(
+                received.view(torch.uint8),
+                send.view(torch.uint8),
+                [size * item for size in back],
+                [size * item for size in to],
+                group=self.group,
+            )
+        return received
+
+    def all_gather(self, tensor: Tensor, sizes: Sequence[int], kind: str) -> list[Tensor]:
+        """The flat tensors of all ranks, which have so many elements."""
+        padded = tensor.new_zeros(max(sizes))
+        padded[: tensor.numel()] = tensor
+        gathered = [torch.empty_like(padded) for _ in sizes]
+        _count(kind, padded.element_size() * padded.numel() * (self.size - 1))
+        with _explained(kind, self):
+            dist.all_gather([part.view(torch.uint8) for part in gathered], padded.view(torch.uint8), group=self.group)
+        return [part[:size] for part, size in zip(gathered, sizes, strict=True)]
+
+    def all_reduce(self, tensor: Tensor, kind: str, *, largest: bool = False) -> Tensor:
+        """The sum (or the largest) over all ranks, in place."""
+        _count(kind, 2 * (self.size - 1) * tensor.element_size() * tensor.numel() // self.size)
+        with _explained(kind, self):
+            dist.all_reduce(tensor, dist.ReduceOp.MAX if largest else dist.ReduceOp.SUM, group=self.group)
+        return tensor
+
+    def shift(self, send: Tensor, size: int, kind: str) -> Callable[[], Tensor]:
+        """Send flat bytes to the next rank and get `size` from the one before; the result waits for them."""
+        _count(kind, send.numel())
+        received = send.new_empty(size)
+        ahead = dist.get_global_rank(self.group, (self.rank + 1) % self.size)
+        behind = dist.get_global_rank(self.group, (self.rank - 1) % self.size)
+        operations = []
+        if send.numel():
+            operations.append(dist.P2POp(dist.isend, send, ahead, self.group))
+        if size:
+            operations.append(dist.P2POp(dist.irecv, received, behind, self.group))
+        with _explained(kind, self):
+            works = dist.batch_isend_irecv(operations) if operations else []
+
+        def wait() -> Tensor:
+            with _explained(kind, self):
+                for work in works:
+                    work.wait()
+            # The bytes that are being sent must live until they are gone.
+            assert send is not None
+            return received
+
+        return wait
+
+
+def peers(mesh: DeviceMesh | None, group: ProcessGroup | None) -> Peers:
+    """The ranks of a mesh or a group; of all processes if neither is given.
+
+    Raises:
+        ValueError: both are given, the mesh has several dimensions, or no process group was made.
+    """
+    if mesh is not None and group is not None:
+        raise ValueError("mesh and group name the same thing: give one of the two")
+    if not (dist.is_available() and dist.is_initialized()):
+        raise ValueError("no process group: call torch.distributed.init_process_group first, on every rank")
+    if mesh is not None:
+        if mesh.ndim != 1:
+            raise ValueError(f"mesh must have one dimension, got {mesh.mesh_dim_names or mesh.ndim}: take mesh['name']")
+        group = mesh.get_group()
+    group = dist.group.WORLD if group is None else group
+    assert group is not None
+    rank = dist.get_rank(group)
+    if rank < 0:
+        raise ValueError("this process is not in the group: call with a group it is in")
+    return Peers(group, rank, dist.get_world_size(group))
+
+
+def _count(kind: str, sent: int) -> None:
+    for counter in _counters:
+        counter.sent[kind] += sent
+
+
+@contextlib.contextmanager
+def _explained(kind: str, at: Peers) -> Iterator[None]:
+    """Say of a failed exchange what it was: the library names a socket."""
+    try:
+        yield
+    except RuntimeError as error:
+        raise RuntimeError(
+            f"rank {at.rank} of {at.size}: the exchange of {kind} failed. A rank has died, is late by more than the "
+            f"group's timeout, or called with other arguments. {error}"
+        ) from error
