@@ -174,7 +174,8 @@ def test_import_loads_no_other_package() -> None:
     """In a fresh process: what `import tamis` adds to `import torch`."""
     code = (
         "import sys, torch; before = set(sys.modules); import tamis; "
-        "print(sorted({name.split('.')[0] for name in set(sys.modules) - before}))"
+        "print(sorted({name.split('.')[0] for name in set(sys.modules) - before})); "
+        "assert 'tamis.parallel' not in sys.modules"
     )
     result = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
     loaded = set(ast.literal_eval(result.stdout)) - set(sys.stdlib_module_names)

@@ -2,6 +2,18 @@
 
 from tamis.parallel.attention import attend, exchange_layout, layer_attention, sparse_attention
 from tamis.parallel.layout import Layout
+from tamis.parallel.planning import Plan, Speeds, Workload, plan
 from tamis.parallel.wire import Traffic
 
-__all__ = ["Layout", "Traffic", "attend", "exchange_layout", "layer_attention", "sparse_attention"]
+__all__ = [
+    "Layout",
+    "Plan",
+    "Speeds",
+    "Traffic",
+    "Workload",
+    "attend",
+    "exchange_layout",
+    "layer_attention",
+    "plan",
+    "sparse_attention",
+]

@@ -100,8 +100,8 @@ def move(x: Tensor, source: Layout, target: Layout, peers: Peers) -> Tensor:
     batch, heads, _, dim = x.shape
     rows = x.permute(2, 0, 1, 3)
     width = batch * heads * dim
-    leaving = [_overlaps(source.ranks[peers.rank], runs) for runs in target.ranks]
-    coming = [_overlaps(runs, target.ranks[peers.rank]) for runs in source.ranks]
+    leaving = [overlaps(source.ranks[peers.rank], runs) for runs in target.ranks]
+    coming = [overlaps(runs, target.ranks[peers.rank]) for runs in source.ranks]
     parts = [rows[piece.source : piece.source + piece.length].reshape(-1) for some in leaving for piece in some]
     sizes = [[width * sum(piece.length for piece in some) for some in pieces] for pieces in (leaving, coming)]
     send = torch.cat(parts) if parts else x.new_zeros(0)
@@ -114,7 +114,7 @@ def move(x: Tensor, source: Layout, target: Layout, peers: Peers) -> Tensor:
     return out.permute(1, 2, 0, 3)
 
 
-class _Piece(NamedTuple):
+class Piece(NamedTuple):
     """Tokens that two ranks' runs have in common: where they are in each rank's own order."""
 
     source: int
@@ -122,7 +122,8 @@ class _Piece(NamedTuple):
     length: int
 
 
-def _overlaps(source: Sequence[Run], target: Sequence[Run]) -> list[_Piece]:
+def overlaps(source: Sequence[Run], target: Sequence[Run]) -> list[Piece]:
+    """What two ranks have in common, in an order that both find."""
     pieces, source_at = [], 0
     for one in source:
         target_at = 0
@@ -130,7 +131,7 @@ def _overlaps(source: Sequence[Run], target: Sequence[Run]) -> list[_Piece]:
             first, last = max(one.start, other.start), min(sum(one), sum(other))
             if first < last:
                 place = (source_at + first - one.start, target_at + first - other.start)
-                pieces.append(_Piece(*place, last - first))
+                pieces.append(Piece(*place, last - first))
             target_at += other.length
         source_at += one.length
     return pieces

@@ -15,7 +15,7 @@ from torch import Tensor
 
 from tamis import geometry
 from tamis.backends import base
-from tamis.block_mask import dense_blocks
+from tamis.block_mask import dense_blocks, may_trim
 from tamis.call import per_head
 from tamis.errors import UnsupportedError
 from tamis.parallel.layout import Layout
@@ -135,7 +135,7 @@ def _sparge(
         *own.bounds(block_size),
         None,
         _must(keep, own, request, block_size, diagonal=request.causal),
-        False,
+        may_trim(device),
         name,
     )
     return dense_blocks(*lists, k_means.shape[2])

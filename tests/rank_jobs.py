@@ -1,0 +1,199 @@
+"""What the ranks of `ranks.Ranks` are asked to do; every rank makes the whole inputs and takes its part."""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Sequence
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+import torch
+import torch.distributed as dist
+from torch import Tensor
+
+import tamis
+import tamis.parallel
+from tamis.parallel import Layout, Traffic
+from tamis.profile.layers import LayerSettings
+
+
+@dataclass(frozen=True)
+class Job:
+    """One call: shapes, how the tokens are spread, what runs, and with which arguments.
+
+    `shares` are the tokens of every rank (of every part, if they are sequences); `key_shares` those of the key.
+    """
+
+    heads: int
+    kv_heads: int
+    head_dim: int
+    shares: Sequence[Any]
+    key_shares: Sequence[int] | None = None
+    value_dim: int | None = None
+    batch: int = 1
+    kind: str = "dense"
+    mode: str = "heads"
+    predictor: Any = None
+    settings: LayerSettings | None = None
+    options: dict[str, Any] = field(default_factory=dict)
+    padding: int = 0
+    given_layout: bool = False
+
+    def layouts(self) -> tuple[Layout, Layout]:
+        shares = [share if isinstance(share, tuple) else (share,) for share in self.shares]
+        own = Layout.parts(shares)
+        return own, own if self.key_shares is None else Layout.contiguous(self.key_shares)
+
+    def inputs(self) -> tuple[Tensor, Tensor, Tensor]:
+        q_layout, kv_layout = self.layouts()
+        generator = torch.Generator().manual_seed(7)
+        # Neighbours are alike, so that block means say something; keys have a mean of their own.
+        query = _smooth(self.batch, self.heads, q_layout.length, self.head_dim, generator)
+        key = _smooth(self.batch, self.kv_heads, kv_layout.length, self.head_dim, generator) + 1
+        value_dim = self.head_dim if self.value_dim is None else self.value_dim
+        return query, key, torch.randn(self.batch, self.kv_heads, kv_layout.length, value_dim, generator=generator)
+
+    def segments(self) -> tuple[Tensor, Tensor] | None:
+        """The last tokens of both sides are padding."""
+        if not self.padding:
+            return None
+        sides = [torch.zeros(layout.length, dtype=torch.int64) for layout in self.layouts()]
+        for side in sides:
+            side[-self.padding :] = -1
+        return sides[0], sides[1]
+
+    def mask(self, query: Tensor, key: Tensor) -> tamis.BlockMask | None:
+        if self.kind != "mask":
+            return None
+        return tamis.Random(0.4)(query, key, causal=self.options.get("causal", False))
+
+
+def _smooth(batch: int, heads: int, length: int, dim: int, generator: torch.Generator) -> Tensor:
+    coarse = torch.randn(batch, heads, -(-length // 40), dim, generator=generator).repeat_interleave(40, 2)[
+        :, :, :length
+    ]
+    return coarse + 0.5 * torch.randn(batch, heads, length, dim, generator=generator)
+
+
+def alone(job: Job) -> tamis.AttentionOutput:
+    """The call in one process, by the functions that know of no ranks."""
+    query, key, value = job.inputs()
+    segments = job.segments()
+    seen = {name: job.options[name] for name in ("causal", "window", "scale") if name in job.options}
+    options = dict(job.options)
+    mask = job.mask(query, key)
+    predictor = job.predictor
+    if job.settings is not None:
+        predictor = job.settings.predictor
+        names = ("precision", "pv_threshold", "compensate")
+        options |= {name: getattr(job.settings, name) for name in names}
+    if predictor is not None:
+        mask = predictor(query, key, segments=segments, **seen)
+    return tamis.attend(query, key, value, mask, segments=segments, **options)
+
+
+def spread(group: dist.ProcessGroup, job: Job) -> tuple[Any, Any, Any]:
+    """The call on this rank's tokens: output, log-sum-exp if there is one, (density, bytes sent by kind)."""
+    rank, layouts = dist.get_rank(group), job.layouts()
+    query, key, value = job.inputs()
+    local = [
+        layout.take(whole, rank)
+        for layout, whole in zip((layouts[0], layouts[1], layouts[1]), (query, key, value), strict=True)
+    ]
+    options: dict[str, Any] = dict(job.options, group=group, mode=job.mode)
+    segments = job.segments()
+    if segments is not None:
+        options["segments"] = tuple(layout.take(side, rank, -1) for layout, side in zip(layouts, segments, strict=True))
+    if job.given_layout:
+        options["layout"] = layouts
+    elif isinstance(job.shares[0], tuple):
+        options["parts"] = job.shares[rank]
+    with Traffic() as traffic:
+        if job.settings is not None:
+            return tamis.parallel.layer_attention(*local, job.settings, **options).numpy(), None, None
+        if job.predictor is not None:
+            options = {"precision": "full", "pv_threshold": None} | options
+            output, stats = tamis.parallel.sparse_attention(
+                *local, predictor=job.predictor, return_stats=True, **options
+            )
+            return output.numpy(), None, (stats.density, dict(traffic.sent))
+        mask = job.mask(query, key)
+        result = tamis.parallel.attend(*local, mask, return_stats=True, **options)
+    assert result.stats is not None
+    return result.output.numpy(), result.lse.numpy(), (result.stats.density, dict(traffic.sent))
+
+
+def written(group: dist.ProcessGroup, job: Job) -> tuple[int, dict[str, int]]:
+    """Bytes that the system says this process wrote in a call (sockets are files), and those that were counted."""
+    rank, (layout, _) = dist.get_rank(group), job.layouts()
+    local = [layout.take(whole, rank) for whole in job.inputs()]
+    options: dict[str, Any] = {"group": group, "mode": job.mode, "predictor": job.predictor, "pv_threshold": None}
+    tamis.parallel.sparse_attention(*local, **options, **job.options)  # what is opened once is open now
+    dist.barrier(group)
+    before = _written()
+    with Traffic() as traffic:
+        tamis.parallel.sparse_attention(*local, **options, **job.options)
+    return _written() - before, dict(traffic.sent)
+
+
+def _written() -> int:
+    lines = Path("/proc/self/io").read_text(encoding="ascii").splitlines()
+    return int(dict(line.split(": ") for line in lines)["wchar"])
+
+
+def sharded(group: dist.ProcessGroup, length: int, mode: str) -> tuple[Any, tuple[int, ...], list[int]]:
+    """The call on DTensors: the whole output, its global shape, and this rank's own shape."""
+    from torch.distributed.device_mesh import DeviceMesh
+    from torch.distributed.tensor import Shard, distribute_tensor
+
+    mesh = DeviceMesh.from_group(group, "cpu")
+    job = Job(4, 2, 32, [length])
+    tensors = [distribute_tensor(whole, mesh, [Shard(2)]) for whole in job.inputs()]
+    output = tamis.parallel.attend(*tensors, mode=mode, causal=True).output
+    return output.full_tensor().numpy(), tuple(output.shape), list(output.to_local().shape)
+
+
+def mapped(group: dist.ProcessGroup, length: int) -> Any:
+    """The call inside torch's `local_map`."""
+    from torch.distributed.device_mesh import DeviceMesh
+    from torch.distributed.tensor import Shard, distribute_tensor
+    from torch.distributed.tensor.experimental import local_map
+
+    mesh = DeviceMesh.from_group(group, "cpu")
+    job = Job(4, 2, 32, [length])
+
+    def attention(query: Tensor, key: Tensor, value: Tensor) -> Tensor:
+        return tamis.parallel.attend(query, key, value, group=group).output
+
+    run = local_map(attention, [Shard(2)], ([Shard(2)],) * 3, redistribute_inputs=True, device_mesh=mesh)
+    return run(*(distribute_tensor(whole, mesh, [Shard(2)]) for whole in job.inputs())).full_tensor().numpy()
+
+
+def disagree(group: dist.ProcessGroup) -> str:
+    """Ranks that call with different numbers of heads: what the error says."""
+    heads = 2 + dist.get_rank(group)
+    tensor = torch.zeros(1, heads, 64, 32)
+    try:
+        tamis.parallel.attend(tensor, tensor, tensor, group=group)
+    except ValueError as error:
+        return str(error)
+    return "no error"
+
+
+def until_it_fails(group: dist.ProcessGroup, mode: str) -> tuple[float, str]:
+    """Calls for ever: seconds from the last one's start to its error, and what it says."""
+    job = Job(3, 3, 32, [200, 200, 200], mode=mode)
+    start, layout = time.monotonic(), job.layouts()[0]
+    local = [layout.take(whole, dist.get_rank(group)) for whole in job.inputs()]
+    try:
+        while True:
+            start = time.monotonic()
+            tamis.parallel.attend(*local, group=group, mode=mode)
+    except RuntimeError as error:
+        return time.monotonic() - start, str(error)
+
+
+def sleep(group: dist.ProcessGroup, seconds: float) -> None:
+    """Be busy with something else."""
+    time.sleep(seconds)

@@ -1,0 +1,253 @@
+"""Attention over ranks: 2, 3 and 4 gloo processes against one process.
+
+In full precision and fp32 the results may differ by the order of fp32 sums only: 1e-6, absolute and relative.
+"""
+
+from __future__ import annotations
+
+import os
+import signal
+import time
+from collections.abc import Iterator
+from dataclasses import replace
+
+import pytest
+import rank_jobs
+import torch
+from rank_jobs import Job
+from ranks import RankError, Ranks
+
+import tamis
+from tamis.parallel import Layout, Workload, plan
+from tamis.parallel.heads import calls_of, share_of
+from tamis.parallel.planning import balance, traffic_of
+from tamis.profile.layers import LayerSettings
+
+SPARGE = tamis.Sparge(cdf=0.9, similarity=0.2)
+TEXT, VIDEO = (11, 40, 0, 26), (300, 210, 257, 130)  # of every rank
+
+
+@pytest.fixture(scope="module")
+def ranks() -> Iterator[Ranks]:
+    group = Ranks(4)
+    yield group
+    group.close()
+
+
+def wan(size: int) -> Job:
+    """Self-attention of video tokens, all heads with their own keys."""
+    return Job(6, 6, 32, VIDEO[:size])
+
+
+def flux(size: int) -> Job:
+    """Text and image in one sequence, each rank with its share of both; text is always kept."""
+    text = sum(TEXT[:size])
+    keep = {"keys": [(0, text)], "queries": [(0, text)]}
+    predictor = tamis.Sparge(topk=0.3, similarity=-1, keep=keep)
+    return Job(4, 4, 32, list(zip(TEXT[:size], VIDEO[:size], strict=True)), predictor=predictor)
+
+
+def llama(size: int) -> Job:
+    """Causal, and query heads share keys: fewer key heads than four ranks."""
+    return Job(8, 2, 32, VIDEO[:size], batch=2, options={"causal": True})
+
+
+def check(ranks: Ranks, size: int, job: Job, *, atol: float = 1e-6) -> tuple[float, dict[str, int]]:
+    """Compare with one process; returns the density and what rank 0 sent."""
+    found = ranks.run(size, rank_jobs.spread, job)
+    expected = rank_jobs.alone(job)
+    layout = job.layouts()[0]
+    output = layout.put([torch.from_numpy(output) for output, _, _ in found])
+    torch.testing.assert_close(output, expected.output, rtol=1e-6, atol=atol)
+    if found[0][1] is not None:
+        lse = layout.put([torch.from_numpy(lse) for _, lse, _ in found], -1)
+        torch.testing.assert_close(lse, expected.lse, rtol=1e-6, atol=max(atol, 2e-6))  # of numbers near 10
+    if found[0][2] is None:
+        return 0.0, {}
+    assert expected.stats is not None
+    densities = [density for _, _, (density, _) in found]
+    assert densities == pytest.approx([expected.stats.density] * size, abs=1e-9)
+    return densities[0], found[0][2][1]
+
+
+@pytest.mark.parametrize("size", [2, 4])
+@pytest.mark.parametrize("mode", ["heads", "ring"])
+@pytest.mark.parametrize("make", [wan, flux, llama])
+def test_equals_one_process(ranks: Ranks, make: object, mode: str, size: int) -> None:
+    """Dense, by a given mask, and by two kinds of predicted ones."""
+    assert callable(make)
+    job = replace(make(size), mode=mode)
+    predictor = job.predictor or SPARGE
+    check(ranks, size, replace(job, predictor=None))
+    density, _ = check(ranks, size, replace(job, predictor=None, kind="mask"))
+    assert density < 0.7
+    density, _ = check(ranks, size, replace(job, predictor=predictor))
+    assert density < 0.98
+    check(ranks, size, replace(job, predictor=tamis.Window(100, keep={"queries": [(0, 130)]})))
+
+
+@pytest.mark.parametrize("mode", ["heads", "ring"])
+def test_whatever_the_numbers(ranks: Ranks, mode: str) -> None:
+    """Head counts that no number of ranks divides, ranks without tokens or heads, lengths and sizes that differ."""
+    causal = {"causal": True}
+    check(ranks, 3, Job(5, 5, 40, (0, 333, 90), mode=mode, value_dim=24))
+    check(ranks, 4, Job(2, 1, 32, (700, 0, 0, 5), mode=mode, predictor=SPARGE, options=causal))
+    check(
+        ranks, 3, Job(6, 2, 32, (100, 30, 70), key_shares=(400, 500, 101), mode=mode, predictor=SPARGE, options=causal)
+    )
+    check(ranks, 2, Job(2, 2, 32, (40, 3), mode=mode, batch=2, kind="mask"))
+
+
+@pytest.mark.parametrize("mode", ["heads", "ring"])
+def test_arguments(ranks: Ranks, mode: str) -> None:
+    """Windows, padding, softcap, sink logits, a scale, what stands in for skipped blocks."""
+    job = Job(4, 2, 32, VIDEO, mode=mode)
+    check(ranks, 4, replace(job, predictor=SPARGE, padding=150, options={"causal": True, "scale": 0.3}))
+    check(ranks, 4, replace(job, padding=150, options={"window": 120}))
+    sinks = {"softcap": 20.0, "sink_logits": torch.tensor([0.0, 3.0, -2.0, 1.0])}
+    check(ranks, 4, replace(job, kind="mask", options=sinks | {"causal": True}))
+    check(ranks, 4, replace(job, kind="mask", options={"compensate": "centroid"}))
+
+
+def test_settings_of_every_head_go_with_it(ranks: Ranks) -> None:
+    """Five heads on four ranks: tuples in the predictor, a threshold for every head, as a profile holds them."""
+    shares = (0.2, 0.9, 0.4, 0.3, 0.6)
+    settings = LayerSettings(
+        tamis.Sparge(topk=shares, similarity=(-1.0, 0.3, -1.0, 0.5, 0.2)), (2.0, float("inf"), 1.0, 4.0, 3.0), "full"
+    )
+    check(ranks, 4, Job(5, 5, 32, VIDEO, settings=settings))
+    check(ranks, 3, Job(4, 2, 32, VIDEO[:3], predictor=tamis.Antidiagonal(cdf=(0.4, 0.9, 0.6, 0.5))))
+    check(ranks, 2, Job(4, 2, 32, VIDEO[:2], settings=LayerSettings(None, None, "full")))
+
+
+def test_eight_bits_do_not_depend_on_the_ranks(ranks: Ranks) -> None:
+    """All query heads of a group decide what is rounded how, also if they are on several ranks."""
+    job = Job(6, 2, 32, VIDEO[:3], predictor=tamis.Sparge(topk=0.3, similarity=-1))
+    options = {"causal": True, "precision": "int8", "pv_threshold": (5.0, 6.0, 5.0, 4.0, 3.0, 5.0)}
+    check(ranks, 3, replace(job, options=options))
+    check(ranks, 3, replace(job, predictor=None, kind="mask", options={"precision": "int8"}))
+    job = replace(job, mode="ring", shares=(512, 256), options={"precision": "int8"})
+    two = ranks.run(2, rank_jobs.spread, job)
+    one = ranks.run(1, rank_jobs.spread, replace(job, shares=(768,)))[0]
+    both = torch.cat([torch.from_numpy(output) for output, _, _ in two], 2)
+    # P has 8 bits, against the maximum of its own keys: half a step of 1/254 of the values, and mostly nothing.
+    difference = (both - torch.from_numpy(one[0])).abs()
+    assert difference.max() < 4 / 508 and difference.mean() < 1e-5
+    exact = rank_jobs.alone(replace(job, options={})).output
+    assert (both - exact).abs().sum() / exact.abs().sum() < 0.03
+
+
+def test_a_known_layout_costs_no_exchange(ranks: Ranks) -> None:
+    """And tokens that already lie in a zig-zag stay where they are."""
+    job = Job(4, 4, 32, VIDEO[:2], mode="ring", options={"causal": True}, given_layout=True)
+    _, sent = check(ranks, 2, job)
+    assert "lengths" not in sent and sent["order"] > 0
+    zigzag = Layout.zigzag(512, 2)
+    assert zigzag.ranks == (((0, 128), (384, 128)), ((128, 256),))
+    found = ranks.run(2, rank_jobs.spread, replace(job, shares=[(128, 128), (128, 128)]))
+    assert len(found) == 2
+
+
+@pytest.mark.parametrize(("length", "mode"), [(512, "heads"), (603, "heads"), (603, "ring")])
+def test_dtensors(ranks: Ranks, length: int, mode: str) -> None:
+    """Even and uneven shards; the result is a DTensor of the whole shape."""
+    expected = rank_jobs.alone(Job(4, 2, 32, [length], options={"causal": True})).output
+    for output, shape, local in ranks.run(4, rank_jobs.sharded, length, mode):
+        assert shape == (1, 4, length, 32) and local[2] in (length // 4, -(-length // 4), length - 3 * -(-length // 4))
+        torch.testing.assert_close(torch.from_numpy(output), expected, rtol=1e-6, atol=1e-6)
+
+
+def test_inside_local_map(ranks: Ranks) -> None:
+    expected = rank_jobs.alone(Job(4, 2, 32, [512])).output
+    for output in ranks.run(2, rank_jobs.mapped, 512):
+        torch.testing.assert_close(torch.from_numpy(output), expected, rtol=1e-6, atol=1e-6)
+
+
+@pytest.mark.parametrize("mode", ["heads", "ring"])
+@pytest.mark.parametrize("precision", ["full", "int8"])
+def test_planned_traffic_is_what_is_sent(ranks: Ranks, mode: str, precision: str) -> None:
+    """To the byte as counted, and within 2% of what the system says was written, which has headers."""
+    work = Workload(1500, 8, 64, kv_heads=2, item=4, causal=mode == "ring", precision=precision)
+    job = Job(8, 2, 64, Layout.even(1500, 4).lengths, mode=mode, predictor=tamis.Sparge(topk=0.3))
+    job = replace(job, options={"causal": work.causal, "precision": precision})
+    for rank, (written, counted) in enumerate(ranks.run(4, rank_jobs.written, job)):
+        assert counted == traffic_of(work, 4, mode, rank)
+        assert written == pytest.approx(sum(counted.values()), rel=0.02)
+
+
+def test_refusals(ranks: Ranks) -> None:
+    job = Job(4, 4, 32, (200, 200), mode="ring")
+    for wrong, says in (
+        (replace(job, options={"pv_threshold": 3.0}), "depends on the number of ranks"),
+        (replace(job, options={"precision": "fp8"}), "fp8"),
+        (replace(job, predictor=tamis.Antidiagonal()), "mode='heads'"),
+        (replace(job, mode="heads", predictor=tamis.Random(0.5)), "Random draws"),
+        (replace(job, mode="tree"), "mode must be one of heads, ring"),
+        (replace(job, mode="heads", predictor=tamis.Sparge(topk=(0.5, 0.5))), "one per query head"),
+    ):
+        with pytest.raises(RankError, match=says):
+            ranks.run(2, rank_jobs.spread, wrong)
+    for text in ranks.run(2, rank_jobs.disagree):
+        assert "ranks disagree" in text and "[1, 2, 32" in text and "[1, 3, 32" in text
+    with pytest.raises(ValueError, match="init_process_group"):
+        tamis.parallel.attend(*(torch.zeros(1, 1, 8, 8) for _ in range(3)))
+
+
+@pytest.mark.parametrize("way", ["killed", "stopped"])
+def test_a_lost_rank_is_an_error_in_time(way: str) -> None:
+    """Killed in the middle of calls, or alive and silent: every other rank fails within the timeout and 5 seconds."""
+    timeout = 3.0
+    group = Ranks(3, timeout)
+    try:
+        group.run(3, rank_jobs.sleep, 0.0)
+        group.start(3, rank_jobs.until_it_fails, "ring" if way == "killed" else "heads")
+        time.sleep(0.5)
+        process = group.processes[1]
+        assert process.pid is not None
+        os.kill(process.pid, signal.SIGKILL if way == "killed" else signal.SIGSTOP)
+        for rank in (0, 2):
+            seconds, text = group.result(rank, timeout + 15)
+            assert seconds <= timeout + 5
+            assert f"rank {rank} of 3: the exchange of" in text and "has died" in text
+    finally:
+        group.close()
+
+
+def test_layouts() -> None:
+    layout = Layout.parts([(2, 3), (0, 4), (1, 0)])
+    whole = torch.arange(10)[:, None]
+    shards = [layout.take(whole, rank) for rank in range(3)]
+    assert [shard[:, 0].tolist() for shard in shards] == [[0, 1, 3, 4, 5], [6, 7, 8, 9], [2]]
+    assert layout.put(shards).equal(whole)
+    assert [layout.positions(rank, whole.device).tolist() for rank in range(3)] == [s[:, 0].tolist() for s in shards]
+    assert Layout.even(10, 4).lengths == tuple(len(part) for part in torch.arange(10).chunk(4))
+    assert Layout.even(5, 4).lengths == (2, 2, 1, 0)
+    for wrong in ([[(0, 2)], [(3, 1)]], [[(0, 2)], [(1, 2)]]):
+        with pytest.raises(ValueError, match="cover the sequence once"):
+            Layout(tuple(tuple(runs) for runs in wrong))  # type: ignore[arg-type]
+
+
+@pytest.mark.parametrize(("heads", "kv_heads", "size"), [(8, 2, 4), (6, 2, 4), (7, 7, 3), (12, 3, 5), (2, 1, 4)])
+def test_shares_cover_all_heads_once(heads: int, kv_heads: int, size: int) -> None:
+    group, seen = heads // kv_heads, []
+    for rank in range(size):
+        for call in calls_of(share_of(rank, size, heads, kv_heads), group):
+            number, keys = call.query.stop - call.query.start, call.key.stop - call.key.start
+            assert number % keys == 0
+            of = [call.key.start + i // (number // keys) for i in range(number)]
+            assert of == [head // group for head in range(call.query.start, call.query.stop)]
+            seen += range(call.query.start, call.query.stop)
+    assert seen == list(range(heads))
+
+
+def test_plans() -> None:
+    work = Workload(1_000_000, 32, kv_heads=8, density=0.1, causal=True)
+    assert balance(work, 8, "ring") < 1.01 and balance(work, 64, "heads") == 2.0
+    for mode in ("heads", "ring"):
+        plans = [plan(work, size, mode) for size in (1, 8, 64, 1024)]
+        assert plans[0].sent == 0
+        assert [made.held for made in plans] == sorted((made.held for made in plans), reverse=True)
+    far = plan(replace(work, tokens=100_000_000), 1024, "ring")
+    assert far.memory["ring"] < far.memory["blocks"]  # lists of blocks are what ends first
+    with pytest.raises(ValueError, match="mode"):
+        plan(work, 8, "tree")
