@@ -14,6 +14,7 @@ from torch import Tensor
 
 import tamis
 import tamis.parallel
+from tamis.bench import scale
 from tamis.parallel import Layout, Traffic
 from tamis.profile.layers import LayerSettings
 
@@ -192,6 +193,11 @@ def until_it_fails(group: dist.ProcessGroup, mode: str) -> tuple[float, str]:
             tamis.parallel.attend(*local, group=group, mode=mode)
     except RuntimeError as error:
         return time.monotonic() - start, str(error)
+
+
+def bench(group: dist.ProcessGroup, options: scale.ScaleOptions) -> dict[str, Any]:
+    """What a rank of `tamis bench scale` does."""
+    return scale.measure(options)
 
 
 def sleep(group: dist.ProcessGroup, seconds: float) -> None:

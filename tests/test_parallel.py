@@ -18,6 +18,8 @@ from rank_jobs import Job
 from ranks import RankError, Ranks
 
 import tamis
+from tamis import cli
+from tamis.bench import scale
 from tamis.parallel import Layout, Workload, plan
 from tamis.parallel.heads import calls_of, share_of
 from tamis.parallel.planning import balance, traffic_of
@@ -191,6 +193,26 @@ def test_refusals(ranks: Ranks) -> None:
         assert "ranks disagree" in text and "[1, 2, 32" in text and "[1, 3, 32" in text
     with pytest.raises(ValueError, match="init_process_group"):
         tamis.parallel.attend(*(torch.zeros(1, 1, 8, 8) for _ in range(3)))
+
+
+def test_bench_scale(ranks: Ranks, capsys: pytest.CaptureFixture[str]) -> None:
+    """Measured rows hold what was planned; the model is marked as one, and no rank is better than perfect."""
+    options = scale.ScaleOptions(tokens=600, heads=4, kv_heads=2, head_dim=32, repeats=1, causal=True, ranks=(4,))
+    rows = scale.rows_of(ranks.run(4, rank_jobs.bench, options), options)
+    assert [row["bytes_sent"] == row["bytes_planned"] and row["bandwidth"] > 0 for row in rows] == [True, True]
+    alone = {"mode": "ring", "ranks": 1, "seconds": {"median": 1.0}, "bandwidth": None}
+    scale.beside([alone, *rows], options)
+    assert rows[0]["seconds_modelled"] is None and rows[1]["seconds_modelled"] > 1.0
+    model = scale.clusters(scale.CLUSTER_WORK, ranks=(8, 1024))
+    assert model["kind"] == "model, nothing measured" and all(0 < row["efficiency"] <= 1 for row in model["rows"])
+    assert "MODEL, nothing measured" in scale.table({"rows": rows, "model": model})
+    assert cli.main(["bench", "scale", "--plan", "--tokens", "1000000", "--ranks", "8", "--kv-heads", "7"]) == 2
+    assert cli.main(["bench", "scale", "--plan", "--tokens", "1000000", "100000000", "--ranks", "8"]) == 0
+    printed = capsys.readouterr()
+    assert "heads must be a multiple of kv_heads, got 40 and 7" in printed.err
+    assert [line.split()[:3] for line in printed.out.splitlines()[2:]] == [
+        [tokens, "8", mode] for tokens in ("1,000,000", "100,000,000") for mode in ("heads", "ring")
+    ]
 
 
 @pytest.mark.parametrize("way", ["killed", "stopped"])

@@ -236,7 +236,18 @@ def _add_bench(commands: Any) -> None:
     whole.add_argument("--rounds", type=_positive, default=3, metavar="N", help="whole passes of each kind (3)")
     whole.add_argument("--dtype", choices=("float32", "bfloat16"), default="float32", help="of the models (float32)")
     whole.set_defaults(command=_bench_models)
-    for kind in (cpu, gpu, decode, whole, limits, ablation, defaults, static, tuned, compensate, frontier):
+    scale = kinds.add_parser("scale", help="attention over several processes or GPUs: measured, modelled, planned")
+    scale.add_argument("--plan", action="store_true", help="measure nothing: memory and traffic of every rank")
+    scale.add_argument("--tokens", type=_positive, nargs="+", metavar="N", help="8192; of a plan 1, 10, 100 million")
+    scale.add_argument("--ranks", type=_positive, nargs="+", metavar="N", help="1 2 4; of a plan 8 64 1024")
+    scale.add_argument("--heads", type=_positive, metavar="H", help="query heads (8; of a plan 40)")
+    scale.add_argument("--kv-heads", type=_positive, metavar="H", help="heads of keys (as many)")
+    scale.add_argument("--head-dim", type=_positive, metavar="D", help="(64; of a plan 128)")
+    scale.add_argument("--density", type=_share, default=0.25, metavar="F", help="share of the blocks computed (.25)")
+    scale.add_argument("--causal", action="store_true", help="queries see what is before them")
+    scale.add_argument("--precision", choices=("full", "int8"), default="full", help="of a plan (full)")
+    scale.set_defaults(command=_bench_scale)
+    for kind in (cpu, gpu, decode, whole, limits, ablation, defaults, static, tuned, compensate, frontier, scale):
         kind.add_argument(
             "--json", type=Path, metavar="FILE", help="result (NAME-DATE.json, under benchmarks/results if there)"
         )
@@ -459,6 +470,50 @@ def _bench_decode(options: argparse.Namespace) -> None:
     result = decode.run(options.n)
     print(decode.table(result))
     _write(options.json, "decode", result)
+
+
+def _bench_scale(options: argparse.Namespace) -> None:
+    _check_folder(options.json)
+    from tamis.bench import scale
+    from tamis.parallel import Workload
+
+    if options.plan:
+        heads = options.heads or scale.CLUSTER_WORK.heads
+        try:
+            work = Workload(
+                scale.PLAN_TOKENS[0],
+                heads,
+                options.head_dim or scale.CLUSTER_WORK.head_dim,
+                kv_heads=options.kv_heads,
+                causal=options.causal,
+                precision=options.precision,
+                density=options.density,
+            )
+        except ValueError as error:
+            raise _UsageError(str(error)) from error
+        found = scale.planned(
+            work, tuple(options.tokens or scale.PLAN_TOKENS), tuple(options.ranks or scale.PLAN_RANKS)
+        )
+        print(scale.plan_table(found))
+        if options.json is not None:
+            _write(options.json, "scale-plan", found)
+        return
+    if options.precision != "full":
+        raise _UsageError("--precision is for --plan: what is measured is compared with one process in full precision")
+    plain = scale.ScaleOptions()
+    result = scale.run(
+        scale.ScaleOptions(
+            tokens=(options.tokens or (plain.tokens,))[0],
+            heads=options.heads or plain.heads,
+            kv_heads=options.kv_heads or options.heads or plain.kv_heads,
+            head_dim=options.head_dim or plain.head_dim,
+            density=options.density,
+            causal=options.causal,
+            ranks=tuple(options.ranks or plain.ranks),
+        )
+    )
+    print(scale.table(result))
+    _write(options.json, "scale", result)
 
 
 def _bench_gpu_static(options: argparse.Namespace) -> None:
