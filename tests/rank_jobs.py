@@ -4,9 +4,12 @@ from __future__ import annotations
 
 import time
 from collections.abc import Sequence
+from contextlib import ExitStack
 from dataclasses import dataclass, field
+from inspect import signature
 from pathlib import Path
 from typing import Any
+from unittest.mock import patch
 
 import torch
 import torch.distributed as dist
@@ -193,6 +196,89 @@ def until_it_fails(group: dist.ProcessGroup, mode: str) -> tuple[float, str]:
             tamis.parallel.attend(*local, group=group, mode=mode)
     except RuntimeError as error:
         return time.monotonic() - start, str(error)
+
+
+def diffusion(group: dist.ProcessGroup, name: str, degrees: dict[str, int]) -> tuple[float, float, int]:
+    """A tiny diffusers model under its own context parallelism, with tamis as its attention.
+
+    Largest difference of the output from the same model in one process with tamis, and from that with torch; and how
+    often tamis was called in parallel.
+    """
+    from diffusers import ContextParallelConfig
+    from diffusers.models.attention_dispatch import AttentionBackendName, _AttentionBackendRegistry
+
+    model, inputs, text = {"wan": _wan, "flux": _flux}[name]()
+    settings = LayerSettings(tamis.Sparge(topk=0.5, similarity=-1), None, "full")
+    calls = []
+
+    def attention(  # type: ignore[no-untyped-def]
+        query, key, value, attn_mask=None, dropout_p=0.0, is_causal=False, scale=None, _parallel_config=None
+    ):
+        q, k, v = (tensor.transpose(1, 2) for tensor in (query, key, value))
+        if q.shape[2] != k.shape[2]:  # cross-attention: every rank has the whole text
+            return torch.nn.functional.scaled_dot_product_attention(q, k, v, scale=scale).transpose(1, 2)
+        assert attn_mask is None and not is_causal
+        if _parallel_config is None:
+            output = tamis.attend(q, k, v, settings.predictor(q, k), scale=scale).output  # type: ignore[misc]
+        else:
+            size = dist.get_world_size(group)
+            parts = (text // size, q.shape[2] - text // size)
+            where = tamis.parallel.from_diffusers(_parallel_config, parts)
+            calls.append(where["mode"])
+            output = tamis.parallel.layer_attention(q, k, v, settings, scale=scale, **where)
+        return output.transpose(1, 2)
+
+    with ExitStack() as stack, torch.no_grad():
+        exact = model(**inputs, return_dict=False)[0]
+        # In the place of torch's, which stays as it is for the jobs to come.
+        native = AttentionBackendName.NATIVE
+        own = {"_backends": {native: attention}, "_supported_arg_names": {native: set(signature(attention).parameters)}}
+        for table, entry in own.items():
+            stack.enter_context(patch.dict(getattr(_AttentionBackendRegistry, table), entry))
+        alone = model(**inputs, return_dict=False)[0]
+        # On a machine without an accelerator diffusers divides by their number.
+        with patch("torch.accelerator.device_count", return_value=1):
+            model.enable_parallelism(config=ContextParallelConfig(**degrees))
+        spread = model(**inputs, return_dict=False)[0]
+    return float((spread - alone).abs().max()), float((spread - exact).abs().max()), len(calls)
+
+
+def _wan() -> tuple[Any, dict[str, Any], int]:
+    from diffusers import WanTransformer3DModel
+
+    torch.manual_seed(3)
+    model = WanTransformer3DModel(
+        num_attention_heads=4, attention_head_dim=16, in_channels=4, out_channels=4, text_dim=16, freq_dim=16,
+        ffn_dim=32, num_layers=2, cross_attn_norm=True, qk_norm="rms_norm_across_heads", rope_max_seq_len=32,
+    ).eval()  # fmt: skip
+    inputs = {
+        "hidden_states": torch.randn(1, 4, 6, 16, 16),
+        "timestep": torch.tensor([500]),
+        "encoder_hidden_states": torch.randn(1, 12, 16),
+    }
+    return model, inputs, 0
+
+
+def _flux() -> tuple[Any, dict[str, Any], int]:
+    from diffusers import FluxTransformer2DModel
+
+    torch.manual_seed(3)
+    model = FluxTransformer2DModel(
+        patch_size=1, in_channels=4, num_layers=1, num_single_layers=1, attention_head_dim=16, num_attention_heads=4,
+        joint_attention_dim=16, pooled_projection_dim=16, axes_dims_rope=(4, 4, 8),
+    ).eval()  # fmt: skip
+    rows, text = 20, 40
+    image_ids = torch.cartesian_prod(torch.zeros(1), torch.arange(float(rows)), torch.arange(float(rows)))
+    inputs = {
+        "hidden_states": torch.randn(1, rows * rows, 4),
+        "encoder_hidden_states": torch.randn(1, text, 16),
+        "pooled_projections": torch.randn(1, 16),
+        "timestep": torch.tensor([0.5]),
+        "img_ids": image_ids,
+        "txt_ids": torch.zeros(text, 3),
+        "guidance": None,
+    }
+    return model, inputs, text
 
 
 def bench(group: dist.ProcessGroup, options: scale.ScaleOptions) -> dict[str, Any]:

@@ -11,7 +11,7 @@ import multiprocessing
 import os
 import tempfile
 import traceback
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from multiprocessing.connection import Connection
 from typing import Any
 
@@ -21,10 +21,10 @@ SIZES = (1, 2, 3, 4)
 class Ranks:
     """`number` processes, with a group of the first 1, 2, 3, .. of them each."""
 
-    def __init__(self, number: int, timeout: float = 60.0) -> None:
+    def __init__(self, number: int, timeout: float = 60.0, *, preload: Sequence[str] = ()) -> None:
         context = multiprocessing.get_context("forkserver")
         # What a rank needs is imported once, before any thread pool is there; every rank is a copy of that process.
-        context.set_forkserver_preload(["tamis.parallel", "torch.distributed.tensor"])
+        context.set_forkserver_preload(["tamis.parallel", "torch.distributed.tensor", "rank_jobs", *preload])
         self._folder = tempfile.TemporaryDirectory()
         store = "file://" + os.path.join(self._folder.name, "store")
         pairs = [context.Pipe() for _ in range(number)]

@@ -31,7 +31,7 @@ TEXT, VIDEO = (11, 40, 0, 26), (300, 210, 257, 130)  # of every rank
 
 @pytest.fixture(scope="module")
 def ranks() -> Iterator[Ranks]:
-    group = Ranks(4)
+    group = Ranks(4, preload=["diffusers.models.transformers.transformer_wan"])
     yield group
     group.close()
 
@@ -193,6 +193,18 @@ def test_refusals(ranks: Ranks) -> None:
         assert "ranks disagree" in text and "[1, 2, 32" in text and "[1, 3, 32" in text
     with pytest.raises(ValueError, match="init_process_group"):
         tamis.parallel.attend(*(torch.zeros(1, 1, 8, 8) for _ in range(3)))
+
+
+WAYS = [("wan", "ulysses_degree"), ("flux", "ulysses_degree"), ("wan", "ring_degree")]
+
+
+@pytest.mark.parametrize(("name", "degree"), WAYS)
+def test_diffusers_context_parallelism(ranks: Ranks, name: str, degree: str) -> None:
+    """Registered there, tamis gets shards of tokens; joint text and image arrive interleaved, and blocks know it."""
+    pytest.importorskip("diffusers")
+    for apart, from_dense, calls in ranks.run(4, rank_jobs.diffusion, name, {degree: 4}):
+        assert calls == 2  # one for each layer
+        assert apart < 1e-5 < 1e-3 < from_dense  # sums in another order, through two layers; and it did run sparse
 
 
 def test_bench_scale(ranks: Ranks, capsys: pytest.CaptureFixture[str]) -> None:
