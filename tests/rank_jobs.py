@@ -43,8 +43,12 @@ class Job:
     options: dict[str, Any] = field(default_factory=dict)
     padding: int = 0
     given_layout: bool = False
+    zigzag: bool = False
 
     def layouts(self) -> tuple[Layout, Layout]:
+        if self.zigzag:
+            own = Layout.zigzag(sum(self.shares), len(self.shares))
+            return own, own
         shares = [share if isinstance(share, tuple) else (share,) for share in self.shares]
         own = Layout.parts(shares)
         return own, own if self.key_shares is None else Layout.contiguous(self.key_shares)
@@ -284,6 +288,13 @@ def _flux() -> tuple[Any, dict[str, Any], int]:
 def bench(group: dist.ProcessGroup, options: scale.ScaleOptions) -> dict[str, Any]:
     """What a rank of `tamis bench scale` does."""
     return scale.measure(options)
+
+
+def read_along(group: dist.ProcessGroup, code: str) -> tuple[int, ...]:
+    """Run a piece of the documentation, where every rank is; the shape of its last output."""
+    names: dict[str, Any] = {"torch": torch, "dist": dist}
+    exec(compile(code, "scale-out.md", "exec"), names)
+    return tuple(names["output"].shape) if "output" in names else ()
 
 
 def sleep(group: dist.ProcessGroup, seconds: float) -> None:

@@ -6,10 +6,12 @@ In full precision and fp32 the results may differ by the order of fp32 sums only
 from __future__ import annotations
 
 import os
+import re
 import signal
 import time
 from collections.abc import Iterator
 from dataclasses import replace
+from pathlib import Path
 
 import pytest
 import rank_jobs
@@ -144,10 +146,9 @@ def test_a_known_layout_costs_no_exchange(ranks: Ranks) -> None:
     job = Job(4, 4, 32, VIDEO[:2], mode="ring", options={"causal": True}, given_layout=True)
     _, sent = check(ranks, 2, job)
     assert "lengths" not in sent and sent["order"] > 0
-    zigzag = Layout.zigzag(512, 2)
-    assert zigzag.ranks == (((0, 128), (384, 128)), ((128, 256),))
-    found = ranks.run(2, rank_jobs.spread, replace(job, shares=[(128, 128), (128, 128)]))
-    assert len(found) == 2
+    assert Layout.zigzag(700, 2).ranks == (((0, 128), (512, 188)), ((128, 384),))
+    _, sent = check(ranks, 2, replace(job, shares=[300, 400], zigzag=True))
+    assert "order" not in sent and sent["ring"] > 0
 
 
 @pytest.mark.parametrize(("length", "mode"), [(512, "heads"), (603, "heads"), (603, "ring")])
@@ -205,6 +206,13 @@ def test_diffusers_context_parallelism(ranks: Ranks, name: str, degree: str) -> 
     for apart, from_dense, calls in ranks.run(4, rank_jobs.diffusion, name, {degree: 4}):
         assert calls == 2  # one for each layer
         assert apart < 1e-5 < 1e-3 < from_dense  # sums in another order, through two layers; and it did run sparse
+
+
+def test_what_the_page_shows_runs(ranks: Ranks) -> None:
+    text = (Path(__file__).parent.parent / "docs" / "scale-out.md").read_text(encoding="utf-8")
+    _, calls, model = re.findall(r"```python\n(.*?)```", text, re.DOTALL)
+    assert ranks.run(4, rank_jobs.read_along, calls) == [(1, 8, 500 + rank, 64) for rank in range(4)]
+    ranks.run(1, rank_jobs.read_along, model)
 
 
 def test_bench_scale(ranks: Ranks, capsys: pytest.CaptureFixture[str]) -> None:
