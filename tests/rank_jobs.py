@@ -42,6 +42,7 @@ class Job:
     settings: LayerSettings | None = None
     options: dict[str, Any] = field(default_factory=dict)
     padding: int = 0
+    dtype: torch.dtype = torch.float32
     given_layout: bool = False
     zigzag: bool = False
 
@@ -60,7 +61,8 @@ class Job:
         query = _smooth(self.batch, self.heads, q_layout.length, self.head_dim, generator)
         key = _smooth(self.batch, self.kv_heads, kv_layout.length, self.head_dim, generator) + 1
         value_dim = self.head_dim if self.value_dim is None else self.value_dim
-        return query, key, torch.randn(self.batch, self.kv_heads, kv_layout.length, value_dim, generator=generator)
+        value = torch.randn(self.batch, self.kv_heads, kv_layout.length, value_dim, generator=generator)
+        return query.to(self.dtype), key.to(self.dtype), value.to(self.dtype)
 
     def segments(self) -> tuple[Tensor, Tensor] | None:
         """The last tokens of both sides are padding."""
@@ -129,7 +131,7 @@ def spread(group: dist.ProcessGroup, job: Job) -> tuple[Any, Any, Any]:
         mask = job.mask(query, key)
         result = tamis.parallel.attend(*local, mask, return_stats=True, **options)
     assert result.stats is not None
-    return result.output.numpy(), result.lse.numpy(), (result.stats.density, dict(traffic.sent))
+    return result.output.float().numpy(), result.lse.numpy(), (result.stats.density, dict(traffic.sent))
 
 
 def written(group: dist.ProcessGroup, job: Job) -> tuple[int, dict[str, int]]:

@@ -62,7 +62,7 @@ def check(ranks: Ranks, size: int, job: Job, *, atol: float = 1e-6) -> tuple[flo
     expected = rank_jobs.alone(job)
     layout = job.layouts()[0]
     output = layout.put([torch.from_numpy(output) for output, _, _ in found])
-    torch.testing.assert_close(output, expected.output, rtol=1e-6, atol=atol)
+    torch.testing.assert_close(output, expected.output.float(), rtol=1e-6, atol=atol)
     if found[0][1] is not None:
         lse = layout.put([torch.from_numpy(lse) for _, lse, _ in found], -1)
         torch.testing.assert_close(lse, expected.lse, rtol=1e-6, atol=max(atol, 2e-6))  # of numbers near 10
@@ -100,6 +100,9 @@ def test_whatever_the_numbers(ranks: Ranks, mode: str) -> None:
         ranks, 3, Job(6, 2, 32, (100, 30, 70), key_shares=(400, 500, 101), mode=mode, predictor=SPARGE, options=causal)
     )
     check(ranks, 2, Job(2, 2, 32, (40, 3), mode=mode, batch=2, kind="mask"))
+    # Two partial results, each rounded to bf16, whose steps are 1/128 of what is at most 4.
+    atol = 1e-6 if mode == "heads" else 2 * 4 / 256
+    check(ranks, 3, Job(3, 1, 32, (130, 260, 10), mode=mode, dtype=torch.bfloat16), atol=atol)
 
 
 @pytest.mark.parametrize("mode", ["heads", "ring"])
@@ -185,11 +188,12 @@ def test_refusals(ranks: Ranks) -> None:
         (replace(job, options={"precision": "fp8"}), "fp8"),
         (replace(job, predictor=tamis.Antidiagonal()), "mode='heads'"),
         (replace(job, mode="heads", predictor=tamis.Random(0.5)), "Random draws"),
+        (replace(job, shares=(200,), options={"pv_threshold": 3.0}), "depends on the number of ranks"),
         (replace(job, mode="tree"), "mode must be one of heads, ring"),
         (replace(job, mode="heads", predictor=tamis.Sparge(topk=(0.5, 0.5))), "one per query head"),
     ):
         with pytest.raises(RankError, match=says):
-            ranks.run(2, rank_jobs.spread, wrong)
+            ranks.run(len(wrong.shares), rank_jobs.spread, wrong)
     for text in ranks.run(2, rank_jobs.disagree):
         assert "ranks disagree" in text and "[1, 2, 32" in text and "[1, 3, 32" in text
     with pytest.raises(ValueError, match="init_process_group"):

@@ -13,7 +13,7 @@ from tamis.packed import check_tensor
 from tamis.parallel.heads import attend_heads
 from tamis.parallel.layout import Layout
 from tamis.parallel.request import Request
-from tamis.parallel.ring import attend_ring
+from tamis.parallel.ring import attend_ring, refuse
 from tamis.parallel.wire import Peers, peers
 from tamis.stats import AttentionOutput
 
@@ -46,10 +46,15 @@ def run(
     _check(inputs)
     if at.size == 1 and not (mode == "ring" and made["precision"] != "full"):
         given = (Layout.contiguous([inputs[0].shape[2]]), Layout.contiguous([inputs[1].shape[2]]))
-        result = Request(given, segments=segments, **made).here(*inputs)
+        request = Request(given, segments=segments, **made)
+        if mode == "ring":
+            refuse(request)
+        result = request.here(*inputs)
         return result if stats else result._replace(stats=None)
     layouts = _layouts(inputs, mode, layout, parts, at)
     request = Request(layouts, segments=_whole_segments(segments, layouts, at), **made)
+    if mode == "ring":
+        refuse(request)
     run = attend_heads if mode == "heads" else attend_ring
     result = run(*inputs, request, at, lse=lse)
     assert result.stats is not None

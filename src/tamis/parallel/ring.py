@@ -19,6 +19,7 @@ from __future__ import annotations
 import math
 from collections.abc import Sequence
 from dataclasses import dataclass
+from types import NoneType
 from typing import NamedTuple
 
 import torch
@@ -36,6 +37,7 @@ from tamis.parallel.request import Request
 from tamis.parallel.ring_masks import Kept, kept_blocks
 from tamis.parallel.smoothing import TILE, backend_of, mean_over_ranks, packed_with, unpacked, used_tiles
 from tamis.parallel.wire import Peers
+from tamis.predictors import Sparge, Window
 from tamis.stats import AttentionOutput
 
 ALIGN = 128  # every block size divides it
@@ -45,7 +47,6 @@ def attend_ring(
     query: Tensor, key: Tensor, value: Tensor, request: Request, peers: Peers, *, lse: bool
 ) -> AttentionOutput:
     """Attention of this rank's tokens; the log-sum-exp goes back to them only if asked for (else it is empty)."""
-    refuse(request)
     given = request.layouts
     layouts = ring_layouts(given, peers.size, request.causal)
     query = move(query, given[0], layouts[0], peers)
@@ -61,7 +62,7 @@ def attend_ring(
 
 
 def refuse(request: Request) -> None:
-    """Raise for what would depend on the number of ranks."""
+    """Raise for what would depend on the number of ranks, also where there is one."""
     if request.pv_threshold is not None:
         raise UnsupportedError(
             "pv_threshold compares scores with the largest so far, which in a ring depends on the number of ranks: "
@@ -69,6 +70,11 @@ def refuse(request: Request) -> None:
         )
     if request.precision == "fp8":
         raise UnsupportedError("precision 'fp8' has scales of all keys, which no rank sees: use 'int8' or mode='heads'")
+    if not isinstance(request.predictor, (Sparge, Window, NoneType)):
+        raise UnsupportedError(
+            f"mode 'ring' gathers what Sparge and Window need, and {type(request.predictor).__name__} reads all keys: "
+            "use mode='heads'"
+        )
 
 
 def ring_layouts(given: tuple[Layout, Layout], ranks: int, causal: bool) -> tuple[Layout, Layout]:

@@ -17,7 +17,6 @@ from tamis import geometry
 from tamis.backends import base
 from tamis.block_mask import dense_blocks, may_trim
 from tamis.call import per_head
-from tamis.errors import UnsupportedError
 from tamis.parallel.layout import Layout
 from tamis.parallel.places import Places
 from tamis.parallel.request import Request
@@ -47,13 +46,9 @@ def kept_blocks(query: Tensor, key: Tensor, own: Places, request: Request, kv_la
     block_size = geometry.DEFAULT_BLOCK_SIZE
     if isinstance(predictor, Sparge):
         table = _sparge(predictor, query, key, own, request, kv_layout, peers)
-    elif isinstance(predictor, Window):
-        table = _window(predictor, query, key, own, request)
     else:
-        raise UnsupportedError(
-            f"mode 'ring' gathers what Sparge and Window need, and {type(predictor).__name__} reads all keys: use "
-            "mode='heads'"
-        )
+        assert isinstance(predictor, Window)  # or it was refused
+        table = _window(predictor, query, key, own, request)
     return Kept(table, block_size, heads)
 
 
