@@ -4,8 +4,10 @@ Every process is a rank of a gloo group and has its share of the machine's cores
 is measured is what being spread costs. The model of this machine is
 
     seconds = seconds of one process * balance + bytes that all ranks send / bytes a second that they can
+              + exchanges * seconds of an empty one
 
-with the bytes of `tamis.parallel.plan` and a bandwidth measured in the same run. A correctness gate runs first.
+with the bytes of `tamis.parallel.plan`, and a bandwidth and an empty exchange measured in the same run. A gate of
+correctness runs first.
 """
 
 from __future__ import annotations
@@ -115,6 +117,8 @@ def rows_of(found: Sequence[dict[str, Any]], options: ScaleOptions) -> list[dict
                 "bytes_planned": [sum(traffic_of(work_of(options), size, mode, rank).values()) for rank in range(size)],
                 "gate_l1": max(row["gate"] for row in own),
                 "bandwidth": found[0]["bandwidth"],
+                "exchanges": own[0]["exchanges"],
+                "seconds_of_an_exchange": found[0]["wait"],
                 "overhead": overhead,
             }
         )
@@ -141,7 +145,7 @@ def measure(options: ScaleOptions) -> dict[str, Any]:
     rank, size = dist.get_rank(), dist.get_world_size()
     with torch.inference_mode():
         answer: dict[str, Any] = {mode: _mode(rank, size, options, mode) for mode in MODES}
-        answer["bandwidth"] = _bandwidth(size)
+        answer |= _links(size)
     return answer
 
 
@@ -186,7 +190,8 @@ def _mode(rank: int, size: int, options: ScaleOptions, mode: str) -> dict[str, A
         overhead = [own / other for own, other in zip(times, plain, strict=True)]
     else:
         times, overhead = [_timed(spread_call, dist.barrier) for _ in range(options.repeats)], []
-    return {"seconds": times, "sent": dict(traffic.sent), "gate": gate, "overhead": overhead}
+    sent = {"sent": dict(traffic.sent), "exchanges": traffic.exchanges}
+    return {"seconds": times, "gate": gate, "overhead": overhead} | sent
 
 
 def _timed(call: Callable[[], object], barrier: Callable[[], object]) -> float:
@@ -196,20 +201,26 @@ def _timed(call: Callable[[], object], barrier: Callable[[], object]) -> float:
     return time.perf_counter() - start
 
 
-def _bandwidth(size: int) -> float | None:
-    """Bytes a second that all ranks together send each other in an all-to-all."""
+def _links(size: int) -> dict[str, float | None]:
+    """Seconds of an all-to-all of next to nothing, and bytes a second that all ranks together send in a large one."""
+    if size == 1:
+        return {"wait": None, "bandwidth": None}
+    part = _BANDWIDTH_BYTES // size // size
+    wait, large = _exchange_seconds(size), _exchange_seconds(part * size)
+    return {"wait": wait, "bandwidth": part * size * (size - 1) / large}
+
+
+def _exchange_seconds(numbers: int) -> float:
+    """Of the slowest rank; the median of some after a first one."""
     import torch.distributed as dist
 
-    if size == 1:
-        return None
-    part = _BANDWIDTH_BYTES // size // size
-    send = torch.zeros(part * size, dtype=torch.uint8)
+    send = torch.zeros(numbers, dtype=torch.uint8)
     received = torch.empty_like(send)
     dist.all_to_all_single(received, send)
-    times = [_timed(lambda: dist.all_to_all_single(received, send), dist.barrier) for _ in range(5)]
+    times = [_timed(lambda: dist.all_to_all_single(received, send), dist.barrier) for _ in range(9)]
     slowest = torch.tensor(statistics.median(times))
     dist.all_reduce(slowest, dist.ReduceOp.MAX)
-    return part * size * (size - 1) / float(slowest)
+    return float(slowest)
 
 
 def beside(rows: list[dict[str, Any]], options: ScaleOptions) -> None:
@@ -220,7 +231,9 @@ def beside(rows: list[dict[str, Any]], options: ScaleOptions) -> None:
         if alone is None:
             row["seconds_modelled"] = None
             continue
-        sending = sum(row["bytes_planned"]) / row["bandwidth"] if row["bandwidth"] else 0.0
+        sending = 0.0
+        if row["bandwidth"]:
+            sending = sum(row["bytes_planned"]) / row["bandwidth"] + row["exchanges"] * row["seconds_of_an_exchange"]
         row["seconds_modelled"] = alone * balance(work_of(options), row["ranks"], row["mode"]) + sending
 
 
@@ -281,16 +294,18 @@ def plan_table(result: dict[str, Any]) -> str:
 def table(result: dict[str, Any]) -> str:
     """The result as text."""
     lines = [
-        f"{'mode':6}{'ranks':>6}{'ms':>9}{'model ms':>10}{'sent MB':>9}{'planned':>9}{'MB/s':>8}{'gate L1':>9}"
+        f"{'mode':6}{'ranks':>6}{'ms':>9}{'model ms':>10}{'sent MB':>9}{'planned':>9}{'MB/s':>8}"
+        f"{'exchanges':>11}{'ms each':>9}{'gate L1':>9}"
         f"{'overhead':>10}"
     ]
     for row in result["rows"]:
-        modelled, overhead = row["seconds_modelled"], row["overhead"]
+        modelled, overhead, wait = row["seconds_modelled"], row["overhead"], row["seconds_of_an_exchange"]
         lines.append(
             f"{row['mode']:6}{row['ranks']:6}{row['seconds']['median'] * 1e3:9.1f}"
             f"{'-' if modelled is None else f'{modelled * 1e3:.1f}':>10}"
             f"{sum(row['bytes_sent']) / 1e6:9.1f}{sum(row['bytes_planned']) / 1e6:9.1f}"
-            f"{'-' if row['bandwidth'] is None else format(row['bandwidth'] / 1e6, '.0f'):>8}{row['gate_l1']:9.0e}"
+            f"{'-' if row['bandwidth'] is None else format(row['bandwidth'] / 1e6, '.0f'):>8}{row['exchanges']:11}"
+            f"{'-' if wait is None else format(wait * 1e3, '.2f'):>9}{row['gate_l1']:9.0e}"
             f"{'-' if overhead is None else format(overhead['median'] - 1, '+.1%'):>10}"
         )
     return "\n".join([*lines, "", *_model_lines(result["model"])])

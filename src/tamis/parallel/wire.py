@@ -30,6 +30,7 @@ class Traffic:
         sent: bytes by kind: "heads" (query, key, value to the ranks of their heads), "output" (back again), "order"
             (ring: tokens to their place and back), "ring" (key and value passed on), "summaries" (what predictions and
             key means need), "lengths", "stats".
+        exchanges: how many there were.
 
     Example:
         >>> from tamis.parallel import Traffic
@@ -41,6 +42,7 @@ class Traffic:
 
     def __init__(self) -> None:
         self.sent: Counter[str] = Counter()
+        self.exchanges = 0
 
     @property
     def total(self) -> int:
@@ -148,6 +150,7 @@ def peers(mesh: DeviceMesh | None, group: ProcessGroup | None) -> Peers:
 def _count(kind: str, sent: int) -> None:
     for counter in _counters:
         counter.sent[kind] += sent
+        counter.exchanges += 1
 
 
 @contextlib.contextmanager
