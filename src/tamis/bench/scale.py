@@ -150,15 +150,13 @@ def measure(options: ScaleOptions) -> dict[str, Any]:
 
 
 def _mode(rank: int, size: int, options: ScaleOptions, mode: str) -> dict[str, Any]:
+    """One mode: checked against one process, then timed; on one rank beside the call that knows of none."""
     import torch.distributed as dist
 
     from tamis.attend import attend
     from tamis.parallel import Layout, Traffic, sparse_attention
 
-    generator = torch.Generator().manual_seed(0)
-    heads = (options.heads, options.kv_heads, options.kv_heads)
-    whole = [torch.randn(1, number, options.tokens, options.head_dim, generator=generator) for number in heads]
-    layout = Layout.even(options.tokens, size)
+    whole, layout = _inputs(options), Layout.even(options.tokens, size)
     query, key, value = (layout.take(tensor, rank).contiguous() for tensor in whole)
     predictor = Sparge(topk=options.density, similarity=-1)
 
@@ -192,6 +190,13 @@ def _mode(rank: int, size: int, options: ScaleOptions, mode: str) -> dict[str, A
         times, overhead = [_timed(spread_call, dist.barrier) for _ in range(options.repeats)], []
     sent = {"sent": dict(traffic.sent), "exchanges": traffic.exchanges}
     return {"seconds": times, "gate": gate, "overhead": overhead} | sent
+
+
+def _inputs(options: ScaleOptions) -> list[Tensor]:
+    """Query, key and value of the whole sequence, the same on every rank."""
+    generator = torch.Generator().manual_seed(0)
+    heads = (options.heads, options.kv_heads, options.kv_heads)
+    return [torch.randn(1, number, options.tokens, options.head_dim, generator=generator) for number in heads]
 
 
 def _timed(call: Callable[[], object], barrier: Callable[[], object]) -> float:

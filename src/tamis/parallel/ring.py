@@ -19,6 +19,7 @@ from __future__ import annotations
 import math
 from collections.abc import Sequence
 from dataclasses import dataclass
+from functools import lru_cache
 from types import NoneType
 from typing import NamedTuple
 
@@ -77,6 +78,7 @@ def refuse(request: Request) -> None:
         )
 
 
+@lru_cache(maxsize=64)
 def ring_layouts(given: tuple[Layout, Layout], ranks: int, causal: bool) -> tuple[Layout, Layout]:
     """Where queries and keys have to be: chunks of whole blocks, balanced; the given places if they already are."""
     lengths = (given[0].length, given[1].length)
@@ -106,8 +108,7 @@ def move(x: Tensor, source: Layout, target: Layout, peers: Peers) -> Tensor:
     batch, heads, _, dim = x.shape
     rows = x.permute(2, 0, 1, 3)
     width = batch * heads * dim
-    leaving = [overlaps(source.ranks[peers.rank], runs) for runs in target.ranks]
-    coming = [overlaps(runs, target.ranks[peers.rank]) for runs in source.ranks]
+    leaving, coming = _routes(source, target, peers.rank)
     parts = [rows[piece.source : piece.source + piece.length].reshape(-1) for some in leaving for piece in some]
     sizes = [[width * sum(piece.length for piece in some) for some in pieces] for pieces in (leaving, coming)]
     send = torch.cat(parts) if parts else x.new_zeros(0)
@@ -118,6 +119,13 @@ def move(x: Tensor, source: Layout, target: Layout, peers: Peers) -> Tensor:
         out[piece.target : piece.target + piece.length] = received[start : start + piece.length]
         start += piece.length
     return out.permute(1, 2, 0, 3)
+
+
+@lru_cache(maxsize=64)
+def _routes(source: Layout, target: Layout, rank: int) -> tuple[list[list[Piece]], list[list[Piece]]]:
+    """What a rank sends to every rank, and what it gets from each."""
+    leaving = [overlaps(source.ranks[rank], runs) for runs in target.ranks]
+    return leaving, [overlaps(runs, target.ranks[rank]) for runs in source.ranks]
 
 
 class Piece(NamedTuple):
