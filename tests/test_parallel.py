@@ -95,6 +95,7 @@ def test_whatever_the_numbers(ranks: Ranks, mode: str) -> None:
     """Head counts that no number of ranks divides, ranks without tokens or heads, lengths and sizes that differ."""
     causal = {"causal": True}
     check(ranks, 3, Job(5, 5, 40, (0, 333, 90), mode=mode, value_dim=24))
+    check(ranks, 2, Job(6, 3, 32, (150, 77), mode=mode, predictor=SPARGE))
     check(ranks, 4, Job(2, 1, 32, (700, 0, 0, 5), mode=mode, predictor=SPARGE, options=causal))
     check(
         ranks, 3, Job(6, 2, 32, (100, 30, 70), key_shares=(400, 500, 101), mode=mode, predictor=SPARGE, options=causal)
@@ -152,6 +153,9 @@ def test_a_known_layout_costs_no_exchange(ranks: Ranks) -> None:
     assert Layout.zigzag(700, 2).ranks == (((0, 128), (512, 188)), ((128, 384),))
     _, sent = check(ranks, 2, replace(job, shares=[300, 400], zigzag=True))
     assert "order" not in sent and sent["ring"] > 0
+    for shares, moves in (((128, 384, 60), False), ((128, 60, 384), True)):
+        _, sent = check(ranks, 3, Job(2, 2, 32, shares, mode="ring", predictor=SPARGE))
+        assert ("order" in sent) == moves
 
 
 @pytest.mark.parametrize(("length", "mode"), [(512, "heads"), (603, "heads"), (603, "ring")])
@@ -273,7 +277,9 @@ def test_layouts() -> None:
             Layout(tuple(tuple(runs) for runs in wrong))  # type: ignore[arg-type]
 
 
-@pytest.mark.parametrize(("heads", "kv_heads", "size"), [(8, 2, 4), (6, 2, 4), (7, 7, 3), (12, 3, 5), (2, 1, 4)])
+@pytest.mark.parametrize(
+    ("heads", "kv_heads", "size"), [(8, 2, 4), (6, 2, 4), (7, 7, 3), (6, 3, 2), (24, 8, 5), (2, 1, 4)]
+)
 def test_shares_cover_all_heads_once(heads: int, kv_heads: int, size: int) -> None:
     group, seen = heads // kv_heads, []
     for rank in range(size):

@@ -80,19 +80,17 @@ def refuse(request: Request) -> None:
 
 @lru_cache(maxsize=64)
 def ring_layouts(given: tuple[Layout, Layout], ranks: int, causal: bool) -> tuple[Layout, Layout]:
-    """Where queries and keys have to be: chunks of whole blocks, balanced; the given places if they already are."""
+    """Where queries and keys have to be: zig-zag under causality, else where they are if that cuts no block."""
     lengths = (given[0].length, given[1].length)
-    if _fits(given[0], causal) and _fits(given[1], causal) and (not causal or given[0] == given[1]):
+    if not causal and _whole_blocks(given[0]) and _whole_blocks(given[1]):
         return given
     make = Layout.zigzag if causal else Layout.blocks
     q_layout = make(lengths[0], ranks, multiple=ALIGN)
     return q_layout, q_layout if lengths[0] == lengths[1] else make(lengths[1], ranks, multiple=ALIGN)
 
 
-def _fits(layout: Layout, causal: bool) -> bool:
-    """Whether no block of tokens is cut, and under causality the layout is the zig-zag."""
-    if causal and layout != Layout.zigzag(layout.length, len(layout.ranks), multiple=ALIGN):
-        return False
+def _whole_blocks(layout: Layout) -> bool:
+    """Whether every rank's blocks of tokens are blocks of the sequence."""
     for runs in layout.ranks:
         if any(run.start % ALIGN for run in runs) or any(run.length % ALIGN for run in runs[:-1]):
             return False
