@@ -27,6 +27,7 @@ ORDER = [
     {"parallel"},
     {"integrations", "report"},
     {"tuning"},
+    {"compat"},
     {"demo", "bench"},
     {"cli"},
 ]

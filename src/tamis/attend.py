@@ -388,12 +388,31 @@ def sparse_attention(
         "positions": positions,
         "backend": backend,
     }
+    output, _, stats = predict_and_attend(
+        query, key, value, predictor, seen, precision=precision, pv_threshold=pv_threshold, compensate=compensate
+    )
+    assert stats is not None
+    return (output, stats) if return_stats else output
+
+
+def predict_and_attend(
+    query: Tensor,
+    key: Tensor,
+    value: Tensor,
+    predictor: Predictor,
+    seen: Seen,
+    *,
+    precision: str,
+    pv_threshold: PerHead | None,
+    compensate: str | None = None,
+) -> AttentionOutput:
+    """Attention over the blocks that a predictor keeps; what `Sparge` reads and rounds is not read again."""
     prepared = None
     if isinstance(predictor, Sparge):
         block_mask, prepared = predictor.prepare(query, key, **seen, precision=precision)
     else:
         block_mask = predictor(query, key, **seen)
-    output, _, stats = _attend(
+    return _attend(
         query,
         key,
         value,
@@ -404,8 +423,6 @@ def sparse_attention(
         compensate=compensate,
         prepared=prepared,
     )
-    assert stats is not None
-    return (output, stats) if return_stats else output
 
 
 def _check_equal_heads(query: Tensor, key: Tensor) -> None:
