@@ -100,6 +100,8 @@ def test_some_heads_make_no_profile(tmp_path: Path) -> None:
         (["--out", "p", "--l1", "0.1", "--pv-l1", "0.05"], "pv_l1 must be at least l1"),
         (["--out", "p", "--end-l1", "0.1", "--end-perplexity", "0.05"], "exclude each other"),
         (["--out", "p", "--workers", "many"], "expected a whole number above 0"),
+        (["--out", "p", "--ray", ""], "expected the address of a Ray cluster, as HOST:PORT, or auto"),
+        (["--out", "p", "--ray", "auto", "--workers", "2"], "not allowed with argument"),
     ],
 )
 def test_wrong_usage(arguments: list[str], message: str, capsys: pytest.CaptureFixture[str]) -> None:

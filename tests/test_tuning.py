@@ -5,8 +5,11 @@ from __future__ import annotations
 import itertools
 import json
 import math
+import os
+import signal
+import sys
 from collections import Counter
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -16,8 +19,10 @@ import torch
 from torch import Tensor
 
 import tamis
+from tamis import cli
+from tamis.integrations.capture import record
 from tamis.profile import LayerSettings, Profile, Stage
-from tamis.tuning import Budget, candidates, choose, tune_source, whole
+from tamis.tuning import Budget, candidates, choose, pool, tune_source, whole
 from tamis.tuning.calls import LayerCall, exact_output
 from tamis.tuning.candidates import DENSE, GRID, Candidate
 from tamis.tuning.decide import decide
@@ -25,7 +30,7 @@ from tamis.tuning.ending import End, weights
 from tamis.tuning.evaluate import Trial, evaluate
 from tamis.tuning.frontier import frontier, sample_rows
 from tamis.tuning.journal import Journal
-from tamis.tuning.run import Place
+from tamis.tuning.run import Place, survey
 from tamis.tuning.sources import ModelSource
 
 SHAPES: dict[str, dict[str, Any]] = {
@@ -238,20 +243,86 @@ def test_a_journal_of_another_run_or_a_damaged_one_is_refused(tmp_path: Path) ->
         Journal(path, {"inputs": "a"})
 
 
-@pytest.mark.parametrize("workers", [2, "ray"])
-@pytest.mark.filterwarnings("default")
-def test_several_processes_find_the_same(workers: int | str) -> None:
-    inputs = [[planted(n, "a"), planted(n, "b"), planted(n, "c")] for n in range(2)]
-    if workers == "ray":
-        ray = pytest.importorskip("ray")
-        ray.init(num_cpus=2, include_dashboard=False, log_to_driver=False)
+def mortal_survey(call: LayerCall, most_rows: int, backend: str | None) -> dict[str, Any]:
+    """The survey; over one call its process is killed, the first time."""
+    if (call.layer, call.input) == ("b", 1):
+        try:
+            Path(os.environ["TAMIS_TEST_MARKER"]).touch(exist_ok=False)
+        except FileExistsError:
+            pass
+        else:
+            die()
+    return survey(call, most_rows, backend)
+
+
+def die() -> None:
+    os.kill(os.getpid(), signal.SIGKILL)
+
+
+@pytest.fixture
+def marker(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> Path:
+    monkeypatch.setenv("TAMIS_TEST_MARKER", str(tmp_path / "killed"))
+    return tmp_path / "killed"
+
+
+@pytest.fixture(params=["processes", "ray"])
+def two_workers(request: pytest.FixtureRequest, marker: Path) -> Iterator[int | str]:
+    """Two processes, or a local Ray cluster of two nodes with a core each, by its address."""
+    if request.param == "processes":
+        yield 2
+        return
+    ray = pytest.importorskip("ray")
+    from ray.cluster_utils import Cluster
+
+    ray.cloudpickle.register_pickle_by_value(sys.modules[__name__])  # the nodes do not have this file
+    cluster = Cluster(initialize_head=True, head_node_args={"num_cpus": 1, "include_dashboard": False})
     try:
-        found = tune_source(Calls(inputs), None, Budget(0.05, 0.06), workers=workers)
+        cluster.add_node(num_cpus=1)
+        yield f"ray@{cluster.address}"
     finally:
-        if workers == "ray":
-            ray.shutdown()
+        ray.shutdown()
+        cluster.shutdown()
+
+
+@pytest.mark.filterwarnings("default")
+def test_two_workers_find_the_same_though_one_is_killed(
+    monkeypatch: pytest.MonkeyPatch, two_workers: int | str, marker: Path
+) -> None:
+    """And what costs worker after worker is an error."""
+    monkeypatch.setattr(tamis.tuning, "survey", mortal_survey)
+    inputs = [[planted(n, "a"), planted(n, "b"), planted(n, "c")] for n in range(2)]
+    found = tune_source(Calls(inputs), None, Budget(0.05, 0.06), workers=two_workers)
+    assert marker.exists(), "nobody was killed"
     alone = tune_source(Calls(inputs), None, Budget(0.05, 0.06))
-    assert {n: found.at(n) for n in "abc"} == {n: alone.at(n) for n in "abc"}
+    assert found == alone
+    monkeypatch.setattr(pool, "MOST_LOSSES", 0)
+    doomed = pool.open_pool(two_workers, lambda key, result: None)
+    doomed.submit("the call", die)
+    with pytest.raises(RuntimeError, match="1 workers were lost over the call: they were killed from outside"):
+        doomed.drain()
+    doomed.close()
+    if isinstance(two_workers, str):
+        with pytest.raises(ValueError, match="this process has joined the Ray cluster at"):
+            pool.open_pool("ray@127.0.0.1:1", lambda key, result: None)
+        captured_calls_on(two_workers.partition("@")[2], marker.parent)
+
+
+def captured_calls_on(address: str, folder: Path) -> None:
+    """`tamis tune --ray ADDRESS` on files finds what it finds without."""
+    pytest.importorskip("safetensors")
+    model = tiny()
+    for number, ids in enumerate(texts(2, 256)):
+        record(model, lambda ids=ids: model.model(ids, use_cache=False), folder / "captures", input=number)
+    arguments = ["tune", "--captures", str(folder / "captures"), "--out"]
+    assert cli.main([*arguments, str(folder / "far.json"), "--ray", address]) == 0
+    assert cli.main([*arguments, str(folder / "here.json")]) == 0
+    assert Profile.load(folder / "far.json") == Profile.load(folder / "here.json")
+
+
+def test_workers_are_a_number_or_ray() -> None:
+    for wrong in (0, True, "rays", "2"):
+        with pytest.raises(ValueError, match="workers must be a number of processes above 0, 'ray' or 'ray@ADDRESS'"):
+            pool.open_pool(wrong, lambda key, result: None)
 
 
 def test_one_price_is_the_best_use_of_density() -> None:

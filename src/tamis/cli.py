@@ -146,7 +146,9 @@ def _add_tune(commands: Any) -> None:
     tune.add_argument("--tokens", type=_positive, metavar="N", help="tokens of each text (4096)")
     tune.add_argument("--pixels", type=_positive, metavar="N", help="side of the photographs (1036)")
     tune.add_argument("--precision", choices=("int8", "full"), default="int8", help="that settings will run in (int8)")
-    tune.add_argument("--workers", type=_workers, default=1, metavar="N|ray", help="processes, or a Ray cluster (1)")
+    shared = tune.add_mutually_exclusive_group()
+    shared.add_argument("--workers", type=_workers, default=1, metavar="N|ray", help="processes, or a Ray cluster (1)")
+    shared.add_argument("--ray", dest="workers", type=_ray, metavar="ADDRESS", help="the Ray cluster there, or auto")
     tune.add_argument("--resume", type=Path, metavar="FILE", help="keep what was found there, and go on from it")
     tune.set_defaults(command=_tune)
 
@@ -302,6 +304,12 @@ def _size(text: str) -> float:
 
 def _workers(text: str) -> int | str:
     return text if text == "ray" else _positive(text)
+
+
+def _ray(text: str) -> str:
+    if not text:
+        raise argparse.ArgumentTypeError("expected the address of a Ray cluster, as HOST:PORT, or auto")
+    return f"ray@{text}"
 
 
 def _layers(text: str) -> tuple[int | str, ...]:

@@ -125,7 +125,7 @@ class Override:
         query, key, value = qkv
         if not skip_reshape:
             dim = query.shape[2] // heads
-            query, key, value = (tensor.unflatten(2, (-1, dim)).transpose(1, 2) for tensor in qkv)
+            query, key, value = (torch.unflatten(tensor, 2, (-1, dim)).transpose(1, 2) for tensor in qkv)
         if mask is not None:  # [queries, keys] and [batch, queries, keys] are all heads'
             mask = mask[None] if mask.dim() == 2 else mask
             mask = mask[:, None] if mask.dim() == 3 else mask

@@ -11,6 +11,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable, Mapping, Sequence
+from contextlib import closing
 from dataclasses import dataclass
 from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
@@ -112,7 +113,8 @@ def tune(
         steps: for diffusion: the steps at which new settings begin; a step is one call of a layer. () = one range.
         precision: that the settings will run in.
         backend: as in `attend`.
-        workers: processes that share the work, or "ray": a Ray cluster, the connected one or this machine.
+        workers: processes that share the work; "ray": a Ray cluster, the connected one or this machine; or
+            "ray@ADDRESS": the one there. What a worker that is lost looked at is looked at again, by another.
         resume: a file for what has been found; a run with the same model and inputs goes on from it.
         rows: blocks of 128 query rows of a call that the first survey looks at; what is tried later sees all.
         progress: called with (phase, inputs done, inputs).
@@ -124,6 +126,7 @@ def tune(
     Raises:
         ValueError, TypeError: an argument is wrong, a budget cannot be reached, the file is of another run or damaged,
             or no call could be judged; the message says why.
+        RuntimeError: several workers were lost over the same call.
         UnsupportedError: the model takes no attention functions, or has no derivative for a budget at the end.
 
     Source: SpargeAttn (arXiv 2502.18137), section 3.6, for the budget per head; the rest is ours (docs/tuning.md).
@@ -180,7 +183,22 @@ def tune_source(
         "steps": list(steps),
         "rows": rows,
     }
-    run = Run(Journal(None if resume is None else Path(resume), head), _check_steps(steps), workers, progress)
+    journal = Journal(None if resume is None else Path(resume), head)
+    with closing(Run(journal, _check_steps(steps), workers, progress)) as run:
+        return _tuned(run, source, held_out, budget, precision=precision, backend=backend, rows=rows)
+
+
+def _tuned(
+    run: Run,
+    source: Source,
+    held_out: Source | None,
+    budget: Budget,
+    *,
+    precision: str,
+    backend: str | None,
+    rows: int,
+) -> Profile:
+    """The three readings, and what follows from them."""
     surveyed = run.read("survey", source, lambda _: Task(survey, (rows, backend)))
     if not surveyed:
         raise ValueError(f"no attention call of {source.name} can be judged: {dict(source.left_out) or 'it made none'}")
@@ -200,7 +218,7 @@ def tune_source(
     for kind in dict.fromkeys(decision.precision for decision in decisions.values()):
         settled = {place: [found.trial] for place, found in decisions.items() if found.precision == kind}
         held |= read("held out", held_out, settled, kind) if held_out is not None else {}
-    return Profile(stages(decisions, held, steps), source.name, budget.as_json(), _version(), end)
+    return Profile(stages(decisions, held, run.bounds), source.name, budget.as_json(), _version(), end)
 
 
 def _by_head(source: Source, surveyed: Results, budget: Budget, read: Read, precision: str) -> dict[Place, Decision]:

@@ -1,13 +1,21 @@
-"""Where layers are looked at: in this process, in several processes, or on a Ray cluster."""
+"""Where layers are looked at: in this process, in several processes, or on a Ray cluster.
+
+A worker may be lost: killed by the system when memory runs out, or with the machine it runs on. What it looked at is
+looked at again by another, and the outcome does not depend on who found it.
+"""
 
 from __future__ import annotations
 
 import importlib
 import os
-from collections.abc import Callable
-from typing import Any, Protocol
+from collections.abc import Callable, Iterable, Sequence
+from typing import Any, NamedTuple, Protocol
 
 import torch
+
+MOST_LOSSES = 2  # a job that has lost so many workers is run once more, and not again
+_RAY = "ray"
+_connected: list[str | None] = [None]  # the address at which this process has joined a cluster
 
 
 class Pool(Protocol):
@@ -21,12 +29,34 @@ class Pool(Protocol):
 Done = Callable[[str, Any], None]
 
 
+class Job(NamedTuple):
+    """What is to be done, and how many workers were lost over it."""
+
+    key: str
+    function: Callable[..., Any]
+    arguments: tuple[Any, ...]
+    losses: int = 0
+
+    def again(self) -> Job:
+        """The job after one more loss.
+
+        Raises:
+            RuntimeError: there were too many.
+        """
+        if self.losses >= MOST_LOSSES:
+            raise RuntimeError(
+                f"{self.losses + 1} workers were lost over {self.key}: they were killed from outside, as happens when "
+                "memory runs out. Give fewer workers, or shorter inputs; --resume keeps what has been found"
+            )
+        return self._replace(losses=self.losses + 1)
+
+
 def open_pool(workers: int | str, done: Done) -> Pool:
-    """The pool for `tune`'s argument `workers`: a number of processes, or "ray"."""
-    if workers == "ray":
-        return RayPool(done)
+    """The pool for `tune`'s argument `workers`: a number of processes, "ray", or "ray@ADDRESS"."""
+    if isinstance(workers, str) and (workers == _RAY or workers.startswith(f"{_RAY}@")):
+        return RayPool(workers.partition("@")[2] or None, done)
     if isinstance(workers, bool) or not isinstance(workers, int) or workers < 1:
-        raise ValueError(f"workers must be a number of processes above 0 or 'ray', got {workers!r}")
+        raise ValueError(f"workers must be a number of processes above 0, 'ray' or 'ray@ADDRESS', got {workers!r}")
     return Inline(done) if workers == 1 else Processes(workers, done)
 
 
@@ -50,25 +80,63 @@ class Processes:
     """Several processes, which share the machine's cores; a few calls wait in memory at a time."""
 
     def __init__(self, workers: int, done: Done) -> None:
+        self._workers, self._most, self._done = workers, 2 * workers, done
+        self._threads = max(1, torch.get_num_threads() // workers)
+        self._pool = self._open()
+        self._waiting: dict[Any, Job] = {}
+
+    def _open(self) -> Any:
         from concurrent.futures import ProcessPoolExecutor
 
         import torch.multiprocessing as processes
 
-        threads = max(1, torch.get_num_threads() // workers)
-        self._pool = ProcessPoolExecutor(workers, processes.get_context("spawn"), _start, (threads,))
-        self._most, self._done = 2 * workers, done
-        self._waiting: dict[Any, str] = {}
+        return ProcessPoolExecutor(self._workers, processes.get_context("spawn"), _start, (self._threads,))
 
     def submit(self, key: str, function: Callable[..., Any], *arguments: Any) -> None:
+        from concurrent.futures.process import BrokenProcessPool
+
         while len(self._waiting) >= self._most:
             self._collect()
-        self._waiting[self._pool.submit(function, *arguments)] = key
+        job = Job(key, function, arguments)
+        try:
+            self._give(job)
+        except BrokenProcessPool:  # no fault of this job: the others' worker was lost since they were looked at
+            self._settle(list(self._waiting))
+            self._give(job)
+
+    def _give(self, job: Job) -> None:
+        self._waiting[self._pool.submit(job.function, *job.arguments)] = job
 
     def _collect(self) -> None:
         from concurrent.futures import FIRST_COMPLETED, wait
 
-        for future in wait(self._waiting, return_when=FIRST_COMPLETED).done:
-            self._done(self._waiting.pop(future), future.result())
+        self._settle(wait(self._waiting, return_when=FIRST_COMPLETED).done)
+
+    def _settle(self, futures: Iterable[Any]) -> None:
+        """Hand over what was found; if a worker was lost the others go too, and what all looked at starts anew."""
+        lost = self._take(futures)
+        if not lost:
+            return
+        lost += self._take(list(self._waiting))
+        self._pool.shutdown()
+        self._pool = self._open()
+        for job in lost:
+            self._give(job.again())
+
+    def _take(self, futures: Iterable[Any]) -> list[Job]:
+        """Hand over what was found; the jobs whose worker was lost."""
+        from concurrent.futures.process import BrokenProcessPool
+
+        lost = []
+        for future in futures:
+            job = self._waiting.pop(future)
+            try:
+                found = future.result()
+            except BrokenProcessPool:
+                lost.append(job)
+            else:
+                self._done(job.key, found)
+        return lost
 
     def drain(self) -> None:
         while self._waiting:
@@ -84,24 +152,42 @@ def _start(threads: int) -> None:
 
 
 class RayPool:
-    """A Ray cluster: the one that is connected, or else one of this machine."""
+    """A Ray cluster: the one at an address; without one that which is connected, or else one of this machine."""
 
-    def __init__(self, done: Done) -> None:
+    def __init__(self, address: str | None, done: Done) -> None:
         ray: Any = importlib.import_module("ray")
         self._ray, self._done = ray, done
         if not ray.is_initialized():
-            ray.init(log_to_driver=False)
+            ray.init(address=address, log_to_driver=False)
+            _connected[0] = address
+        elif address not in (None, "auto", _connected[0], here := ray.get_runtime_context().gcs_address):
+            raise ValueError(f"workers: this process has joined the Ray cluster at {here}: leave it (ray.shutdown())")
         self._most = 2 * max(1, int(ray.cluster_resources().get("CPU", 1)))
-        self._waiting: dict[Any, str] = {}
+        self._waiting: dict[Any, Job] = {}
 
     def submit(self, key: str, function: Callable[..., Any], *arguments: Any) -> None:
         while len(self._waiting) >= self._most:
             self._collect()
-        self._waiting[self._ray.remote(function).remote(*arguments)] = key
+        self._give(Job(key, function, arguments))
+
+    def _give(self, job: Job) -> None:
+        # Ray's own retries have no end where memory runs out.
+        remote = self._ray.remote(max_retries=0)(job.function)
+        self._waiting[remote.remote(*job.arguments)] = job
 
     def _collect(self) -> None:
-        for reference in self._ray.wait(list(self._waiting))[0]:
-            self._done(self._waiting.pop(reference), self._ray.get(reference))
+        errors = self._ray.exceptions
+        finished: Sequence[Any] = self._ray.wait(list(self._waiting))[0]
+        for reference in finished:
+            job = self._waiting.pop(reference)
+            try:
+                found = self._ray.get(reference)
+            except errors.RayTaskError:
+                raise  # the function's own
+            except errors.RayError:
+                self._give(job.again())
+            else:
+                self._done(job.key, found)
 
     def drain(self) -> None:
         while self._waiting:

@@ -19,7 +19,7 @@ from tamis.tuning.candidates import GRID, masks
 from tamis.tuning.evaluate import Trial, evaluate
 from tamis.tuning.frontier import frontier, sample_rows
 from tamis.tuning.journal import Journal
-from tamis.tuning.pool import open_pool
+from tamis.tuning.pool import Pool, open_pool
 from tamis.tuning.sources import Source
 
 Progress = Callable[[str, int, int], None]
@@ -48,13 +48,19 @@ class Run:
 
     Attributes:
         bounds: the steps at which a new stage starts, without 0.
-        workers: as in `tune`.
+        workers: as in `tune`; they are started when there is something to do, and stopped by `close`.
     """
 
     journal: Journal
     bounds: Sequence[int]
     workers: int | str
     progress: Progress | None
+    _pool: Pool | None = None
+
+    def close(self) -> None:
+        """Stop the workers."""
+        if self._pool is not None:
+            self._pool.close()
 
     def read(self, phase: str, source: Source, task: Callable[[Place], Task | None], about: str = "") -> Results:
         """Do something with every call of every input; results stacked over the samples, by place.
@@ -73,7 +79,7 @@ class Run:
         return self._collect(name, len(source))
 
     def _read_input(self, phase: str, number: int, source: Source, task: Callable[[Place], Task | None]) -> None:
-        pool = open_pool(self.workers, self.journal.put)
+        self._pool = pool = self._pool or open_pool(self.workers, self.journal.put)
         keys: list[list[Any]] = []
 
         def visit(call: LayerCall) -> None:
@@ -86,11 +92,8 @@ class Run:
             if key not in self.journal:
                 pool.submit(key, todo.function, call, *todo.arguments)
 
-        try:
-            source.visit(number, visit)
-            pool.drain()
-        finally:
-            pool.close()
+        source.visit(number, visit)
+        pool.drain()
         self.journal.put(f"{phase}/{number}", keys)
 
     def _collect(self, phase: str, inputs: int) -> Results:
