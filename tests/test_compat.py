@@ -5,6 +5,7 @@ from __future__ import annotations
 import importlib.util
 import inspect
 import math
+import re
 import sys
 from collections.abc import Callable, Iterator
 from pathlib import Path
@@ -20,6 +21,7 @@ from tamis import compat
 from tamis.compat import arguments, plugin
 from tamis.compat.__main__ import main
 from tamis.compat.search import CANDIDATES
+from tamis.compat.utils import get_vanilla_qk_quant
 from tamis.tuning.candidates import DENSE
 
 LN2 = math.log(2)
@@ -157,17 +159,23 @@ def test_lightx2v() -> None:
 
 
 @pytest.mark.usefixtures("installed")
-def test_tuned_modules_as_engines_use_them() -> None:
-    """LightX2V and xDiT: one module per layer, tuned by TUNE_MODE or loaded, then called with a layout."""
+def test_tuned_modules_in_lightx2v() -> None:
+    """Its weight class "Sparge": made with three arguments, given parameters by name, called with a layout."""
     from spas_sage_attn.autotune import SparseAttentionMeansim  # type: ignore[import-not-found]
+    from spas_sage_attn.utils import get_vanilla_qk_quant  # type: ignore[import-not-found]  # noqa: F401
 
-    attention = SparseAttentionMeansim(l1=0.06, pv_l1=0.065, tune_pv=True)
+    attention = SparseAttentionMeansim(l1=0.07, pv_l1=0.08, tune_pv=True)
     q, k, v = qkv(1, 2, 384, 64)
     with pytest.raises(RuntimeError, match="has no settings"):
         attention(q, k, v)
-    attention(q, k, v, tune_mode=True)
-    nhd = attention(*(t.transpose(1, 2) for t in (q, k, v)), tensor_layout="NHD")
-    assert torch.equal(nhd.transpose(1, 2), attention(q, k, v, None, False))
+    for name, value in theirs(0.7).items():
+        setattr(attention, name, nn.Parameter(value.bfloat16(), requires_grad=False))
+    x = attention(*(t.transpose(1, 2) for t in (q, k, v)), tensor_layout="NHD").flatten(2).squeeze(0)
+    cdf = torch.tensor(0.7).bfloat16().item()
+    chosen = tamis.Sparge(cdf=(cdf, 1e-9), topk=(1e-9, 1.0), similarity=(0.25, -1), sink=True)
+    expected = tamis.sparse_attention(q, k, v, predictor=chosen, pv_threshold=(12 * LN2, 20 * LN2))
+    assert isinstance(expected, Tensor)
+    assert torch.equal(x, expected[0].transpose(0, 1).flatten(1))
 
 
 def spread(call: Callable[..., Any], *tensors: Tensor, **more: Any) -> Tensor:
@@ -297,9 +305,9 @@ def test_nothing_is_importable_until_asked() -> None:
     compat.install()
     compat.install()
     try:
-        for name in ("spas_sage_attn", "spas_sage_attn.core", "spas_sage_attn.autotune"):
+        for name in ("spas_sage_attn", *(f"spas_sage_attn.{part}" for part in ("core", "autotune", "utils"))):
             assert importlib.util.find_spec(name) is not None
-        assert importlib.util.find_spec("spas_sage_attn.utils") is None
+        assert importlib.util.find_spec("spas_sage_attn._qattn") is None
         import spas_sage_attn
 
         assert spas_sage_attn.spas_sage_attn_meansim_topk_cuda is compat.spas_sage2_attn_meansim_topk_cuda
@@ -462,6 +470,20 @@ def test_the_files_of_the_authors_tuner() -> None:
         compat.load_sparse_attention_state_dict(Blocks(), {"blocks.1.pvthreshd": torch.ones(2)})
 
 
+def test_rounding_by_blocks() -> None:
+    """Every entry within half a step of its block, the last one partial; zeros stay zeros."""
+    q, k = torch.randn(1, 2, 300, 32), torch.randn(1, 2, 130, 32)
+    k[:, 1, 64:128] = 0
+    mean = torch.tensor([[[[0.5] * 32], [[0.0] * 32]]])
+    q_int8, q_scale, k_int8, k_scale = get_vanilla_qk_quant(q, k, mean)
+    assert (q_scale.shape, k_scale.shape) == ((1, 2, 3), (1, 2, 3))
+    for x, rounded, scale, block in ((q, q_int8, q_scale, 128), (k - mean, k_int8, k_scale, 64)):
+        steps = scale.repeat_interleave(block, -1)[..., : x.shape[2], None]
+        assert bool(((rounded * steps - x).abs() <= steps * 0.5001).all())
+        assert rounded.abs().amax() == 127
+    assert k_scale[0, 1, 1] == 0
+
+
 def test_modules_refuse_what_they_have_not() -> None:
     for given in ({"sim_rule": "cosine"}, {"rearrange_kwargs": {"a": 1}}):
         with pytest.raises(tamis.UnsupportedError, match=next(iter(given))):
@@ -479,3 +501,17 @@ def test_candidates_have_a_form_in_the_authors_state() -> None:
         )
         assert made.cdf is not None
         assert made.cdf[0] == pytest.approx(candidate.cdf, rel=1e-6)
+
+
+def test_the_guide_runs(capsys: pytest.CaptureFixture[str]) -> None:
+    """Every Python block of docs/engines.md; what it says is printed, is."""
+    text = (Path(__file__).parents[1] / "docs" / "engines.md").read_text(encoding="utf-8")
+    blocks = re.findall(r"```python\n(.*?)```", text, re.DOTALL)
+    assert len(blocks) == 3
+    names: dict[str, Any] = {}
+    try:
+        for block in blocks:
+            exec(block, names)
+            assert capsys.readouterr().out.split("\n")[:-1] == re.findall(r"^print\(.*\)  # (.*)$", block, re.MULTILINE)
+    finally:
+        compat.uninstall()

@@ -1,6 +1,7 @@
 """The names and argument lists of the authors' package `spas_sage_attn`, on tamis: code written for it runs here.
 
 arguments.py  what their arguments mean;  functions.py  their functions;  autotune.py  their tuned module
+search.py     how it is tuned;  utils.py  a helper
 alias.py      `import spas_sage_attn` on request;  plugin.py  the same, called by serving engines;  __main__.py  and
               for whole programs
 

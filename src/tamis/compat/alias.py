@@ -7,7 +7,7 @@ import sys
 from importlib.machinery import ModuleSpec
 from types import ModuleType
 
-from tamis.compat import autotune, functions
+from tamis.compat import autotune, functions, utils
 
 PACKAGE = "spas_sage_attn"
 _FUNCTIONS = (
@@ -24,7 +24,7 @@ _MARK = "__tamis__"
 
 
 def install() -> None:
-    """Make tamis importable as `spas_sage_attn`, with its submodules `core` and `autotune`, in this process.
+    """Make tamis importable as `spas_sage_attn`, with its submodules `core`, `autotune` and `utils`, in this process.
 
     Safe to call twice.
 
@@ -66,17 +66,18 @@ def _modules() -> list[ModuleType]:
     """The package and its submodules. They have specs, by which others ask whether a package is there."""
     package = _module(PACKAGE, is_package=True)
     core = _module(f"{PACKAGE}.core")
-    tuner = _module(f"{PACKAGE}.autotune")
+    tuner, helpers = _module(f"{PACKAGE}.autotune"), _module(f"{PACKAGE}.utils")
     for module in (package, core):
         for name in _FUNCTIONS:
             setattr(module, name, getattr(functions, name))
         for name, newer in _OLDER.items():
             setattr(module, name, getattr(functions, newer))
-    for name in autotune.__all__:
-        setattr(tuner, name, getattr(autotune, name))
-    setattr(package, "core", core)  # noqa: B010  # a module knows no such attribute
-    setattr(package, "autotune", tuner)  # noqa: B010
-    return [package, core, tuner]
+    for module, source in ((tuner, autotune), (helpers, utils)):
+        for name in source.__all__:
+            setattr(module, name, getattr(source, name))
+    for module in (core, tuner, helpers):
+        setattr(package, module.__name__.rpartition(".")[2], module)
+    return [package, core, tuner, helpers]
 
 
 def _module(name: str, *, is_package: bool = False) -> ModuleType:
