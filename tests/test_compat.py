@@ -8,6 +8,7 @@ import math
 import re
 import sys
 from collections.abc import Callable, Iterator
+from importlib.metadata import entry_points
 from pathlib import Path
 from typing import Any
 
@@ -18,11 +19,13 @@ from torch.nn.attention.bias import causal_lower_right
 
 import tamis
 from tamis import compat
-from tamis.compat import arguments, plugin
+from tamis.compat import arguments, plugin, search
 from tamis.compat.__main__ import main
-from tamis.compat.search import CANDIDATES
+from tamis.compat.search import CANDIDATES, Search
 from tamis.compat.utils import get_vanilla_qk_quant
+from tamis.tuning.calls import LayerCall
 from tamis.tuning.candidates import DENSE
+from tamis.tuning.evaluate import Outcome, Trial, evaluate
 
 LN2 = math.log(2)
 COMMON_HEAD = {"q": ..., "k": ..., "v": ..., "attn_mask": None, "dropout_p": 0.0, "is_causal": False, "scale": None}
@@ -220,6 +223,11 @@ def test_causal_is_aligned_at_the_end_and_masks_are_honoured() -> None:
     mask = torch.rand(500, 500) < 0.5
     masked = compat.spas_sage2_attn_meansim_topk_cuda(q, k, v, mask)
     assert torch.equal(masked, ours(q, k, v, predictor, attn_mask=mask))
+    both = compat.spas_sage2_attn_meansim_topk_cuda(q, k, v, mask, is_causal=True, topk=1.0)
+    every = tamis.attend(
+        q, k, v, tamis.Sparge(topk=1.0)(q, k, causal=True), attn_mask=mask, causal=True, precision="int8"
+    )
+    assert torch.equal(both, every.output)
 
 
 def test_dtypes_and_log_sum_exp() -> None:
@@ -335,18 +343,27 @@ def test_a_real_installation_stays(tmp_path: Path, monkeypatch: pytest.MonkeyPat
         del sys.modules["spas_sage_attn"], spas_sage_attn
 
 
-def test_engines_ask_by_the_environment(monkeypatch: pytest.MonkeyPatch) -> None:
-    """The entry points of pyproject.toml, as vLLM and SGLang call them: without an order they do nothing."""
+def test_engines_ask_by_the_environment(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+    """The entry points of pyproject.toml, found and called as vLLM and SGLang do: without an order they do nothing."""
     tomllib = pytest.importorskip("tomllib")
     project = tomllib.loads((Path(__file__).parents[1] / "pyproject.toml").read_text(encoding="utf-8"))["project"]
-    groups = project["entry-points"]
-    assert set(groups) == {"vllm.general_plugins", "sglang.srt.plugins", "sglang.multimodal_gen.plugins"}
-    assert all(group == {"tamis": "tamis.compat.plugin:register"} for group in groups.values())
-    for value, expected in (("", False), ("0", False), ("1", True)):
-        monkeypatch.setenv("TAMIS_COMPAT", value)
-        plugin.register()
-        assert ("spas_sage_attn" in sys.modules) == expected
-    compat.uninstall()
+    (tmp_path / "engines_0.dist-info").mkdir()
+    (tmp_path / "engines_0.dist-info" / "METADATA").write_text("Name: engines\nVersion: 0\n", encoding="utf-8")
+    lines = [
+        f"[{group}]\n{name} = {value}\n"
+        for group, found in project["entry-points"].items()
+        for name, value in found.items()
+    ]
+    (tmp_path / "engines_0.dist-info" / "entry_points.txt").write_text("".join(lines), encoding="utf-8")
+    monkeypatch.syspath_prepend(tmp_path)
+    for group in ("vllm.general_plugins", "sglang.srt.plugins", "sglang.multimodal_gen.plugins"):
+        found = [point for point in entry_points(group=group) if point.name == "tamis"]
+        assert found
+        for value, expected in (("", False), ("0", False), ("1", True)):
+            monkeypatch.setenv("TAMIS_COMPAT", value)
+            found[0].load()()
+            assert ("spas_sage_attn" in sys.modules) == expected
+        compat.uninstall()
     monkeypatch.setenv("TAMIS_COMPAT", "yes")
     with pytest.raises(ValueError, match="TAMIS_COMPAT must be 1, 0 or empty, got 'yes'"):
         plugin.register()
@@ -408,6 +425,29 @@ def test_a_module_tunes_itself_and_holds_its_budget() -> None:
         attention(*planted(1, "ddd"), tune_mode=True)
 
 
+def test_what_failed_once_is_not_taken_again(monkeypatch: pytest.MonkeyPatch) -> None:
+    """By its mask on an earlier call; or, of the same call twice, in the kernel the first time only."""
+    attention = compat.SparseAttentionMeansim(l1=0.05, pv_l1=0.06)
+    attention(*planted(1, "d"), tune_mode=True)
+    attention(*planted(0, "s"), tune_mode=True)
+    assert attention.is_sparse.tolist() == [True]
+    for seed, kind in ((1, "d"), (0, "s")):
+        assert max(relative_l1(attention(*planted(seed, kind)), *planted(seed, kind))) <= 0.06
+
+    def unlucky(call: LayerCall, trials: list[Trial], precision: str, backend: str | None) -> Outcome:
+        outcome = evaluate(call, trials, precision, backend)
+        return outcome._replace(l1=torch.ones_like(outcome.l1))
+
+    q, k, v = planted(0, "s")
+    found = Search(0.05, 0.06)
+    monkeypatch.setattr(search, "evaluate", unlucky)
+    (first,) = found.add(LayerCall("", 0, 0, 0, q, k, v, False, None, None))
+    monkeypatch.undo()
+    (second,) = found.add(LayerCall("", 1, 0, 0, q, k, v, False, None, None))
+    (fresh,) = Search(0.05, 0.06).add(LayerCall("", 1, 0, 0, q, k, v, False, None, None))
+    assert first.candidate == second.candidate == DENSE != fresh.candidate
+
+
 def test_tuning_by_the_environment_and_without_stage_2(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setenv("TUNE_MODE", "1")
     attention = compat.SparseAttentionMeansim(tune_pv=False)
@@ -431,8 +471,8 @@ class Blocks(nn.Module):
 def theirs(cdf: float) -> dict[str, Tensor]:
     return {
         "is_sparse": torch.tensor([True, False]),
-        "cdfthreshd": torch.tensor([cdf, 1.0]),
-        "simthreshd1": torch.tensor([0.25, 1.0]),
+        "cdfthreshd": torch.tensor([cdf, 0.5]),
+        "simthreshd1": torch.tensor([0.25, 0.25]),
         "simthreshd2": torch.zeros(2),
         "pvthreshd": torch.tensor([12.0, 20.0]),
     }
@@ -457,9 +497,12 @@ def test_the_files_of_the_authors_tuner() -> None:
     by_torch = Blocks()
     by_torch.load_state_dict(saved)
     assert torch.equal(by_torch.blocks[1](q, k, v), expected)
-    by_torch.blocks[1].cdfthreshd.data.fill_(1.0)
-    by_torch.blocks[1].cdfthreshd.add_(0.0)
+    by_torch.blocks[1].cdfthreshd.fill_(1.0)
     assert not torch.equal(by_torch.blocks[1](q, k, v), expected), "what was read before is read again"
+    by_torch.blocks[1].cdfthreshd = nn.Parameter(saved["blocks.1.cdfthreshd"])
+    assert torch.equal(by_torch.blocks[1](q, k, v), expected), "and so is another tensor"
+    by_torch.blocks[1].cdfthreshd = nn.Parameter(torch.ones(2))
+    assert not torch.equal(by_torch.blocks[1](q, k, v), expected), "that was never written to, like the one before"
     with pytest.raises(
         ValueError, match=r"no SparseAttentionMeansim for locks\.1\.pvthreshd; it has them at blocks\.0"
     ):

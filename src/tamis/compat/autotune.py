@@ -182,7 +182,7 @@ class SparseAttentionMeansim(nn.Module):
         known, known_versions, copies = self._copied
         same = all(one is two for one, two in zip(known, found, strict=False)) and known_versions == versions
         if not same or not copies or None in versions:
-            copies = {name: tensor.detach().cpu() for name, tensor in zip(_NEEDED, found, strict=True)}
+            copies = {name: tensor.detach().to("cpu", copy=True) for name, tensor in zip(_NEEDED, found, strict=True)}
             self._copied = (found, versions, copies)
         return copies
 
