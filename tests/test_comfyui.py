@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import ast
 import copy
+import doctest
 import importlib.util
 import math
 import sys
@@ -17,6 +18,7 @@ from torch import Tensor
 from torch.nn.functional import scaled_dot_product_attention
 
 import tamis
+from tamis.integrations import comfyui
 from tamis.integrations.comfyui import OPTION, Override, patch
 
 FOLDER = Path(__file__).parents[1] / "examples" / "comfyui-tamis"
@@ -219,6 +221,11 @@ def test_an_override_that_was_there_gets_the_rest() -> None:
     found = call(override, Q, K[:, :9], V[:, :9], HEADS)
     assert seen == [True]
     assert torch.equal(found, call(None, Q, K[:, :9], V[:, :9], HEADS))
+
+
+def test_the_example_runs() -> None:
+    results = doctest.testmod(comfyui)
+    assert results.failed == 0 < results.attempted
 
 
 def test_importing_needs_no_comfyui() -> None:
