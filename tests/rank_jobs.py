@@ -19,7 +19,7 @@ import tamis
 import tamis.parallel
 from tamis.bench import scale
 from tamis.parallel import Layout, Traffic
-from tamis.profile.layers import LayerSettings
+from tamis.profile.layers import LayerSettings, Stage
 
 
 @dataclass(frozen=True)
@@ -247,6 +247,31 @@ def diffusion(group: dist.ProcessGroup, name: str, degrees: dict[str, int]) -> t
             model.enable_parallelism(config=ContextParallelConfig(**degrees))
         spread = model(**inputs, return_dict=False)[0]
     return float((spread - alone).abs().max()), float((spread - exact).abs().max()), len(calls)
+
+
+def applied(group: dist.ProcessGroup, mode: str, profiled: bool) -> tuple[float, float, dict[str, int]]:
+    """A tiny Llama whose tokens are spread: how far its logits are from one process's, and these from dense ones."""
+    import tiny_models
+
+    torch.manual_seed(0)
+    model = tiny_models.language("Llama", num_key_value_heads=2)
+    ids = tiny_models.tokens(1, 460)
+    source: Any = tamis.Sparge(topk=0.3, similarity=-1.0)
+    if profiled:
+        stages = (Stage(LayerSettings(tamis.Sparge(topk=(0.2, 0.3, 0.4, 0.9), similarity=-1.0), precision="full")),)
+        source = tamis.Profile({"model.layers.0.self_attn": stages}, model="LlamaForCausalLM")
+    options: dict[str, Any] = {} if profiled else {"precision": "full", "pv_threshold": None}
+    rank, size = dist.get_rank(group), dist.get_world_size(group)
+    ends = [0, *(460 * (number + 1) // size + number for number in range(size - 1)), 460]
+    part = slice(ends[rank], ends[rank + 1])
+    positions = torch.arange(460)[None, part]
+    with torch.no_grad():
+        dense = model(ids, use_cache=False).logits
+        with tamis.apply(model, source, min_queries=1, **options):
+            expected = model(ids, use_cache=False).logits
+        with tamis.apply(model, source, mesh=group, mode=mode, **options) as handle:
+            found = model(ids[:, part], position_ids=positions, use_cache=False).logits
+    return float((found - expected[:, part]).abs().max()), float((expected - dense).abs().max()), handle.calls
 
 
 def _wan() -> tuple[Any, dict[str, Any], int]:

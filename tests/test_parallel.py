@@ -216,6 +216,14 @@ def test_diffusers_context_parallelism(ranks: Ranks, name: str, degree: str) -> 
         assert apart < 1e-5 < 1e-3 < from_dense  # sums in another order, through two layers; and it did run sparse
 
 
+@pytest.mark.parametrize(("size", "mode", "profiled"), [(2, "heads", False), (4, "ring", False), (4, "heads", True)])
+def test_apply_with_a_mesh(ranks: Ranks, size: int, mode: str, profiled: bool) -> None:
+    pytest.importorskip("transformers")
+    for apart, from_dense, calls in ranks.run(size, rank_jobs.applied, mode, profiled):
+        assert apart < 1e-5 < 1e-2 < from_dense  # logits of two layers, sums in another order; and it was sparse
+        assert calls == ({"sparse": 1, "dense": 1} if profiled else {"sparse": 2, "dense": 0})
+
+
 def test_what_the_page_shows_runs(ranks: Ranks) -> None:
     text = (Path(__file__).parent.parent / "docs" / "scale-out.md").read_text(encoding="utf-8")
     _, calls, model = re.findall(r"```python\n(.*?)```", text, re.DOTALL)

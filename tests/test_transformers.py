@@ -254,16 +254,6 @@ def test_remove_restores_and_models_are_independent() -> None:
     torch.testing.assert_close(run(first, input_ids=ids()), run(first, "eager", input_ids=ids()), **TOLERANCE)
 
 
-def test_nested_handles_unwind() -> None:
-    model = MODELS["llama"]()
-    with apply(model, EVERYTHING) as outer:
-        with apply(model, EVERYTHING) as inner:
-            run(model, input_ids=ids())
-        run(model, input_ids=ids())
-    assert (outer.calls["sparse"], inner.calls["sparse"]) == (2, 2)
-    assert model.config._attn_implementation == "sdpa"
-
-
 def test_future_tokens_change_nothing() -> None:
     model = MODELS["llama"]()
     tokens = ids(1, 256)

@@ -17,6 +17,7 @@ from tamis.integrations.decoding import Decode, attend_selected, decode_obstacle
 from tamis.integrations.hook import Hook
 from tamis.integrations.request import Request, dense, sparse
 from tamis.integrations.schedule import Chooser
+from tamis.integrations.spread import Spread
 from tamis.profile import LayerSettings
 from tamis.stats import AttentionStats
 
@@ -40,6 +41,7 @@ class Applied(Hook):
         install: puts the function it is given in the place of attention.
         chooser: settings of every call.
         backend, min_queries, audit, decode: as in `tamis.apply`.
+        spread: where the ranks are that hold the other tokens.
     """
 
     def __init__(
@@ -51,6 +53,7 @@ class Applied(Hook):
         min_queries: int | Literal["auto"],
         audit: Audit | None = None,
         decode: Decode | None = None,
+        spread: Spread | None = None,
     ) -> None:
         self.backend = backend
         self.min_queries = min_queries
@@ -59,6 +62,7 @@ class Applied(Hook):
         self._calls: dict[str, LayerCalls] = {}
         self._break_even: dict[str, tuple[tuple[object, ...], BreakEven]] = {}
         self._decode = decode
+        self._spread = spread
         self.removed = False
         self._installed = install(self._attend)
 
@@ -116,6 +120,12 @@ class Applied(Hook):
 
     def _attend(self, request: Request) -> Tensor:
         choice = self._chooser.choose(request.layer)
+        if self._spread is not None:
+            # Whatever this rank's part looks like: all ranks must do the same.
+            settings = choice.settings if choice.dense is None else LayerSettings(None, precision="full")
+            output = self._spread.attend(request, settings, self.backend)
+            self._count(request, choice.dense, None)
+            return output
         reason = request.obstacle or self._too_few(request) or choice.dense
         if reason is None:
             try:

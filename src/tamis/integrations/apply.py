@@ -6,7 +6,7 @@ import weakref
 from collections.abc import Sequence
 from functools import partial
 from pathlib import Path
-from typing import Any, Literal
+from typing import TYPE_CHECKING, Any, Literal
 from weakref import WeakKeyDictionary
 
 from torch import Tensor, nn
@@ -18,9 +18,14 @@ from tamis.integrations.audit import Audit
 from tamis.integrations.decoding import Decode
 from tamis.integrations.hook import attention_layers, install
 from tamis.integrations.schedule import Chooser, Schedule
+from tamis.integrations.spread import Spread
 from tamis.predictors.base import Predictor
 from tamis.predictors.sparge import Sparge
 from tamis.profile import LayerSettings, Profile, Stage
+
+if TYPE_CHECKING:
+    from torch.distributed import ProcessGroup
+    from torch.distributed.device_mesh import DeviceMesh
 
 # Modules of models that run through tamis, and whose handle they are.
 _applied: WeakKeyDictionary[nn.Module, weakref.ref[Applied]] = WeakKeyDictionary()
@@ -38,6 +43,8 @@ def apply(
     schedule: Schedule | None = None,
     audit: float | Audit | None = None,
     decode: float | Decode | None = None,
+    mesh: DeviceMesh | ProcessGroup | None = None,
+    mode: Literal["heads", "ring"] = "heads",
 ) -> Applied:
     """Run the attention of a transformers model through tamis until `.remove()`, or inside a `with` block.
 
@@ -60,6 +67,10 @@ def apply(
         decode: what one query at a time reads of a long cache: the share of its key blocks whose mean key scores most,
             e.g. .25, or a `Decode` (`tamis.integrations.decoding`). None: everything, densely. For
             decoders of transformers with growing caches, without padding.
+        mesh: every rank of this mesh of one dimension (or process group) calls the model with its part of the sequence,
+            in the order of the ranks, and gets its part of the output; without padding, caches and `min_queries`. Calls
+            that cannot run spread raise.
+        mode: with a mesh: "heads" or "ring", as in `tamis.parallel.attend`.
         audit: check so large a share of the work against dense attention while the model runs, e.g. .005, or an
             `Audit` (`tamis.integrations.audit`). It changes no output; `handle.audit()` reports.
 
@@ -89,6 +100,10 @@ def apply(
     _check_min_queries(min_queries)
     if isinstance(source, Profile):
         _check_profile(source, model)
+    if mesh is not None and (audit is not None or decode is not None):
+        raise ValueError("audit and decode must be None with a mesh: they look at the whole sequence")
+    if mode not in ("heads", "ring"):
+        raise ValueError(f"mode must be 'heads' or 'ring', got {mode!r}")
     chooser = Chooser(source, schedule, attention_layers(model))
     handles = [known() for module in model.modules() if (known := _applied.get(module)) is not None]
     if any(handle is not None and not handle.removed for handle in handles):
@@ -100,6 +115,7 @@ def apply(
         min_queries=min_queries,
         audit=audit if audit is None or isinstance(audit, Audit) else Audit(share=audit),
         decode=None if decode is None else decode if isinstance(decode, Decode) else Decode(share=decode),
+        spread=None if mesh is None else Spread(mesh, mode),
     )
     _applied.update((module, weakref.ref(applied)) for module in model.modules())
     return applied
