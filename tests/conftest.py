@@ -1,8 +1,9 @@
 """Shared fixtures: fixed seeds, poisoned memory, warnings as errors, and every engine of the machine.
 
 The engines are those of the CPU; with TRITON_INTERPRET=1 the triton backend in Triton's interpreter, with
-TAMIS_TEST_DEVICE=cuda the one on a GPU. TAMIS_TEST_SAMPLE=N runs N parametrisations, evenly spread, of every test, and
-TAMIS_TEST_PART=I/N what is I more than a multiple of N among the tests that are left.
+TAMIS_TEST_DEVICE=cuda the one on a GPU. Of products of parameters those cases run that hold every pair of values
+(pairs.py), and with TAMIS_TEST_WHOLE=1 all of them. TAMIS_TEST_SAMPLE=N runs N parametrisations, evenly spread, of
+every test, and TAMIS_TEST_PART=I/N what is I more than a multiple of N among the tests that are left.
 """
 
 from __future__ import annotations
@@ -14,6 +15,7 @@ import pytest
 import torch
 from browser import Browser, find_chromium
 from engines import DEVICE, Engine, engines
+from pairs import pairs
 
 INTERPRETS = os.environ.get("TRITON_INTERPRET") == "1"
 collect_ignore = [] if INTERPRETS or DEVICE != "cpu" else ["test_triton.py", "test_triton_real.py"]
@@ -47,7 +49,8 @@ def pytest_collection_modifyitems(config: pytest.Config, items: list[pytest.Item
         if not (INTERPRETS and item.get_closest_marker("large")):
             by_test.setdefault(item.nodeid.split("[")[0], []).append(item)
     kept = set()
-    for test, found in by_test.items():
+    for test, cases in by_test.items():
+        found = cases if os.environ.get("TAMIS_TEST_WHOLE") == "1" else pairs(cases)
         whole = not most or (INTERPRETS and "test_triton" in test)
         number = len(found) if whole else min(most, len(found))
         kept.update(found[index * len(found) // number] for index in range(number))
@@ -57,7 +60,9 @@ def pytest_collection_modifyitems(config: pytest.Config, items: list[pytest.Item
     items[:] = [item for item in items if item in mine]
 
 
+@pytest.hookimpl(trylast=True)
 def pytest_generate_tests(metafunc: pytest.Metafunc) -> None:
+    """Engines last: the same inputs go to one after the other, and the oracle remembers them."""
     if "engine" in metafunc.fixturenames:
         metafunc.parametrize("engine", engines(), ids=str)
 

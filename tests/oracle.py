@@ -9,6 +9,8 @@ precision", whose error against the truth is the yardstick of every bound in thi
 out whole, so that a backend has to agree with them up to fp32 rounding.
 
 Keys that a row does not see are excluded, never multiplied by zero: a NaN there touches nothing.
+
+What is asked again for the same tensors, as for every engine, is remembered.
 """
 
 from __future__ import annotations
@@ -18,6 +20,7 @@ from typing import Any, NamedTuple
 
 import torch
 import torch.nn.functional as F
+from remember import remember
 from torch import Tensor
 
 Pair = tuple[Tensor, Tensor]
@@ -40,6 +43,7 @@ class Skipped(NamedTuple):
     margin: float
 
 
+@remember
 def blocks_of(mask: Any) -> Tensor:
     """A BlockMask as bool `[batch, heads, q_blocks, kv_blocks]`, read entry by entry from its two tensors."""
     q_blocks, kv_blocks = (-(-n // b) for n, b in zip(mask.seq_lens, mask.block_size, strict=True))
@@ -149,6 +153,7 @@ def _weighted_values(weights: Tensor, value: Tensor, seen: Tensor) -> Tensor:
     return output
 
 
+@remember
 def attention(
     query: Tensor,
     key: Tensor,
@@ -277,6 +282,7 @@ def _lse(scores: Tensor, shift: Tensor, sink_logits: Tensor | None) -> Tensor:
     return torch.logsumexp(torch.cat([scores, sink[..., None]], -1), -1)
 
 
+@remember
 def attention_int8(
     query: Tensor, key: Tensor, value: Tensor, *, sink_logits: Tensor | None = None, **options: Any
 ) -> Result:
@@ -297,6 +303,7 @@ def attention_int8(
     return Result((shares[..., None] * products).sum(-2), lse + shift)
 
 
+@remember
 def attention_bf16(
     query: Tensor,
     key: Tensor,
@@ -335,6 +342,7 @@ def attention_bf16(
     return Result((weights @ values) * scaled[..., None], lse + shift)
 
 
+@remember
 def attention_gpu(
     query: Tensor,
     key: Tensor,
@@ -375,6 +383,7 @@ def attention_gpu(
     return Result(p @ v, lse + shift)
 
 
+@remember
 def attention_stage2(
     query: Tensor,
     key: Tensor,

@@ -10,6 +10,7 @@ import oracle
 import pytest
 import torch
 from engines import Engine
+from remember import remember
 from samples import assert_reordered, block_mask, blocks_needed, full_mask, qkv, same
 from torch import Tensor
 
@@ -19,6 +20,7 @@ from tamis import compensate
 CENTROID = "centroid"
 
 
+@remember
 def reference(
     query: Tensor,
     key: Tensor,
