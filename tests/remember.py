@@ -1,4 +1,4 @@
-"""What a definition gave for the same tensors before: every engine gets the same inputs, and the truth is found once."""
+"""What a definition gave for the same tensors before: every engine gets the same inputs, one truth serves them all."""
 
 from __future__ import annotations
 

@@ -22,6 +22,7 @@ from tamis import geometry
 from tamis.backends import native
 from tamis.call import Call
 from tamis.stats import Formats
+from tamis.traced import constant
 
 NAME = "cpu"
 PACK_BLOCK = 64
@@ -42,7 +43,7 @@ def library() -> ctypes.CDLL | str:
     return "the native library is not there: install tamis with a C++17 compiler at hand"
 
 
-@torch.compiler.assume_constant_result  # type: ignore[untyped-decorator]
+@constant
 def missing() -> str | None:
     """Why there is no native library, or None; a constant, since a graph compiler cannot look into ctypes."""
     found = library()

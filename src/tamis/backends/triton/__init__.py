@@ -25,6 +25,7 @@ from tamis.backends.triton.lists import predict, room, select
 from tamis.backends.triton.prepare import key_mean, pack_kv, summarize
 from tamis.call import Call
 from tamis.stats import Formats
+from tamis.traced import constant
 
 __all__ = [
     "NAME",
@@ -61,7 +62,7 @@ def reasons(call: Call) -> list[str]:
     return found
 
 
-@torch.compiler.assume_constant_result  # type: ignore[untyped-decorator]
+@constant
 def lacks(precision: str, kind: str, index: int) -> str | None:
     """Why a device on which nothing is missing can't run a precision, or None."""
     device = torch.device(kind, index)
@@ -73,7 +74,7 @@ def lacks(precision: str, kind: str, index: int) -> str | None:
     return None
 
 
-@torch.compiler.assume_constant_result  # type: ignore[untyped-decorator]
+@constant
 def _insists() -> bool:
     return hopper.wanted() == "gluon"
 
@@ -101,7 +102,7 @@ def _general(call: Call) -> str | None:
     )
 
 
-@torch.compiler.assume_constant_result  # type: ignore[untyped-decorator]
+@constant
 def _chip_name(kind: str, index: int) -> str:
     return chips.of(torch.device(kind, index)).name
 

@@ -14,6 +14,8 @@ from pathlib import Path
 
 import torch
 
+from tamis.traced import constant
+
 OLDEST_TRITON = (3, 6)
 
 
@@ -104,7 +106,7 @@ def of(device: torch.device) -> Chip:
     return CHIPS[_SAME.get(name, name)]
 
 
-@torch.compiler.assume_constant_result  # type: ignore[untyped-decorator]
+@constant
 def missing(kind: str, index: int) -> str | None:
     """Why the backend can't run on a device, or None; a constant, since a graph compiler cannot look into it.
 
