@@ -25,9 +25,15 @@ def all_threads() -> None:
     torch.set_num_threads(torch.get_num_interop_threads())
 
 
-def test_language_model_reads() -> None:
+@pytest.fixture(scope="module")
+def language_model() -> Any:
+    """Model, tokenizer and name; its weights are unpacked once."""
+    return models.load_language_model(None)
+
+
+def test_language_model_reads(language_model: Any) -> None:
     """Sparse attention costs little on real text; on random weights it would say nothing."""
-    model, tokenizer, name = models.load_language_model(None)
+    model, tokenizer, name = language_model
     assert name.startswith("SmolLM2-135M-Instruct")
     ids = models.encode(tokenizer, text.default_text(), 1024)
     dense = language.backbone(model, ids)
@@ -151,6 +157,6 @@ def test_a_missing_speech_weight_is_refused(monkeypatch: pytest.MonkeyPatch) -> 
         speech.load_speech_model()
 
 
-def test_ten_texts_are_long_enough() -> None:
-    _, tokenizer, _ = models.load_language_model(None)
+def test_ten_texts_are_long_enough(language_model: Any) -> None:
+    _, tokenizer, _ = language_model
     assert all(models.encode(tokenizer, part, 4096).shape == (1, 4096) for part in text.texts(10))
