@@ -208,8 +208,9 @@ inline void check_bf16_products(Judge& judge, const Case& c, const Inputs& in, c
 inline void check_attend(std::vector<Judge>& judges, Case c, const std::vector<int>& threads, bool strict) {
   const Inputs in(c);
   oracle::Problem p = c.problem;
+  const oracle::Result exact = oracle::attention<double>(p), single = oracle::attention<float>(p);
   for (const bool int8 : {false, true}) {
-    oracle::Result formulas = int8 ? oracle::attention_int8(p) : oracle::attention<double>(p);
+    oracle::Result formulas = int8 ? oracle::attention_int8(p) : exact;
     std::vector<float> threshold;
     // A flipped step moves a score by about .01.
     if (c.skip && !choose_thresholds(formulas, int8 ? 0.02 : 1e-4, &threshold)) {
@@ -219,8 +220,9 @@ inline void check_attend(std::vector<Judge>& judges, Case c, const std::vector<i
     oracle::Problem q = p;
     q.threshold = doubles(threshold);
     if (int8 && !threshold.empty()) formulas = oracle::attention_int8(q);
-    const oracle::Result truth = int8 && !threshold.empty() ? formulas : oracle::attention<double>(q);
-    const oracle::Result plain = oracle::attention<float>(q);
+    // Without a threshold q is p.
+    const oracle::Result truth = threshold.empty() ? exact : int8 ? formulas : oracle::attention<double>(q);
+    const oracle::Result plain = threshold.empty() ? single : oracle::attention<float>(q);
     const double eps = epsilon(c.dtype);
     Answer first;
     for (Judge& judge : judges) {
