@@ -8,6 +8,7 @@ there, raises and names the kernel.
 
 from __future__ import annotations
 
+import math
 import warnings
 from typing import Any
 
@@ -91,7 +92,26 @@ def install() -> None:
             sizes[kind.name] = numpy_dtype(kind)
         return sizes[kind.name]
 
+    def block_init(self: Any, element: Any, shape: Any) -> None:
+        # Every value has a type of its own, and the shape's checks and names are most of what making one takes.
+        numbers = tuple(s.value if isinstance(s, tl.constexpr) else s for s in shape)
+        self.element_ty, key = element, (numbers, element.name)
+        if key not in blocks:
+            plain_block(self, element, shape)
+            blocks[key] = self.shape, self.numel, self.name
+        self.shape, self.numel, self.name = blocks[key]
+
+    def tensor_init(self: Any, handle: Any, kind: Any) -> None:
+        self.handle, self.type, self.dtype = handle, kind, kind.scalar
+        numbers = tuple(kind.shape) if kind.is_block() else ()
+        if numbers not in shapes:
+            shapes[numbers] = tl.core.tuple([tl.constexpr(n) for n in numbers]), tl.constexpr(math.prod(numbers))
+        self.shape, self.numel = shapes[numbers]
+
     sizes: dict[str, Any] = {}
+    blocks: dict[Any, Any] = {}
+    shapes: dict[tuple[int, ...], Any] = {}
+    plain_block = tl.core.block_type.__init__
     plain_load, plain_store = builder.create_masked_load, builder.create_masked_store
     plain_patch, plain_call = interpreter._patch_lang_tensor, executor.__call__
     plain_patch_lang = interpreter._patch_lang
@@ -105,6 +125,7 @@ def install() -> None:
         setattr(builder, name, made)
     interpreter._patch_lang_tensor, executor.__call__ = patch, call
     interpreter._patch_lang, interpreter._get_np_dtype = patch_once, quick_dtype
+    tl.core.block_type.__init__, tl.core.tensor.__init__ = block_init, tensor_init
     chips.interpreter_is_mended = True
 
 
