@@ -63,7 +63,9 @@ PUBLIC = {
     "tune",
     "UnsupportedError",
 }
-KERNELS = {f"backends.triton.kernels.{name}" for name in ("attend", "choose", "gluon_api", "hopper", "pack", "pool")}
+KERNELS = {
+    f"backends.triton.kernels.{name}" for name in ("attend", "choose", "gluon_api", "hopper", "pack", "pool", "values")
+}
 LATER = {"sdpa"}
 
 

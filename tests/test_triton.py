@@ -139,16 +139,29 @@ def test_a_prediction_rounds_for_attention(engine: Engine, precision: str, block
 
 
 def test_sparse_attention_reads_the_key_twice(engine: Engine) -> None:
-    """Once for its mean and once for all else, and the query once."""
+    """Once for its mean and once for all else, and the query once; a call without a prediction does no more."""
     q, k, v = (x.to("cpu") for x in qkv(q_len=200))
-    names = []
     for precision in ("full", "int8", "fp8"):
-        with launch.note() as launches:
-            tamis.sparse_attention(q, k, v, is_causal=True, precision=precision, backend="triton")
-        names.append([item.kernel.fn.__name__ for item in launches])
-    for found in names:
-        assert found.count("key_mean_kernel") == 1
-        assert found.count("summarize_kernel") == 2
+        for call in (tamis.sparse_attention, tamis.attend):
+            with launch.note() as launches:
+                call(q, k, v, precision=precision, backend="triton")
+            names = [item.kernel.fn.__name__ for item in launches]
+            predicts, rounds = call is tamis.sparse_attention, precision != "full"
+            assert names.count("digest_kernel") == int(predicts or rounds)
+            assert readers(launches, k) == ["columns_kernel", "digest_kernel"] * int(predicts or rounds)
+            assert readers(launches, v) == ["columns_kernel", "value_fp8_kernel"] * int(precision == "fp8")
+            # The scales of value come with the mean of key where both are wanted.
+            assert names.count("columns_kernel") == int(predicts or rounds) + int(predicts and precision == "fp8")
+
+
+def readers(launches: list[launch.Launch], x: Tensor) -> list[str]:
+    """The kernels that are given a tensor, but for attention itself."""
+    return [
+        item.kernel.fn.__name__
+        for item in launches
+        if "FLAG_ROWS" not in item.constants
+        and any(isinstance(t, Tensor) and t.data_ptr() == x.data_ptr() for t in item.arguments)
+    ]
 
 
 def test_wide_offsets_are_the_same(engine: Engine, monkeypatch: pytest.MonkeyPatch) -> None:

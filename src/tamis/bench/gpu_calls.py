@@ -166,7 +166,9 @@ def _quantise_value(inputs: Inputs) -> object:
     """What "fp8" adds to the rounding of query and key, which is part of a prediction."""
     from tamis.backends.triton import prepare
 
-    return prepare.fp8_values(inputs.value, None, None)
+    _, scale = prepare.columns(None, inputs.value, None, None)
+    assert scale is not None
+    return prepare.fp8_values(inputs.value, scale, None, None)
 
 
 def _flex(shape: Shape) -> Callable[[BlockMask], Callable[[Inputs], Tensor]]:

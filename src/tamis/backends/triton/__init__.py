@@ -1,6 +1,6 @@
 """The Triton backend: one set of kernels for every GPU, compiled where they run, with nothing to build.
 
-    prepare.py  reads query, key and value once: means, similarities, 8-bit copies
+    prepare.py  reads query once, key and value twice: means, similarities, 8-bit copies
     lists.py    block means -> lists of blocks
     engine.py   attention over the lists, from operands.py;  hopper.py  the same where sm_90 has a kernel of its own
     kernels/    what those start;  settings.py, chips.py  what differs between GPUs;  launch.py  how kernels are started
@@ -21,8 +21,8 @@ import torch
 
 from tamis.backends.triton import chips, hopper
 from tamis.backends.triton.engine import attend
-from tamis.backends.triton.lists import predict, room, select
-from tamis.backends.triton.prepare import key_mean, pack_kv, summarize
+from tamis.backends.triton.lists import predict, select
+from tamis.backends.triton.prepare import key_mean, pack_kv, room, summarize
 from tamis.call import Call
 from tamis.stats import Formats
 from tamis.traced import constant

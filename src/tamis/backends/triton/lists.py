@@ -10,7 +10,7 @@ from torch import Tensor
 from tamis import geometry
 from tamis.backends.triton import chips, launch
 from tamis.backends.triton.arguments import bounds, table_strides
-from tamis.backends.triton.prepare import TILE, key_mean, read
+from tamis.backends.triton.prepare import TILE, Rounded, digest, key_mean, room
 
 
 def select(
@@ -41,10 +41,10 @@ def select(
     batch, heads, q_blocks, dim = q_means.shape
     kv_heads, kv_blocks = k_means.shape[1:3]
     device = q_means.device
-    num = torch.zeros((batch, heads, q_blocks), dtype=torch.int32, device=device)
+    num = torch.empty((batch, heads, q_blocks), dtype=torch.int32, device=device)
     table = q_means.new_empty((batch, heads, q_blocks, kv_blocks), dtype=torch.int32)
     if 0 in table.shape:
-        return num, table.new_zeros((*num.shape, max(1, kv_blocks)))
+        return num.zero_(), table.new_zeros((*num.shape, max(1, kv_blocks)))
     rows = 32
     grid = (geometry.num_blocks(q_blocks, rows) * geometry.num_blocks(kv_blocks, 64) * batch * heads,)
     launch.run(
@@ -67,6 +67,7 @@ def select(
     per_head = (None if t is None else t.contiguous() for t in (cdf, topk))
     if must is not None:
         must = must.expand(-1, -1, q_blocks, kv_blocks).contiguous()
+    chunk = 256 if kv_blocks <= 256 else 2048
     launch.run(
         choose.choose_kernel,
         (q_blocks * batch * heads,),
@@ -78,27 +79,12 @@ def select(
         BLOCK_KV=block_kv,
         SINK=sink,
         DIAGONAL=causal and q_bounds is None,
-        CHUNK=256 if kv_blocks <= 256 else 2048,
+        CHUNK=chunk,
+        WHOLE=kv_blocks <= chunk,
     )
     if trim:
         table = table[..., : max(1, int(num.max()) if num.numel() else 1)].contiguous()
     return num, table
-
-
-def room(query: Tensor, key: Tensor, block_kv: int, precision: str) -> list[Tensor]:
-    """Where `predict` puts query and key in 8 bits: query, its scales, its products with the mean, key, its scales."""
-    if precision == "full":
-        return []
-    batch, heads, q_len, dim = query.shape
-    lead = (batch, key.shape[1], geometry.traced_blocks(key.shape[2], block_kv) * (block_kv // TILE))
-    width = launch.power(dim, 32)
-    return [
-        query.new_empty((batch, heads, q_len, width), dtype=torch.int8),
-        query.new_empty((batch, heads, q_len), dtype=torch.float32),
-        query.new_empty((batch, heads, q_len), dtype=torch.float32),
-        query.new_empty((*lead, TILE, width), dtype=torch.int8),
-        query.new_empty(lead, dtype=torch.float32),
-    ]
 
 
 def predict(
@@ -125,15 +111,15 @@ def predict(
     """A prediction in one pass over query and two over key; in 8 bits the same pass rounds them for `attend`."""
     mean = key_mean(key, kv_segments, None)
     prepared = room(query, key, block_kv, precision)
-    q8, q_scale, shift, k8, k_scale = prepared or (None,) * 5
-    q_mean = mean if prepared else None
-    q_summary = read(
-        query, block_q, None, q_segments, pools=True, x8=q8, scales=q_scale, shifts=shift, shift_mean=q_mean
+    rounded = Rounded(*prepared)
+    q_means, q_similarity, k_means, k_similarity = digest(
+        query, key, mean, q_segments, kv_segments, block_size=(block_q, block_kv), pools=True, rounded=rounded
     )
-    k_summary = read(key, block_kv, mean, kv_segments, pools=True, x8=k8, scales=k_scale, grain=TILE)
     lists = select(
-        *q_summary,
-        *k_summary,
+        q_means,
+        q_similarity,
+        k_means,
+        k_similarity,
         scale=scale,
         cdf=cdf,
         topk=topk,

@@ -9,7 +9,7 @@ import torch
 from torch import Tensor
 
 from tamis.backends.triton import launch
-from tamis.backends.triton.prepare import fp8_values, int8_keys, int8_queries, key_mean
+from tamis.backends.triton.prepare import TILE, Rounded, columns, digest, fp8_values, int8_queries, room
 
 
 @dataclass(frozen=True)
@@ -66,15 +66,16 @@ def operands(
         kind = "fp32" if query.dtype == torch.float32 else "half"
         return Operands(query, key, value, None, None, None, None, kind, "input", width, width == dim)
     tiles_used = None if prepared and precision == "int8" else used()
-    if prepared:
-        q, q_scale, q_shift, key8, k_scale = prepared
-    else:
-        mean = key_mean(key, counted, tiles_used)
-        key8, k_scale = int8_keys(key, mean, counted, width)
-        q, q_scale, q_shift = int8_queries(query, mean)
+    fp8 = precision == "fp8"
+    mean, v_scale = None, None
+    if fp8 or not prepared:
+        mean, v_scale = columns(None if prepared else key, value if fp8 else None, counted, tiles_used)
+    if not prepared:
+        prepared = room(query, key, TILE, precision)
+        digest(query, key, mean, None, counted, rounded=Rounded(*prepared))
+    q, q_scale, q_shift, key8, k_scale = prepared
     v, products = value, "input" if query.dtype == torch.float16 else "bf16"
-    v_scale: Tensor | None = None
-    if precision == "fp8":
-        value8, v_scale = fp8_values(value, counted, tiles_used, shuffled)
-        v, products = value8.transpose(2, 3), "fp8"
+    if v_scale is not None:
+        v = fp8_values(value, v_scale, counted, tiles_used, shuffled).transpose(2, 3)
+        products = "fp8"
     return Operands(q, key8.flatten(2, 3), v, q_scale, k_scale, v_scale, q_shift, precision, products, width, True)

@@ -1,6 +1,14 @@
-"""Reading query, key and value once: means, similarities and 8-bit copies; the kernels are in kernels/pool.py."""
+"""What is read off query, key and value before attention: means, similarities, 8-bit copies.
+
+    columns   one pass over key, value or both: the mean key, the scales of value
+    digest    one pass over query, key or both: block means, similarities, int8
+
+The kernels are in kernels/pool.py; what lays values out is in kernels/values.py.
+"""
 
 from __future__ import annotations
+
+from typing import NamedTuple
 
 import torch
 from torch import Tensor
@@ -10,7 +18,27 @@ from tamis.backends.triton import chips, launch
 from tamis.backends.triton.arguments import batch_stride
 
 TILE = 64  # keys that share a scale
-_CHUNK_TILES = 16  # tiles that one program of a reduction over the sequence reads
+_CHUNK_TILES = 4  # tiles of which a program adds the columns up: enough programs for a short sequence too
+_JOINED, _SLICE = 128, 32  # chunks and channels that a program puts together at a time
+
+
+class Rounded(NamedTuple):
+    """Query and key in 8 bits.
+
+    Attributes:
+        query, key: int8 `[batch, heads, q_len, width]` and `[batch, kv_heads, tiles, 64, width]`.
+        query_scale, query_shift: of every row, the latter its product with the mean key.
+        key_scale: of every tile.
+    """
+
+    query: Tensor | None = None
+    query_scale: Tensor | None = None
+    query_shift: Tensor | None = None
+    key: Tensor | None = None
+    key_scale: Tensor | None = None
+
+
+_NOT_ROUNDED = Rounded()
 
 
 def _reading_warps(width: int) -> int:
@@ -18,89 +46,161 @@ def _reading_warps(width: int) -> int:
     return 4 if width <= 64 else 8 if width <= 128 else 16
 
 
-def key_mean(key: Tensor, segments: Tensor | None, used: Tensor | None) -> Tensor:
-    """Mean key of every head over its finite tokens with a segment >= 0 in the used 64-key tiles, fp32."""
+def _whole(x: Tensor | None) -> Tensor | None:
+    return None if x is None else x.contiguous()
+
+
+def _strides(x: Tensor | None) -> tuple[int, ...]:
+    return (0, 0, 0, 0) if x is None else x.stride()
+
+
+def columns(
+    key: Tensor | None, value: Tensor | None, segments: Tensor | None, used: Tensor | None
+) -> tuple[Tensor | None, Tensor | None]:
+    """Mean key of every head, fp32 `[batch, heads, dim]`, and scale of every channel of value in e4m3, dim padded.
+
+    Over tokens with a segment >= 0 in the used 64-key tiles; the mean is that of finite keys. Both in one pass, and
+    None for what is not given.
+    """
     from tamis.backends.triton.kernels import pool
 
-    segments = None if segments is None else segments.contiguous()
-    batch, heads, length, dim = key.shape
+    one = key if key is not None else value
+    assert one is not None
+    segments = _whole(segments)
+    batch, heads, length, _ = one.shape
     tiles = geometry.num_blocks(length, TILE)
     chunks = geometry.num_blocks(tiles, _CHUNK_TILES)
-    means = key.new_empty((batch * heads, chunks, dim), dtype=torch.float32)
-    numbers = key.new_empty((batch * heads, chunks), dtype=torch.float32)
-    mean = key.new_empty((batch, heads, dim), dtype=torch.float32)
-    pad = launch.power(dim)
     used = None if used is None else used.expand(batch, heads, tiles).contiguous()
+    dim, value_dim = (16 if x is None else x.shape[3] for x in (key, value))
+    sums = counts = tops = mean = scale = None
+    if key is not None:
+        sums = one.new_empty((batch, heads, chunks, dim), dtype=torch.float32)
+        counts = one.new_empty((batch, heads, chunks), dtype=torch.int32)
+        mean = one.new_empty((batch, heads, dim), dtype=torch.float32)
+    if value is not None:
+        tops = one.new_empty((batch, heads, chunks, value_dim), dtype=torch.float32)
+        scale = one.new_empty((batch, heads, launch.power(value_dim)), dtype=torch.float32)
+    wide = max(launch.power(x.shape[3]) for x in (key, value) if x is not None)
     launch.run(
-        pool.key_mean_kernel,
+        pool.columns_kernel,
         (chunks * batch * heads,),
-        *(key, segments, used, means, numbers, *key.stride(), batch_stride(segments), length, heads, tiles),
-        device=key.device,
-        warps=_reading_warps(pad),
+        *(key, value, segments, used, sums, counts, tops),
+        *(*_strides(key), *_strides(value), batch_stride(segments), length, heads, tiles),
+        device=one.device,
+        warps=4 if wide <= 64 else 8,
         DIM=dim,
-        DIM_PAD=pad,
+        DIM_PAD=launch.power(dim),
+        VALUE_DIM=value_dim,
+        VALUE_PAD=launch.power(value_dim),
         TILES=_CHUNK_TILES,
         TILE=TILE,
     )
+    slices = geometry.num_blocks(wide, _SLICE)
     launch.run(
-        pool.join_means_kernel,
-        (batch * heads,),
-        *(means, numbers, mean, chunks),
-        device=key.device,
-        warps=1,
+        pool.join_kernel,
+        (slices * batch * heads,),
+        *(sums, counts, tops, mean, scale, chunks, slices),
+        device=one.device,
         DIM=dim,
-        DIM_PAD=pad,
+        VALUE_DIM=value_dim,
+        VALUE_PAD=launch.power(value_dim),
+        CHUNK_KEYS=_CHUNK_TILES * TILE,
+        LARGEST=1.0 if value is None else _largest(value),
+        STEP=_JOINED,
+        SLICE=_SLICE,
     )
+    return mean, scale
+
+
+def _form(value: Tensor) -> torch.dtype:
+    form = chips.of(value.device).fp8
+    assert form is not None
+    return form
+
+
+def _largest(value: Tensor) -> float:
+    return torch.finfo(_form(value)).max
+
+
+def key_mean(key: Tensor, segments: Tensor | None, used: Tensor | None) -> Tensor:
+    """Mean key of every head over its finite tokens with a segment >= 0 in the used 64-key tiles, fp32."""
+    mean, _ = columns(key, None, segments, used)
+    assert mean is not None
     return mean
 
 
-def read(
-    x: Tensor,
-    block: int,
+def room(query: Tensor, key: Tensor, block_kv: int, precision: str) -> list[Tensor]:
+    """Where query and key go in 8 bits, in the order of `Rounded`; nothing in "full"."""
+    if precision == "full":
+        return []
+    batch, heads, q_len, dim = query.shape
+    lead = (batch, key.shape[1], geometry.traced_blocks(key.shape[2], block_kv) * (block_kv // TILE))
+    width = launch.power(dim, 32)
+    return [
+        query.new_empty((batch, heads, q_len, width), dtype=torch.int8),
+        query.new_empty((batch, heads, q_len), dtype=torch.float32),
+        query.new_empty((batch, heads, q_len), dtype=torch.float32),
+        query.new_empty((*lead, TILE, width), dtype=torch.int8),
+        query.new_empty(lead, dtype=torch.float32),
+    ]
+
+
+def digest(
+    query: Tensor | None,
+    key: Tensor | None,
     mean: Tensor | None,
-    segments: Tensor | None,
+    q_segments: Tensor | None,
+    kv_segments: Tensor | None,
     *,
-    pools: bool,
-    x8: Tensor | None = None,
-    scales: Tensor | None = None,
-    shifts: Tensor | None = None,
-    shift_mean: Tensor | None = None,
-    grain: int = 1,
-) -> tuple[Tensor, Tensor]:
-    """One pass over query or key; returns means and similarities, empty unless it pools."""
+    block_size: tuple[int, int] = (TILE, TILE),
+    pools: bool = False,
+    rounded: Rounded = _NOT_ROUNDED,
+) -> list[Tensor]:
+    """One pass over query, key or both: fills `rounded`, and returns means and similarities of blocks if it pools.
+
+    Keys have their mean taken off, queries not; without a mean there is no query_shift.
+    """
     from tamis.backends.triton.kernels import pool
 
-    segments = None if segments is None else segments.contiguous()
-    batch, heads, length, dim = x.shape
-    blocks = geometry.num_blocks(length, block)
-    pooled = x.new_empty((batch, heads, blocks if pools else 0, dim), dtype=torch.float32)
-    similarity = x.new_empty((batch, heads, blocks if pools else 0), dtype=torch.float32)
+    one = query if query is not None else key
+    assert one is not None
+    sides = [(x, *_counts(x, block)) for x, block in zip((query, key), block_size, strict=True)]
+    pooled: list[Tensor | None] = []
+    for x, batch, heads, _, blocks in sides:
+        wanted = pools and x is not None
+        pooled += [one.new_empty((batch, heads, blocks, one.shape[3]), dtype=torch.float32)] if wanted else [None]
+        pooled += [one.new_empty((batch, heads, blocks), dtype=torch.float32)] if wanted else [None]
+    segments = _whole(q_segments), _whole(kv_segments)
+    (_, batch, heads, q_len, q_blocks), (_, kv_batch, kv_heads, kv_len, kv_blocks) = sides
+    programs = q_blocks * batch * heads
+    dim, x8 = one.shape[3], rounded.query if rounded.query is not None else rounded.key
+    width = 0 if x8 is None else x8.shape[-1]
     launch.run(
-        pool.summarize_kernel,
-        (blocks * batch * heads,),
-        x,
-        None if mean is None else mean.contiguous(),
-        None if shift_mean is None else shift_mean.contiguous(),
-        segments,
-        pooled if pools else None,
-        similarity if pools else None,
-        *(x8, scales, shifts, *x.stride(), batch_stride(segments), length, heads),
-        1 if shift_mean is None else shift_mean.shape[1],
-        blocks,
-        device=x.device,
-        warps=4 if block * dim <= 8192 else 8,
+        pool.digest_kernel,
+        (programs + kv_blocks * kv_batch * kv_heads,),
+        *(query, key, _whole(mean), *segments, *pooled, *rounded, *_strides(query), *_strides(key)),
+        *(*(batch_stride(t) for t in segments), q_len, kv_len, heads, kv_heads, q_blocks, kv_blocks, programs),
+        device=one.device,
+        warps=_reading_warps(launch.power(max(dim, width))),
         DIM=dim,
-        DIM_PAD=launch.power(max(dim, 0 if x8 is None else x8.shape[-1])),
-        WIDTH=0 if x8 is None else x8.shape[-1],
-        BLOCK=block,
-        GRAIN=grain,
+        DIM_PAD=launch.power(max(dim, width)),
+        WIDTH=width,
+        BLOCK_Q=block_size[0],
+        BLOCK_KV=block_size[1],
+        TILE=TILE,
     )
-    return pooled, similarity
+    return [t for t in pooled if t is not None]
+
+
+def _counts(x: Tensor | None, block: int) -> tuple[int, int, int, int]:
+    """Batch, heads, length and blocks; none without a tensor."""
+    return (0, 0, 0, 0) if x is None else (*x.shape[:3], geometry.num_blocks(x.shape[2], block))
 
 
 def summarize(x: Tensor, block: int, mean: Tensor | None, segments: Tensor | None) -> tuple[Tensor, Tensor]:
     """Mean row and self-similarity of every block of x - mean, fp32."""
-    return read(x, block, mean, segments, pools=True)
+    pooled, similarity = digest(None, x, mean, None, segments, block_size=(TILE, block), pools=True)
+    return pooled, similarity
 
 
 def pack_kv(key: Tensor, value: Tensor, mean: Tensor, segments: Tensor | None) -> list[Tensor]:
@@ -111,7 +211,9 @@ def pack_kv(key: Tensor, value: Tensor, mean: Tensor, segments: Tensor | None) -
     batch, heads, length, dim = key.shape
     blocks, value_dim, width = geometry.num_blocks(length, TILE), value.shape[3], (dim + 3) // 4 * 4
     lead = (batch, heads, blocks)
-    key8, key_scale = int8_keys(key, mean, segments, width)
+    key8 = key.new_empty((*lead, TILE, width), dtype=torch.int8)
+    key_scale = key.new_empty(lead, dtype=torch.float32)
+    digest(None, key, mean, None, segments, rounded=Rounded(key=key8, key_scale=key_scale))
     key_sum = key.new_empty((*lead, TILE), dtype=torch.int32)
     launch.run(
         pack.key_sums_kernel,
@@ -137,69 +239,43 @@ def pack_kv(key: Tensor, value: Tensor, mean: Tensor, segments: Tensor | None) -
     return [key8, key_scale, key_sum, value8, value_scale, value_sum]
 
 
-def int8_keys(key: Tensor, mean: Tensor, segments: Tensor | None, width: int) -> tuple[Tensor, Tensor]:
-    """Keys less their mean in int8, `[batch, heads, tiles, 64, width]`, and the scales of the tiles."""
-    lead = (*key.shape[:2], geometry.num_blocks(key.shape[2], TILE))
-    key8 = key.new_empty((*lead, TILE, width), dtype=torch.int8)
-    scale = key.new_empty(lead, dtype=torch.float32)
-    read(key, TILE, mean, segments, pools=False, x8=key8, scales=scale, grain=TILE)
-    return key8, scale
-
-
 def int8_queries(query: Tensor, mean: Tensor) -> tuple[Tensor, Tensor, Tensor]:
     """Queries in int8, padded to whole powers, the scale of every row, and its product with the mean key."""
     query8 = query.new_empty((*query.shape[:3], launch.power(query.shape[3], 32)), dtype=torch.int8)
     scale = query.new_empty(query.shape[:3], dtype=torch.float32)
     shift = query.new_empty(query.shape[:3], dtype=torch.float32)
-    read(query, TILE, None, None, pools=False, x8=query8, scales=scale, shifts=shift, shift_mean=mean)
+    digest(query, None, mean, None, None, rounded=Rounded(query8, scale, shift))
     return query8, scale, shift
 
 
 def fp8_values(
-    value: Tensor, segments: Tensor | None, used: Tensor | None, shuffled: bool = False
-) -> tuple[Tensor, Tensor]:
-    """Values in e4m3, `[batch, heads, dim, keys]`, and the scale of every channel; `shuffled`: for hopper.py."""
-    from tamis.backends.triton.kernels import pool
+    value: Tensor, scale: Tensor, segments: Tensor | None, used: Tensor | None, shuffled: bool = False
+) -> Tensor:
+    """Values over the scales of `columns` in e4m3, `[batch, heads, dim, keys]`; `shuffled`: for hopper.py."""
+    from tamis.backends.triton.kernels import values
 
-    segments = None if segments is None else segments.contiguous()
+    segments = _whole(segments)
     batch, heads, length, dim = value.shape
-    tiles = geometry.num_blocks(length, TILE)
-    chunks = geometry.num_blocks(tiles, _CHUNK_TILES)
-    pad = launch.power(dim)
-    form = chips.of(value.device).fp8
-    assert form is not None
-    tops = value.new_empty((batch, heads, chunks, dim), dtype=torch.float32)
+    tiles, pad, form = geometry.num_blocks(length, TILE), scale.shape[2], _form(value)
+    used = None if used is None else used.expand(batch, heads, tiles).contiguous()
     value8 = torch.empty((batch, heads, pad, tiles * TILE), dtype=form, device=value.device)
-    scale = value.new_empty((batch, heads, pad), dtype=torch.float32)
-    where = (*value.stride(), batch_stride(segments), length, heads)
     launch.run(
-        pool.value_top_kernel,
-        (chunks * batch * heads,),
-        *(value, segments, used, tops, *where, tiles),
-        device=value.device,
-        warps=_reading_warps(pad),
-        DIM=dim,
-        DIM_PAD=pad,
-        TILES=_CHUNK_TILES,
-        TILE=TILE,
-    )
-    launch.run(
-        pool.value_fp8_kernel,
+        values.value_fp8_kernel,
         (tiles * batch * heads,),
-        *(value, segments, used, tops, value8, scale, *where, chunks),
+        *(value, segments, used, scale, value8, *value.stride(), batch_stride(segments), length, heads),
         device=value.device,
         DIM=dim,
         DIM_PAD=pad,
         TILE=TILE,
-        LARGEST=torch.finfo(form).max,
+        LARGEST=_largest(value),
         SHUFFLED=shuffled,
     )
-    return value8, scale
+    return value8
 
 
 def sound_values(value: Tensor) -> tuple[Tensor, Tensor]:
     """A copy with 0 where values are not finite, in rows of whole 16 bytes, and which 64-key tiles had such values."""
-    from tamis.backends.triton.kernels import pool
+    from tamis.backends.triton.kernels import values
 
     batch, heads, length, dim = value.shape
     tiles, width = geometry.num_blocks(length, TILE), (dim + 7) // 8 * 8
@@ -207,7 +283,7 @@ def sound_values(value: Tensor) -> tuple[Tensor, Tensor]:
     flags = value.new_empty((batch, heads, tiles), dtype=torch.int32)
     pad = launch.power(dim)
     launch.run(
-        pool.sound_values_kernel,
+        values.sound_values_kernel,
         (tiles * batch * heads,),
         *(value, sound, flags, *value.stride(), length, heads),
         device=value.device,

@@ -7,7 +7,13 @@
 Two kernels. The first writes the scores of a head into the very table that will hold its lists: an fp32 and an int32
 are of one size. The second takes a row of them at a time and finds, without sorting, the score at which to cut: it
 halves the range of fp32 numbers, read as integers, until one is left, summing the mass above it each time. It then
-writes the indices that stay over the scores they came from. The time does not depend on how the mask comes out.
+writes the indices that stay over the scores they came from. A row of up to 2,048 scores is read once and stays in
+registers; a longer one is read again for each sum.
+
+The time does not depend on how the mask comes out. The loops of both kernels have bounds of the shape alone: slices of
+the head dim, chunks of a row, and 32 halvings, for an fp32 has 32 bits. What scores and settings decide is decided by
+selection, in every lane and never by a branch; only the indices stored are as many as blocks stay, by the same stores.
+`used_kernel` is no part of the choice: attention starts it on lists that are given, and it reads what they hold.
 
 A score of -inf stands for a block that is not visible, NaN for one that is kept whatever the others are.
 """
@@ -151,27 +157,35 @@ def _row_chunk(row, first, kv_blocks, CHUNK: tl.constexpr):
 
 
 @triton.jit
-def _above(row, cut, top, kv_blocks, BY_MASS: tl.constexpr, CHUNK: tl.constexpr):
-    """Mass, or number, of the scores whose order is above `cut`."""
-    total = tl.zeros([CHUNK], tl.float32)
-    for first in range(0, kv_blocks, CHUNK):
-        score, order = _row_chunk(row, first, kv_blocks, CHUNK)
-        weight = tl.exp2((score - top) * LOG2E) if BY_MASS else tl.full([CHUNK], 1.0, tl.float32)
-        total += tl.where((order > cut) & (order > _LOWEST), weight, 0.0)
+def _weight(score, order, top, BY_MASS: tl.constexpr):
+    """What a scored block counts: its share of the mass, up to a factor, or 1."""
+    weight = tl.exp2((score - top) * LOG2E) if BY_MASS else tl.full(score.shape, 1.0, tl.float32)
+    return tl.where(order > _LOWEST, weight, 0.0)
+
+
+@triton.jit
+def _above(row, cut, top, order, weight, kv_blocks, BY_MASS: tl.constexpr, CHUNK: tl.constexpr, WHOLE: tl.constexpr):
+    """Mass, or number, of the scores whose order is above `cut`; order and weight are those of a WHOLE row."""
+    if WHOLE:
+        total = tl.where(order > cut, weight, 0.0)
+    else:
+        total = tl.zeros([CHUNK], tl.float32)
+        for first in range(0, kv_blocks, CHUNK):
+            score, chunk_order = _row_chunk(row, first, kv_blocks, CHUNK)
+            total += tl.where(chunk_order > cut, _weight(score, chunk_order, top, BY_MASS), 0.0)
     return tl.sum(total, 0)
 
 
 @triton.jit
-def _cut(row, wanted, top, kv_blocks, BY_MASS: tl.constexpr, CHUNK: tl.constexpr):
+def _cut(row, wanted, top, order, weight, kv_blocks, BY_MASS: tl.constexpr, CHUNK: tl.constexpr, WHOLE: tl.constexpr):
     """The least order above which there is less than `wanted`, and what there is."""
-    low = tl.full([], -2147483649, tl.int64)
-    high = tl.full([], 2147483647, tl.int64)
-    for _ in range(33):
-        middle = low + (high - low) // 2
-        less = _above(row, middle, top, kv_blocks, BY_MASS, CHUNK) < wanted
+    low, high = tl.full([], -2147483648, tl.int32), tl.full([], 2147483647, tl.int32)
+    for _ in range(32):
+        middle = (low >> 1) + (high >> 1) + (low & high & 1)
+        less = _above(row, middle, top, order, weight, kv_blocks, BY_MASS, CHUNK, WHOLE) < wanted
         high = tl.where(less & (middle > low), middle, high)
         low = tl.where(less, low, middle)
-    return high, _above(row, high, top, kv_blocks, BY_MASS, CHUNK)
+    return high, _above(row, high, top, order, weight, kv_blocks, BY_MASS, CHUNK, WHOLE)
 
 
 @triton.jit(do_not_specialize=["q_len", "kv_len", "heads", "q_blocks", "kv_blocks", "stride_mustb", "stride_musth"])
@@ -195,42 +209,52 @@ def choose_kernel(
     SINK: tl.constexpr,
     DIAGONAL: tl.constexpr,
     CHUNK: tl.constexpr,
+    WHOLE: tl.constexpr,
 ):
-    """Turn a row of scores into the indices of the blocks that stay; grid (q_blocks * batch * heads,)."""
+    """Turn a row of scores into the indices of the blocks that stay; grid (q_blocks * batch * heads,).
+
+    WHOLE: a row is no longer than a chunk.
+    """
     q_block, head_at = tl.program_id(0) % q_blocks, (tl.program_id(0) // q_blocks).to(tl.int64)
     batch, head = head_at // heads, head_at % heads
     row = table + (head_at * q_blocks + q_block) * kv_blocks
     n = tl.arange(0, CHUNK)
 
+    length = CHUNK if WHOLE else kv_blocks
+    score, order = _row_chunk(row, 0, kv_blocks, CHUNK)
     best = tl.full([CHUNK], float("-inf"), tl.float32)
     count = tl.zeros([CHUNK], tl.int32)
-    for first in range(0, kv_blocks, CHUNK):
-        score, order = _row_chunk(row, first, kv_blocks, CHUNK)
+    for first in range(0, length, CHUNK):
+        if not WHOLE:
+            score, order = _row_chunk(row, first, kv_blocks, CHUNK)
         best = tl.maximum(best, tl.where(order > _LOWEST, score, float("-inf")))
         count += tl.where(score == float("-inf"), 0, 1)
     top, seen_blocks = tl.max(best, 0), tl.sum(count, 0)
     top = tl.where(top == float("-inf"), 0.0, top)
 
     every = (tl.load(q_similarity + head_at * q_blocks + q_block) >= tl.load(similarity + head)) == 0
-    mass_cut, mass_left, mass_ties = tl.full([], 2147483647, tl.int64), 0.0, 0.0
+    mass_cut, mass_left, mass_ties = tl.full([], 2147483647, tl.int32), 0.0, 0.0
     if cdf is not None:
         tau = tl.load(cdf + head)
         every = every | (tau >= 1)
-        mass = _above(row, tl.full([], -2147483648, tl.int64), top, kv_blocks, True, CHUNK)
-        mass_cut, above = _cut(row, tau * mass, top, kv_blocks, True, CHUNK)
+        weight = _weight(score, order, top, True)
+        mass = _above(row, _LOWEST, top, order, weight, kv_blocks, True, CHUNK, WHOLE)
+        mass_cut, above = _cut(row, tau * mass, top, order, weight, kv_blocks, True, CHUNK, WHOLE)
         mass_left = tau * mass - above
-    number_cut, number_left = tl.full([], 2147483647, tl.int64), 0.0
+    number_cut, number_left = tl.full([], 2147483647, tl.int32), 0.0
     if topk is not None:
         # The small term takes back what fp32 adds to decimal fractions: 0.1 of 30 is 3 blocks, not 4.
         share = (tl.load(topk + head).to(tl.float64) - 1e-6) * seen_blocks.to(tl.float64)
         wanted = tl.maximum(tl.ceil(share).to(tl.float32), 1.0)
-        number_cut, above = _cut(row, wanted, top, kv_blocks, False, CHUNK)
+        weight = _weight(score, order, top, False)
+        number_cut, above = _cut(row, wanted, top, order, weight, kv_blocks, False, CHUNK, WHOLE)
         number_left = wanted - above
 
     kept_before, mass_ties, number_ties = 0, 0.0, 0.0
-    for first in range(0, kv_blocks, CHUNK):
+    for first in range(0, length, CHUNK):
         at = first + n
-        score, order = _row_chunk(row, first, kv_blocks, CHUNK)
+        if not WHOLE:
+            score, order = _row_chunk(row, first, kv_blocks, CHUNK)
         scored = order > _LOWEST
         stays = (score != score) | every
         if cdf is not None:

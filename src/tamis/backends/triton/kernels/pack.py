@@ -5,7 +5,7 @@ from __future__ import annotations
 import triton
 import triton.language as tl
 
-from tamis.backends.triton.kernels.pool import _counted, _finite, _rounded
+from tamis.backends.triton.kernels.pool import _counted, _finite, _inverse, _rounded
 
 
 @triton.jit(do_not_specialize=["length", "heads", "stride_segment"])
@@ -37,9 +37,10 @@ def value_int8_kernel(
     at = base + rows[:, None] * stride_n + d[None, :] * stride_d
     values = tl.load(at, mask=counted[:, None] & (d < DIM)[None, :], other=0.0).to(tl.float32)
     finite = _finite(values)
-    top = tl.max(tl.where(finite, tl.abs(values), 0.0), 0)
     broken = tl.max((~finite).to(tl.int32), 0) > 0
-    whole = _rounded(values, (127.0 / top)[None, :], finite)
+    values = tl.where(finite, values, 0.0)
+    top = tl.max(tl.abs(values), 0)
+    whole = _rounded(values, _inverse(top)[None, :])
     place = head * tiles + tile
     tl.store(v8 + (place * DIM + d)[None, :] * TILE + n[:, None], whole, mask=(d < DIM)[None, :])
     tl.store(scales + place * DIM + d, tl.where(broken, float("nan"), top / 127.0), mask=d < DIM)

@@ -1,14 +1,24 @@
-"""Everything that is read off query, key and value before attention, in one pass over each.
+"""Everything that is read off query and key before attention, and how large values are.
+
+`columns_kernel` goes over key, value or both, for what the whole sequence decides, and `join_kernel` puts its parts
+together:
 
     mean    = mean of the keys of a head that are finite, of a segment >= 0 and in a used tile
+    v_scale = max|v| / 448 of a channel, over the same tiles
+
+`digest_kernel` goes over query and key:
+
     x'      = x - mean (keys), x (queries)
     pooled  = mean of x' over a block, similarity = |mean of x' / |x'| over the block|^2
     x8      = round(127 x' / max|x'|), one scale per query row, one per 64 keys
     shift   = q . mean: what smoothing takes from every score of a row
-    v8      = v * 448 / max|v| in e4m3, one scale per channel
 
 Rows of a negative segment are padding: they count for nothing. A row, tile or channel of zeros has scale 0 and gives 0;
-one that holds an infinity or a NaN has scale NaN, so that whoever reads it sees it.
+a row or tile that holds an infinity or a NaN has scale NaN, so that whoever reads it sees it.
+
+Memory is what these kernels wait for: at 2 to 3 bytes an entry a GPU has about 20 instructions for each. Hence rows are
+judged by one maximum over their bits, divisions are by row and not by entry, and blocks of 128 rows are read by halves,
+so that several programs share a processor. No sum depends on which program ends first. `tamis.bench.traffic` counts the bytes.
 """
 
 from __future__ import annotations
@@ -16,7 +26,10 @@ from __future__ import annotations
 import triton
 import triton.language as tl
 
-_ROUND = tl.constexpr(12582912.0)  # 1.5 * 2**23: adding and subtracting it rounds to the nearest integer, ties to even
+_ROUND = tl.constexpr(12582912.0)  # 1.5 * 2**23: in the last bits of a sum with it is the nearest integer, ties to even
+_MAGNITUDE = tl.constexpr(0x7FFFFFFF)
+_INFINITY = tl.constexpr(0x7F800000)
+_SMALLEST = tl.constexpr(2.0**-126)
 
 
 @triton.jit
@@ -34,277 +47,297 @@ def _counted(rows, length, segments, stride_segment, batch):
 
 
 @triton.jit
-def _rounded(x, inverse, finite):
-    """x * inverse as int8; 0 where x is broken, or the inverse is (the largest entry is 0 or next to it)."""
-    whole = (tl.where(finite & _finite(inverse), x * inverse, 0.0) + _ROUND) - _ROUND
-    return tl.minimum(tl.maximum(whole, -127.0), 127.0).to(tl.int8)
+def _row_bits(values):
+    """Largest magnitude of each row, as bits: their order is that of the numbers, with NaN above infinity."""
+    return tl.max(values.to(tl.int32, bitcast=True) & _MAGNITUDE, 1)
+
+
+@triton.jit
+def _settled(values, counted):
+    """Values with 0 in rows that do not count or are broken, the largest magnitude of each row, and the broken rows."""
+    bits = _row_bits(values)
+    broken = counted & (bits >= _INFINITY)
+    counted = counted & (bits < _INFINITY)
+    return tl.where(counted[:, None], values, 0.0), tl.where(counted, bits, 0).to(tl.float32, bitcast=True), broken
+
+
+@triton.jit
+def _inverse(top):
+    """127 / top; 0 where top is 0 or next to it."""
+    inverse = 127.0 / top
+    return tl.where(_finite(inverse), inverse, 0.0)
+
+
+@triton.jit
+def _rounded(x, inverse):
+    """Finite x * inverse, at most 127, as int8."""
+    return (x * inverse + _ROUND).to(tl.int32, bitcast=True).to(tl.int8)
 
 
 @triton.jit(do_not_specialize=["length", "heads", "tiles", "stride_segment"])
-def key_mean_kernel(
-    x,
+def columns_kernel(
+    k,
+    v,
     segments,
     used,
-    part_mean,
-    part_count,
-    stride_b,
-    stride_h,
-    stride_n,
-    stride_d,
+    sums,
+    counts,
+    tops,
+    stride_kb,
+    stride_kh,
+    stride_kn,
+    stride_kd,
+    stride_vb,
+    stride_vh,
+    stride_vn,
+    stride_vd,
     stride_segment,
     length,
     heads,
     tiles,
     DIM: tl.constexpr,
     DIM_PAD: tl.constexpr,
+    VALUE_DIM: tl.constexpr,
+    VALUE_PAD: tl.constexpr,
     TILES: tl.constexpr,
     TILE: tl.constexpr,
 ):
-    """Mean and number of the counting keys of a chunk of tiles; grid (chunks * batch * heads,)."""
+    """Of a chunk of tiles, the sum of the keys that count / (TILES * TILE), their number, and the largest finite |v|.
+
+    Grid (chunks * batch * heads,). Of k and v, one may be None.
+    """
     chunks = tl.cdiv(tiles, TILES)
     chunk, head = tl.program_id(0) % chunks, (tl.program_id(0) // chunks).to(tl.int64)
     batch = head // heads
-    base = x + batch * stride_b + (head % heads) * stride_h
-    d = tl.arange(0, DIM_PAD).to(tl.int64)
-    mean = tl.zeros([DIM_PAD], tl.float32)
-    total = 0.0
-    for tile in range(chunk * TILES, tl.minimum(tiles, (chunk + 1) * TILES)):
+    d, e = tl.arange(0, DIM_PAD).to(tl.int64), tl.arange(0, VALUE_PAD).to(tl.int64)
+    total = tl.zeros([TILE, DIM_PAD], tl.float32)
+    number = tl.zeros([TILE], tl.int32)
+    top = tl.zeros([TILE, VALUE_PAD], tl.float32)
+    for part in range(TILES):
+        tile = chunk * TILES + part
         rows = tile * TILE + tl.arange(0, TILE).to(tl.int64)
         counted = _counted(rows, length, segments, stride_segment, batch)
         if used is not None:
-            counted = counted & (tl.load(used + head * tiles + tile) != 0)
-        at = base + rows[:, None] * stride_n + d[None, :] * stride_d
-        values = tl.load(at, mask=counted[:, None] & (d < DIM)[None, :], other=0.0).to(tl.float32)  # [TILE, DIM_PAD]
-        counted = counted & (tl.max((~_finite(values)).to(tl.int32), 1) == 0)
-        number = tl.sum(counted.to(tl.float32), 0)
-        # Weighted before it is summed: the sum of keys near the end of the fp32 range does not fit there.
-        share = tl.where(number > 0, 1.0 / tl.maximum(number, 1.0), 0.0)
-        of_tile = tl.sum(tl.where(counted[:, None], values, 0.0) * share, 0)
-        weight = number / tl.maximum(total + number, 1.0)
-        mean = mean * (1.0 - weight) + of_tile * weight
-        total += number
+            counted = counted & (tl.load(used + head * tiles + tile, mask=tile < tiles, other=0) != 0)
+        if k is not None:
+            at = k + batch * stride_kb + (head % heads) * stride_kh + rows[:, None] * stride_kn + d[None, :] * stride_kd
+            keys = tl.load(at, mask=counted[:, None] & (d < DIM)[None, :], other=0.0).to(tl.float32)
+            counts_too = counted & (_row_bits(keys) < _INFINITY)
+            # Divided before it is summed: the sum of keys near the end of the fp32 range does not fit there.
+            total += tl.where(counts_too[:, None], keys, 0.0) * (1.0 / (TILES * TILE))
+            number += counts_too.to(tl.int32)
+        if v is not None:
+            at = v + batch * stride_vb + (head % heads) * stride_vh + rows[:, None] * stride_vn + e[None, :] * stride_vd
+            values = tl.abs(tl.load(at, mask=counted[:, None] & (e < VALUE_DIM)[None, :], other=0.0).to(tl.float32))
+            top = tl.maximum(top, tl.where(_finite(values), values, 0.0))
     place = head * chunks + chunk
-    tl.store(part_mean + place * DIM + d, mean, mask=d < DIM)
-    tl.store(part_count + place, total)
+    if k is not None:
+        tl.store(sums + place * DIM + d, tl.sum(total, 0), mask=d < DIM)
+        tl.store(counts + place, tl.sum(number, 0))
+    if v is not None:
+        tl.store(tops + place * VALUE_DIM + e, tl.max(top, 0), mask=e < VALUE_DIM)
 
 
-@triton.jit(do_not_specialize=["chunks"])
-def join_means_kernel(part_mean, part_count, mean, chunks, DIM: tl.constexpr, DIM_PAD: tl.constexpr):
-    """The mean over all chunks, in their order; grid (batch * heads,)."""
-    head = tl.program_id(0).to(tl.int64)
-    d = tl.arange(0, DIM_PAD).to(tl.int64)
-    total = 0.0
-    for chunk in range(chunks):
-        total += tl.load(part_count + head * chunks + chunk)
-    joined = tl.zeros([DIM_PAD], tl.float32)
-    for chunk in range(chunks):
-        weight = tl.load(part_count + head * chunks + chunk) / tl.maximum(total, 1.0)
-        joined += tl.load(part_mean + (head * chunks + chunk) * DIM + d, mask=d < DIM, other=0.0) * weight
-    tl.store(mean + head * DIM + d, joined, mask=d < DIM)
-
-
-@triton.jit(do_not_specialize=["length", "heads", "mean_heads", "blocks", "stride_segment"])
-def summarize_kernel(
-    x,
+@triton.jit(do_not_specialize=["chunks", "slices"])
+def join_kernel(
+    sums,
+    counts,
+    tops,
     mean,
-    shift_mean,
-    segments,
-    pooled,
-    similarity,
-    x8,
     scales,
-    shifts,
-    stride_b,
-    stride_h,
-    stride_n,
-    stride_d,
-    stride_segment,
-    length,
-    heads,
-    mean_heads,
-    blocks,
-    DIM: tl.constexpr,
-    DIM_PAD: tl.constexpr,
-    WIDTH: tl.constexpr,
-    BLOCK: tl.constexpr,
-    GRAIN: tl.constexpr,
-):
-    """Pool a block, and quantise it with one scale per GRAIN rows; grid (blocks * batch * heads,).
-
-    Of the outputs, those that are None are not wanted. `x8` is `[batch * heads, blocks * BLOCK, WIDTH]` for keys,
-    whose tail is filled with zeros, and `[.., length, WIDTH]` for queries (GRAIN 1), which need none.
-    """
-    block, head = (tl.program_id(0) % blocks).to(tl.int64), (tl.program_id(0) // blocks).to(tl.int64)
-    batch = head // heads
-    base = x + batch * stride_b + (head % heads) * stride_h
-    rows = block * BLOCK + tl.arange(0, BLOCK)
-    d = tl.arange(0, DIM_PAD).to(tl.int64)
-    counted = _counted(rows, length, segments, stride_segment, batch)
-    inside = (rows < length)[:, None] & (d < DIM)[None, :]
-    values = tl.load(base + rows[:, None] * stride_n + d[None, :] * stride_d, mask=inside, other=0.0).to(tl.float32)
-    if shifts is not None:
-        group = heads // mean_heads
-        of_head = batch * mean_heads + (head % heads) // group
-        against = tl.load(shift_mean + of_head * DIM + d, mask=d < DIM, other=0.0)
-        tl.store(shifts + head * length + rows, tl.sum(values * against[None, :], 1), mask=rows < length)
-    if mean is not None:
-        values = values - tl.load(mean + head * DIM + d, mask=d < DIM, other=0.0)[None, :]
-    values = tl.where(counted[:, None], values, 0.0)
-    finite = _finite(values)
-    row_broken = tl.max((~finite).to(tl.int32), 1)
-    row_top = tl.max(tl.where(finite, tl.abs(values), 0.0), 1)
-
-    if pooled is not None:
-        number = tl.maximum(tl.sum(counted.to(tl.float32), 0), 1.0)
-        broken = tl.max(row_broken, 0) > 0
-        place = head * blocks + block
-        of_block = tl.where(broken, float("nan"), tl.sum(values, 0) / number)
-        tl.store(pooled + place * DIM + d, of_block, mask=d < DIM)
-        # Divided by the largest entry first: then the squares neither overflow nor vanish.
-        near_one = tl.where((row_top > 0)[:, None], values / row_top[:, None], 0.0)
-        length2 = tl.sum(near_one * near_one, 1)
-        unit = tl.where((row_top > 0)[:, None], near_one / tl.sqrt(length2)[:, None], 0.0)
-        direction = tl.sum(unit, 0) / number
-        alike = tl.sum(direction * direction, 0)
-        empty = tl.sum(counted.to(tl.int32), 0) == 0
-        tl.store(similarity + place, tl.where(broken, float("nan"), tl.where(empty, 1.0, alike)))
-
-    if x8 is not None:
-        if GRAIN == 1:
-            whole = _rounded(values, (127.0 / row_top)[:, None], finite)
-            scale = tl.where(row_broken > 0, float("nan"), row_top / 127.0)
-            at = x8 + (head * length + rows)[:, None] * WIDTH + d[None, :]
-            tl.store(at, whole, mask=(rows < length)[:, None] & (d < WIDTH)[None, :])
-            tl.store(scales + head * length + rows, scale, mask=rows < length)
-        else:
-            PARTS: tl.constexpr = BLOCK // GRAIN
-            top = tl.max(tl.reshape(row_top, [PARTS, GRAIN]), 1)
-            inverse = tl.reshape(tl.broadcast_to((127.0 / top)[:, None], [PARTS, GRAIN]), [BLOCK])
-            whole = _rounded(values, inverse[:, None], finite)
-            at = x8 + (head * blocks * BLOCK + rows)[:, None] * WIDTH + d[None, :]
-            tl.store(at, whole, mask=(d < WIDTH)[None, :])
-            bad = tl.max(tl.reshape(row_broken, [PARTS, GRAIN]), 1) > 0
-            place = (head * blocks + block) * PARTS + tl.arange(0, PARTS)
-            tl.store(scales + place, tl.where(bad, float("nan"), top / 127.0))
-
-
-@triton.jit(do_not_specialize=["length", "heads", "tiles", "stride_segment"])
-def value_top_kernel(
-    v,
-    segments,
-    used,
-    part_top,
-    stride_b,
-    stride_h,
-    stride_n,
-    stride_d,
-    stride_segment,
-    length,
-    heads,
-    tiles,
-    DIM: tl.constexpr,
-    DIM_PAD: tl.constexpr,
-    TILES: tl.constexpr,
-    TILE: tl.constexpr,
-):
-    """Largest finite |v| of every channel in a chunk of tiles; grid (chunks * batch * heads,)."""
-    chunks = tl.cdiv(tiles, TILES)
-    chunk, head = tl.program_id(0) % chunks, (tl.program_id(0) // chunks).to(tl.int64)
-    batch = head // heads
-    base = v + batch * stride_b + (head % heads) * stride_h
-    d = tl.arange(0, DIM_PAD).to(tl.int64)
-    top = tl.zeros([DIM_PAD], tl.float32)
-    for tile in range(chunk * TILES, tl.minimum(tiles, (chunk + 1) * TILES)):
-        rows = tile * TILE + tl.arange(0, TILE).to(tl.int64)
-        counted = _counted(rows, length, segments, stride_segment, batch)
-        if used is not None:
-            counted = counted & (tl.load(used + head * tiles + tile) != 0)
-        at = base + rows[:, None] * stride_n + d[None, :] * stride_d
-        values = tl.abs(tl.load(at, mask=counted[:, None] & (d < DIM)[None, :], other=0.0).to(tl.float32))
-        top = tl.maximum(top, tl.max(tl.where(_finite(values), values, 0.0), 0))
-    tl.store(part_top + (head * chunks + chunk) * DIM + d, top, mask=d < DIM)
-
-
-@triton.jit(do_not_specialize=["length", "heads", "chunks", "stride_segment"])
-def value_fp8_kernel(
-    v,
-    segments,
-    used,
-    part_top,
-    v8,
-    scales,
-    stride_b,
-    stride_h,
-    stride_n,
-    stride_d,
-    stride_segment,
-    length,
-    heads,
     chunks,
+    slices,
     DIM: tl.constexpr,
-    DIM_PAD: tl.constexpr,
-    TILE: tl.constexpr,
+    VALUE_DIM: tl.constexpr,
+    VALUE_PAD: tl.constexpr,
+    CHUNK_KEYS: tl.constexpr,
     LARGEST: tl.constexpr,
-    SHUFFLED: tl.constexpr,
+    STEP: tl.constexpr,
+    SLICE: tl.constexpr,
 ):
-    """A tile of values in fp8, keys contiguous as 8-bit matrix units want them; grid (tiles * batch * heads,).
-
-    SHUFFLED: of 16 keys those at 2t, 2t + 1, 8 + 2t and 9 + 2t become 4t .. 4t + 3: the order in which sm_90 leaves
-    the scores of a row in a thread's registers, and wants the weights.
-    """
-    tiles = tl.cdiv(length, TILE)
-    tile, head = (tl.program_id(0) % tiles).to(tl.int64), (tl.program_id(0) // tiles).to(tl.int64)
-    batch = head // heads
-    base = v + batch * stride_b + (head % heads) * stride_h
-    d = tl.arange(0, DIM_PAD).to(tl.int64)
-    top = tl.zeros([DIM_PAD], tl.float32)
-    for chunk in range(chunks):
-        top = tl.maximum(top, tl.load(part_top + (head * chunks + chunk) * DIM + d, mask=d < DIM, other=0.0))
-    places = tile * TILE + tl.arange(0, TILE)
-    rows = places
-    if SHUFFLED:
-        rows = (places & -15) | ((places >> 1) & 1) * 8 | ((places >> 2) & 3) * 2
-    counted = _counted(rows, length, segments, stride_segment, batch)
-    if used is not None:
-        counted = counted & (tl.load(used + head * tiles + tile) != 0)
-    at = base + rows[:, None] * stride_n + d[None, :] * stride_d
-    values = tl.load(at, mask=counted[:, None] & (d < DIM)[None, :], other=0.0).to(tl.float32)
-    inverse = LARGEST / top
-    # A broken value stays one: e4m3 has a NaN, which infinities become too.
-    scaled = tl.where(_finite(inverse)[None, :], values * inverse[None, :], 0.0)
-    scaled = tl.where(_finite(values), tl.minimum(tl.maximum(scaled, -LARGEST), LARGEST), float("nan"))
-    place = v8 + (head * DIM_PAD + d)[None, :] * (tiles * TILE) + places[:, None]
-    tl.store(place, scaled.to(v8.dtype.element_ty))
-    if tile == 0:
-        tl.store(scales + head * DIM_PAD + d, top / LARGEST)
+    """Mean key and scale of value over all chunks; a program has SLICE channels. Grid (slices * batch * heads,)."""
+    slice_at, head = tl.program_id(0) % slices, (tl.program_id(0) // slices).to(tl.int64)
+    d = slice_at * SLICE + tl.arange(0, SLICE)
+    total = tl.zeros([STEP, SLICE], tl.float32)
+    number = tl.zeros([STEP], tl.int32)
+    top = tl.zeros([STEP, SLICE], tl.float32)
+    share = 1.0 / tl.maximum(chunks, 1).to(tl.float32)
+    for first in range(0, chunks, STEP):
+        chunk = first + tl.arange(0, STEP)
+        place, there = head * chunks + chunk, chunk < chunks
+        if sums is not None:
+            at = sums + place[:, None] * DIM + d[None, :]
+            total += tl.load(at, mask=there[:, None] & (d < DIM)[None, :], other=0.0) * share
+            number += tl.load(counts + place, mask=there, other=0)
+        if tops is not None:
+            at = tops + place[:, None] * VALUE_DIM + d[None, :]
+            top = tl.maximum(top, tl.load(at, mask=there[:, None] & (d < VALUE_DIM)[None, :], other=0.0))
+    if sums is not None:
+        many = tl.maximum(tl.sum(number, 0), 1).to(tl.float32)
+        tl.store(mean + head * DIM + d, tl.sum(total, 0) * (CHUNK_KEYS / (share * many)), mask=d < DIM)
+    if tops is not None:
+        tl.store(scales + head * VALUE_PAD + d, tl.max(top, 0) / LARGEST, mask=d < VALUE_PAD)
 
 
-@triton.jit(do_not_specialize=["length", "heads"])
-def sound_values_kernel(
-    v,
-    sound,
-    flags,
-    stride_b,
-    stride_h,
-    stride_n,
-    stride_d,
-    length,
+@triton.jit
+def _directions(values, row_top):
+    """Sum of the rows, each divided by its length; rows of zeros give zeros."""
+    # Divided by the largest entry first: then the squares neither overflow nor vanish.
+    near_one = values * (1.0 / tl.maximum(row_top, _SMALLEST))[:, None]
+    length = tl.sqrt(tl.sum(near_one * near_one, 1))
+    return tl.sum(near_one * tl.where(row_top > 0, 1.0 / length, 0.0)[:, None], 0)
+
+
+@triton.jit
+def _pool(total, direction, number, bad, pooled, similarity, place, d, DIM: tl.constexpr):
+    """Store the mean of a block's rows, and the squared length of the mean of their directions."""
+    many = tl.maximum(number, 1).to(tl.float32)
+    tl.store(pooled + place * DIM + d, tl.where(bad > 0, float("nan"), total / many), mask=d < DIM)
+    direction = direction / many
+    alike = tl.where(number == 0, 1.0, tl.sum(direction * direction, 0))
+    tl.store(similarity + place, tl.where(bad > 0, float("nan"), alike))
+
+
+@triton.jit
+def _digest_queries(
+    block, head, blocks, q, mean, segments, pooled, similarity, x8, scales, shifts,
+    stride_b, stride_h, stride_n, stride_d, stride_segment, length, heads, mean_heads,
+    DIM: tl.constexpr, DIM_PAD: tl.constexpr, WIDTH: tl.constexpr, BLOCK: tl.constexpr, TILE: tl.constexpr,
+):  # fmt: skip
+    """A block of queries; x8 is `[batch * heads, length, WIDTH]`."""
+    batch, n, d = head // heads, tl.arange(0, TILE), tl.arange(0, DIM_PAD)
+    base = q + batch * stride_b + (head % heads) * stride_h
+    number, bad = 0, 0
+    total, direction = tl.zeros([DIM_PAD], tl.float32), tl.zeros([DIM_PAD], tl.float32)
+    for part in range(BLOCK // TILE):
+        first = block * BLOCK + part * TILE
+        there = first + n < length
+        counted = _counted(first + n, length, segments, stride_segment, batch)
+        at = base + first * stride_n + n.to(tl.int64)[:, None] * stride_n + d.to(tl.int64)[None, :] * stride_d
+        values = tl.load(at, mask=there[:, None] & (d < DIM)[None, :], other=0.0).to(tl.float32)  # [TILE, DIM_PAD]
+        place = head * length + first
+        if shifts is not None:
+            of_head = batch * mean_heads + (head % heads) // (heads // mean_heads)
+            against = tl.load(mean + of_head * DIM + d, mask=d < DIM, other=0.0)
+            tl.store(shifts + place + n, tl.sum(values * against[None, :], 1), mask=there)
+        values, row_top, broken = _settled(values, counted)
+        if x8 is not None:
+            whole = _rounded(values, _inverse(row_top)[:, None])
+            at = x8 + place * WIDTH + (n[:, None] * WIDTH + d[None, :])
+            tl.store(at, whole, mask=there[:, None] & (d < WIDTH)[None, :])
+            tl.store(scales + place + n, tl.where(broken, float("nan"), row_top / 127.0), mask=there)
+        if pooled is not None:
+            number += tl.sum(counted.to(tl.int32), 0)
+            bad += tl.sum(broken.to(tl.int32), 0)
+            total += tl.sum(values, 0)
+            direction += _directions(values, row_top)
+    if pooled is not None:
+        _pool(total, direction, number, bad, pooled, similarity, head * blocks + block, d, DIM)
+
+
+@triton.jit
+def _digest_keys(
+    block, head, blocks, k, mean, segments, pooled, similarity, x8, scales,
+    stride_b, stride_h, stride_n, stride_d, stride_segment, length, heads,
+    DIM: tl.constexpr, DIM_PAD: tl.constexpr, WIDTH: tl.constexpr, BLOCK: tl.constexpr, TILE: tl.constexpr,
+):  # fmt: skip
+    """A block of keys; x8 is `[batch * heads, blocks * BLOCK, WIDTH]`, with zeros behind the last key."""
+    batch, n, d = head // heads, tl.arange(0, TILE), tl.arange(0, DIM_PAD)
+    base = k + batch * stride_b + (head % heads) * stride_h
+    number, bad = 0, 0
+    total, direction = tl.zeros([DIM_PAD], tl.float32), tl.zeros([DIM_PAD], tl.float32)
+    for part in range(BLOCK // TILE):
+        first = block * BLOCK + part * TILE
+        counted = _counted(first + n, length, segments, stride_segment, batch)
+        at = base + first * stride_n + n.to(tl.int64)[:, None] * stride_n + d.to(tl.int64)[None, :] * stride_d
+        values = tl.load(at, mask=(first + n < length)[:, None] & (d < DIM)[None, :], other=0.0).to(tl.float32)
+        if mean is not None:
+            values = values - tl.load(mean + head * DIM + d, mask=d < DIM, other=0.0)[None, :]
+        values, row_top, broken = _settled(values, counted)
+        if x8 is not None:
+            top = tl.max(row_top, 0)
+            at = x8 + (head * blocks * BLOCK + first) * WIDTH + (n[:, None] * WIDTH + d[None, :])
+            tl.store(at, _rounded(values, _inverse(top)), mask=(d < WIDTH)[None, :])
+            scale = tl.where(tl.max(broken.to(tl.int32), 0) > 0, float("nan"), top / 127.0)
+            tl.store(scales + (head * blocks + block) * (BLOCK // TILE) + part, scale)
+        if pooled is not None:
+            number += tl.sum(counted.to(tl.int32), 0)
+            bad += tl.sum(broken.to(tl.int32), 0)
+            total += tl.sum(values, 0)
+            direction += _directions(values, row_top)
+    if pooled is not None:
+        _pool(total, direction, number, bad, pooled, similarity, head * blocks + block, d, DIM)
+
+
+@triton.jit(
+    do_not_specialize=[
+        "q_len",
+        "kv_len",
+        "heads",
+        "kv_heads",
+        "q_blocks",
+        "kv_blocks",
+        "q_programs",
+        "stride_q_segment",
+        "stride_k_segment",
+    ]
+)
+def digest_kernel(
+    q,
+    k,
+    mean,
+    q_segments,
+    k_segments,
+    q_pooled,
+    q_similarity,
+    k_pooled,
+    k_similarity,
+    q8,
+    q_scales,
+    q_shifts,
+    k8,
+    k_scales,
+    stride_qb,
+    stride_qh,
+    stride_qn,
+    stride_qd,
+    stride_kb,
+    stride_kh,
+    stride_kn,
+    stride_kd,
+    stride_q_segment,
+    stride_k_segment,
+    q_len,
+    kv_len,
     heads,
+    kv_heads,
+    q_blocks,
+    kv_blocks,
+    q_programs,
     DIM: tl.constexpr,
     DIM_PAD: tl.constexpr,
     WIDTH: tl.constexpr,
+    BLOCK_Q: tl.constexpr,
+    BLOCK_KV: tl.constexpr,
     TILE: tl.constexpr,
 ):
-    """Copy a tile of values with 0 for those that are not finite, and say whether there were; (tiles * batch * heads,).
+    """Pool a block of queries or keys and round it; the q_programs first programs have queries, the others keys.
 
-    The copy is `[batch * heads, length, WIDTH]`, flags are int32 `[batch * heads, tiles]`.
+    Of q and k one may be None, and of the outputs those that are not wanted.
     """
-    tiles = tl.cdiv(length, TILE)
-    tile, head = (tl.program_id(0) % tiles).to(tl.int64), (tl.program_id(0) // tiles).to(tl.int64)
-    base = v + (head // heads) * stride_b + (head % heads) * stride_h
-    rows, d = tile * TILE + tl.arange(0, TILE), tl.arange(0, DIM_PAD).to(tl.int64)
-    inside = (rows < length)[:, None] & (d < DIM)[None, :]
-    values = tl.load(base + rows[:, None] * stride_n + d[None, :] * stride_d, mask=inside, other=0.0)
-    finite = _finite(values.to(tl.float32))
-    tl.store(sound + (head * length + rows)[:, None] * WIDTH + d[None, :], tl.where(finite, values, 0.0), mask=inside)
-    tl.store(flags + head * tiles + tile, tl.max(tl.max((~finite).to(tl.int32), 1), 0))
+    program = tl.program_id(0)
+    if q is not None:  # noqa: SIM102 (decided by the compiler, the second by the program)
+        if program < q_programs:
+            _digest_queries(
+                (program % q_blocks).to(tl.int64), (program // q_blocks).to(tl.int64), q_blocks, q, mean, q_segments,
+                q_pooled, q_similarity, q8, q_scales, q_shifts, stride_qb, stride_qh, stride_qn, stride_qd,
+                stride_q_segment, q_len, heads, kv_heads, DIM, DIM_PAD, WIDTH, BLOCK_Q, TILE,
+            )  # fmt: skip
+    if k is not None:  # noqa: SIM102
+        if program >= q_programs:
+            program -= q_programs
+            _digest_keys(
+                (program % kv_blocks).to(tl.int64), (program // kv_blocks).to(tl.int64), kv_blocks, k, mean, k_segments,
+                k_pooled, k_similarity, k8, k_scales, stride_kb, stride_kh, stride_kn, stride_kd,
+                stride_k_segment, kv_len, kv_heads, DIM, DIM_PAD, WIDTH, BLOCK_KV, TILE,
+            )  # fmt: skip
