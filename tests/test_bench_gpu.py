@@ -361,6 +361,29 @@ def test_rates_and_ratios() -> None:
     assert predict["dense_tops"] is quantise["dense_tops"] is None
 
 
+def test_bytes_stand_beside_times() -> None:
+    """Of a prediction: query once, key twice, both in 8 bits, and the lists are the least. Other rows have none."""
+    rows = (
+        made_up("predict", "int8", [2.0], 0.25),
+        made_up("dense", "int8", [2.0]),
+        made_up("predict", "fp8", [], 0.5),
+    )
+    predict, dense, idle = completed(*rows)["rows"]
+    assert predict["moved_gb_s"] == pytest.approx(predict["moved_bytes"] / 2e6)
+    query, key, blocks = 32 * 32768 * 128, 8 * 32768 * 128, 256 * 257  # visible pairs of a head
+    lists = 4 * (32 * 256 + round(0.25 * 32 * blocks))
+    assert predict["least_bytes"] == 3 * query + 5 * key + 8 * 32 * 32768 + 4 * 8 * 512 + lists
+    assert predict["least_bytes"] < predict["moved_bytes"] < 1.4 * predict["least_bytes"]
+    assert idle["moved_gb_s"] is dense["moved_bytes"] is dense["moved_gb_s"] is None
+    table = gpu_report.table(completed(*rows), "long")
+    assert f"{predict['moved_bytes'] / 1e9:.3f}" in table and f"{predict['moved_gb_s']:.0f}" in table
+
+
+def test_the_page_has_the_bytes() -> None:
+    page = (Path(__file__).parents[1] / "docs" / "performance-gpu.md").read_text(encoding="utf-8")
+    assert gpu_calls.traffic_markdown() in page
+
+
 def test_bars_hold_fail_or_are_not_measured() -> None:
     result = completed(
         made_up("sdpa flash", "bf16", [20.0]),
@@ -415,7 +438,7 @@ def test_the_table_shows_every_row() -> None:
     assert lines[0] == "long: batch 1, 32 heads on 8, 32,768 tokens, d=128, causal; 8.8 TFLOP dense, 1 repetitions"
     words = [" ".join(line.split()) for line in lines[3:5]]
     assert words == [
-        "mask int8 0.25 0.250 5.000 5.000-5.000 0.100 1759 440 4.00 - - - 0.0123",
+        "mask int8 0.25 0.250 5.000 5.000-5.000 0.100 1759 440 4.00 - - - 0.0123 - - -",
         "flex bf16 0.25 OSError: no",
     ]
     assert lines[5:] == ["long: something"]

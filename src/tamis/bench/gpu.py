@@ -24,7 +24,7 @@ import torch
 
 from tamis.backends.triton import chips
 from tamis.bench import gpu_report
-from tamis.bench.gpu_calls import SHAPES, Candidate, Inputs, Shape, candidates, normals, random_mask
+from tamis.bench.gpu_calls import SHAPES, Candidate, Inputs, Shape, candidates, moved, normals, random_mask
 from tamis.bench.gpu_gate import Verdict, check, one_line
 from tamis.bench.gpu_report import Result, Row
 from tamis.bench.record import commit
@@ -237,6 +237,8 @@ class _Bench:
 
 
 def _row(shape: Shape, candidate: Candidate, verdict: Verdict) -> Row:
+    density = candidate.density if verdict.density is None else verdict.density
+    moved_bytes, least_bytes = moved(shape, candidate, density) or (None, None)
     return {
         "shape": shape.name,
         "candidate": candidate.name,
@@ -246,6 +248,8 @@ def _row(shape: Shape, candidate: Candidate, verdict: Verdict) -> Row:
         "error": verdict.error,
         "agreement": verdict.agreement,
         "failure": verdict.failure,
+        "moved_bytes": moved_bytes,
+        "least_bytes": least_bytes,
         "times_ms": [],
         "host_times_ms": [],
     }

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import functools
 from collections.abc import Callable, Iterator
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import partial
 from typing import Any, NamedTuple
 
@@ -15,7 +15,8 @@ from torch.nn.functional import scaled_dot_product_attention
 
 from tamis import geometry
 from tamis.attend import attend, sparse_attention
-from tamis.bench.gpu_report import PEERS
+from tamis.bench import gpu_traffic
+from tamis.bench.gpu_report import NOT_MEASURED, PEERS
 from tamis.block_mask import BlockMask
 from tamis.call import Prepared
 from tamis.predictors.sparge import Sparge
@@ -127,6 +128,41 @@ def candidates(shape: Shape, masks: dict[float, BlockMask], *, flex: bool) -> It
             yield Candidate("total", precision, density, partial(_total, *how), partial(_predicted, *how))
             yield Candidate("predict", precision, density, partial(_predict, *how))
     yield Candidate("quantise value", "fp8", 1.0, _quantise_value)
+
+
+def moved(shape: Shape, candidate: Candidate, density: float) -> tuple[int, int] | None:
+    """Bytes that a prediction, or the rounding of value, asks for, and the least; None of other calls."""
+    call = _prologue(shape, density)
+    if candidate.name == "quantise value":
+        return gpu_traffic.total(gpu_traffic.values(call)), gpu_traffic.least_values(call)
+    if candidate.name == "predict":
+        return gpu_traffic.total(gpu_traffic.prediction(call)), gpu_traffic.least_prediction(call)
+    return None
+
+
+def _prologue(shape: Shape, density: float) -> gpu_traffic.Prologue:
+    call = gpu_traffic.Prologue(
+        *(shape.batch, shape.heads, shape.kv_heads, *(shape.tokens,) * 2, *(shape.head_dim,) * 2),
+        block_size=BLOCK_SIZE,
+    )
+    return replace(call, kept=round(density * shape.batch * shape.heads * call.visible(shape.causal)))
+
+
+def traffic_markdown() -> str:
+    """Bytes before attention at density .25, kernel by kernel, as the table of docs/performance-gpu.md."""
+    kernels = ("columns", "join", "digest", "scores", "choose", "value_fp8")
+    lines = [f"| | | {' | '.join(kernels)} | all | least | GB/s |", "|---" * 11 + "|"]
+    for shape in SHAPES:
+        call = _prologue(shape, 0.25)
+        for step, parts, least in (
+            ("prediction", gpu_traffic.prediction(call), gpu_traffic.least_prediction(call)),
+            ("value to e4m3", gpu_traffic.values(call), gpu_traffic.least_values(call)),
+        ):
+            by_name = {kernel: f"{(read + written) / 1e9:.3f}" for kernel, read, written in parts}
+            cells = " | ".join(by_name.get(f"{kernel}_kernel", "-") for kernel in kernels)
+            sums = f"{gpu_traffic.total(parts) / 1e9:.3f} | {least / 1e9:.3f}"
+            lines.append(f"| {shape.name} | {step} | {cells} | {sums} | {NOT_MEASURED} |")
+    return "\n".join(lines)
 
 
 def _given(mask: BlockMask, _inputs: Inputs) -> BlockMask:

@@ -67,6 +67,7 @@ def _derive(row: Row, rows: list[Row], dense_operations: float) -> None:
     row["ratio_dense"] = _ratio(own, row)
     row["ratio_flex"] = _ratio(find(rows, "flex", "bf16", density), row) if name == "mask" else None
     row["prediction_share"] = predict / median if name == "total" and predict and median else None
+    row["moved_gb_s"] = row["moved_bytes"] / median / 1e6 if row["moved_bytes"] and median else None
     row["overhead_share"] = _overhead(row, rows) if name == "predict" else None
 
 
@@ -201,7 +202,7 @@ def table(result: Result, name: str) -> str:
     lines = [
         f"{_about(shape)}; {operations(shape) / 1e12:.3g} TFLOP dense, {repeats} repetitions",
         f"{'':20}{'density':>8}{'ms':>10}{'(spread)':>20}{'host':>8}{'TOPS':>7}{'done':>7}{'x SDPA':>8}{'x dense':>8}"
-        f"{'x flex':>8}{'pred.':>7}{'L1':>8}",
+        f"{'x flex':>8}{'pred.':>7}{'L1':>8}{'GB':>7}{'least':>7}{'GB/s':>7}",
     ]
     for row in rows:
         lines.append(f"{_name(row):20}{_plain(row)}" if row["ms"] else f"{_name(row):20}  {row['failure'] or '-'}")
@@ -214,7 +215,12 @@ ms: the GPU's, median, smallest and largest; host: the processor's, until the ca
 would have done (causal: half) / time; done: that times the density. x SDPA: the faster of flash and cuDNN / this;
 x dense: tamis dense in the same precision / this; x flex: FlexAttention with the same mask / this; above 1 the row is
 faster. pred.: share of the prediction, which also rounds query and key, in total; in a prediction's row it and all
-rounding, of the fastest dense call, ours or torch's. L1: relative error against fp64 with the same blocks."""
+rounding, of the fastest dense call, ours or torch's. L1: relative error against fp64 with the same blocks. GB: what
+prediction and rounding ask memory for, from a formula; least: what would do; GB/s: the former / time."""
+
+
+def _giga(amount: int | None) -> float | None:
+    return None if amount is None else amount / 1e9
 
 
 def _about(shape: Row) -> str:
@@ -238,7 +244,8 @@ def _plain(row: Row) -> str:
         f"{cell(row['dense_tops'], '.0f', 7)}{cell(row['executed_tops'], '.0f', 7)}"
         f"{cell(_number(row['ratio_sdpa']), '.2f', 8)}{cell(_number(row['ratio_dense']), '.2f', 8)}"
         f"{cell(_number(row['ratio_flex']), '.2f', 8)}{cell(share, '.1%', 7)}"
-        f"{cell(row['error'], '.4f', 8)}"
+        f"{cell(row['error'], '.4f', 8)}{cell(_giga(row['moved_bytes']), '.3f', 7)}"
+        f"{cell(_giga(row['least_bytes']), '.3f', 7)}{cell(row['moved_gb_s'], '.0f', 7)}"
     )
 
 
@@ -323,6 +330,7 @@ def _markdown_cell(row: Row | None) -> str:
         *((f"{row['dense_tops']:.0f}",) if row["dense_tops"] is not None else ()),
         *((f"{row['ratio_sdpa']['median']:.2f}x",) if row["ratio_sdpa"] is not None else ()),
         *((f"L1 {row['error']:.4f}",) if row["error"] is not None else ()),
+        *((f"{row['moved_gb_s']:.0f} GB/s",) if row["moved_gb_s"] is not None else ()),
     )
     return f"{row['ms']['median']:.2f}" + (f" ({'; '.join(known)})" if known else "")
 

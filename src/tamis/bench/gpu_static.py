@@ -71,8 +71,11 @@ def calls(name: str, dims: tuple[int, ...] = DIMS) -> Iterator[tuple[str, set[st
                 options = _options(extra)
                 yield f"{precision} d={dim} {extra}", kinds, _noted(name, dim, torch.bfloat16, precision, **options)
         yield f"full fp32 d={dim}", {"tf32"}, _noted(name, dim, torch.float32, "full", causal=True)
-    for dim in dims[:2]:
-        yield f"predict d={dim}", {"tf32"}, _predicted(name, dim)
+    for dim in dims:
+        for precision in precisions:
+            yield f"predict {precision} d={dim}", {"tf32"}, _predicted(name, dim, precision)
+    for kv_blocks in (257, 2049):  # more threads for a row of scores, and one that does not stay in registers
+        yield f"predict {kv_blocks} blocks", {"tf32"}, _predicted(name, dims[0], "full", 64 * kv_blocks)
     if name == "sm_90":
         yield from _gluon_calls(GLUON_DIMS if dims == DIMS else dims)
 
@@ -154,11 +157,20 @@ def attention(name: str, dim: int, dtype: torch.dtype, precision: str = "full", 
     return next(item for item in _noted(name, dim, dtype, precision, **options) if "FLAG_ROWS" in item.constants)
 
 
-def _predicted(name: str, dim: int) -> list[launch.Launch]:
-    query, key, _ = _inputs(dim, torch.bfloat16)
-    with chips.assume(name), launch.note() as launches:
-        tamis.Sparge()(query, key, causal=True, backend="triton")
-    return launches
+def _predicted(name: str, dim: int, precision: str, kv_len: int = 256) -> list[launch.Launch]:
+    """What sparse_attention starts before attention, by cdf and topk at once: blocks chosen, inputs rounded."""
+    query, key, value = _inputs(dim, torch.bfloat16)
+    if kv_len != 256:
+        key = value = torch.zeros(1, 1, kv_len, dim, dtype=torch.bfloat16)
+    with _kernel("triton"), chips.assume(name), launch.note() as launches:
+        tamis.sparse_attention(
+            *(query, key, value),
+            enable_gqa=True,
+            predictor=tamis.Sparge(cdf=0.9, topk=0.5),
+            precision=precision,
+            backend="triton",
+        )
+    return [item for item in launches if item.kernel.fn.__name__ != "attend_kernel"]
 
 
 def compile_launch(item: launch.Launch, name: str) -> Any:

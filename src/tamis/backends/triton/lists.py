@@ -12,6 +12,13 @@ from tamis.backends.triton import chips, launch
 from tamis.backends.triton.arguments import bounds, table_strides
 from tamis.backends.triton.prepare import TILE, Rounded, digest, key_mean, room
 
+ROWS, COLUMNS = 32, 64  # blocks whose scores a program computes
+
+
+def chunk_of(kv_blocks: int) -> int:
+    """Scores of a row that a program holds at a time."""
+    return 256 if kv_blocks <= 256 else 2048
+
 
 def select(
     q_means: Tensor,
@@ -45,8 +52,7 @@ def select(
     table = q_means.new_empty((batch, heads, q_blocks, kv_blocks), dtype=torch.int32)
     if 0 in table.shape:
         return num.zero_(), table.new_zeros((*num.shape, max(1, kv_blocks)))
-    rows = 32
-    grid = (geometry.num_blocks(q_blocks, rows) * geometry.num_blocks(kv_blocks, 64) * batch * heads,)
+    grid = (geometry.num_blocks(q_blocks, ROWS) * geometry.num_blocks(kv_blocks, COLUMNS) * batch * heads,)
     launch.run(
         choose.scores_kernel,
         grid,
@@ -60,14 +66,14 @@ def select(
         BLOCK_KV=block_kv,
         CAUSAL=causal,
         WINDOW=window is not None,
-        ROWS=rows,
-        COLUMNS=64,
+        ROWS=ROWS,
+        COLUMNS=COLUMNS,
         DOT32=chips.of(device).dot32,
     )
     per_head = (None if t is None else t.contiguous() for t in (cdf, topk))
     if must is not None:
         must = must.expand(-1, -1, q_blocks, kv_blocks).contiguous()
-    chunk = 256 if kv_blocks <= 256 else 2048
+    chunk = chunk_of(kv_blocks)
     launch.run(
         choose.choose_kernel,
         (q_blocks * batch * heads,),

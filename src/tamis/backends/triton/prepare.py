@@ -18,8 +18,8 @@ from tamis.backends.triton import chips, launch
 from tamis.backends.triton.arguments import batch_stride
 
 TILE = 64  # keys that share a scale
-_CHUNK_TILES = 4  # tiles of which a program adds the columns up: enough programs for a short sequence too
-_JOINED, _SLICE = 128, 32  # chunks and channels that a program puts together at a time
+CHUNK_TILES = 4  # tiles of which a program adds the columns up: enough programs for a short sequence too
+_JOINED, SLICE = 128, 32  # chunks and channels that a program puts together at a time
 
 
 class Rounded(NamedTuple):
@@ -69,7 +69,7 @@ def columns(
     segments = _whole(segments)
     batch, heads, length, _ = one.shape
     tiles = geometry.num_blocks(length, TILE)
-    chunks = geometry.num_blocks(tiles, _CHUNK_TILES)
+    chunks = geometry.num_blocks(tiles, CHUNK_TILES)
     used = None if used is None else used.expand(batch, heads, tiles).contiguous()
     dim, value_dim = (16 if x is None else x.shape[3] for x in (key, value))
     sums = counts = tops = mean = scale = None
@@ -87,15 +87,15 @@ def columns(
         *(key, value, segments, used, sums, counts, tops),
         *(*_strides(key), *_strides(value), batch_stride(segments), length, heads, tiles),
         device=one.device,
-        warps=4 if wide <= 64 else 8,
+        warps=8,
         DIM=dim,
         DIM_PAD=launch.power(dim),
         VALUE_DIM=value_dim,
         VALUE_PAD=launch.power(value_dim),
-        TILES=_CHUNK_TILES,
+        TILES=CHUNK_TILES,
         TILE=TILE,
     )
-    slices = geometry.num_blocks(wide, _SLICE)
+    slices = geometry.num_blocks(wide, SLICE)
     launch.run(
         pool.join_kernel,
         (slices * batch * heads,),
@@ -104,10 +104,10 @@ def columns(
         DIM=dim,
         VALUE_DIM=value_dim,
         VALUE_PAD=launch.power(value_dim),
-        CHUNK_KEYS=_CHUNK_TILES * TILE,
+        CHUNK_KEYS=CHUNK_TILES * TILE,
         LARGEST=1.0 if value is None else _largest(value),
         STEP=_JOINED,
-        SLICE=_SLICE,
+        SLICE=SLICE,
     )
     return mean, scale
 

@@ -18,7 +18,8 @@ a row or tile that holds an infinity or a NaN has scale NaN, so that whoever rea
 
 Memory is what these kernels wait for: at 2 to 3 bytes an entry a GPU has about 20 instructions for each. Hence rows are
 judged by one maximum over their bits, divisions are by row and not by entry, and blocks of 128 rows are read by halves,
-so that several programs share a processor. No sum depends on which program ends first. `tamis.bench.traffic` counts the bytes.
+so that several programs share a processor. No sum depends on which program ends first. `tamis.bench.gpu_traffic` has
+the bytes.
 """
 
 from __future__ import annotations
@@ -109,25 +110,27 @@ def columns_kernel(
     chunks = tl.cdiv(tiles, TILES)
     chunk, head = tl.program_id(0) % chunks, (tl.program_id(0) // chunks).to(tl.int64)
     batch = head // heads
-    d, e = tl.arange(0, DIM_PAD).to(tl.int64), tl.arange(0, VALUE_PAD).to(tl.int64)
+    n, d, e = tl.arange(0, TILE), tl.arange(0, DIM_PAD), tl.arange(0, VALUE_PAD)
     total = tl.zeros([TILE, DIM_PAD], tl.float32)
     number = tl.zeros([TILE], tl.int32)
     top = tl.zeros([TILE, VALUE_PAD], tl.float32)
     for part in range(TILES):
         tile = chunk * TILES + part
-        rows = tile * TILE + tl.arange(0, TILE).to(tl.int64)
-        counted = _counted(rows, length, segments, stride_segment, batch)
+        first = tile.to(tl.int64) * TILE
+        counted = _counted(first + n, length, segments, stride_segment, batch)
         if used is not None:
             counted = counted & (tl.load(used + head * tiles + tile, mask=tile < tiles, other=0) != 0)
         if k is not None:
-            at = k + batch * stride_kb + (head % heads) * stride_kh + rows[:, None] * stride_kn + d[None, :] * stride_kd
+            base = k + batch * stride_kb + (head % heads) * stride_kh + first * stride_kn
+            at = base + n.to(tl.int64)[:, None] * stride_kn + d.to(tl.int64)[None, :] * stride_kd
             keys = tl.load(at, mask=counted[:, None] & (d < DIM)[None, :], other=0.0).to(tl.float32)
             counts_too = counted & (_row_bits(keys) < _INFINITY)
             # Divided before it is summed: the sum of keys near the end of the fp32 range does not fit there.
             total += tl.where(counts_too[:, None], keys, 0.0) * (1.0 / (TILES * TILE))
             number += counts_too.to(tl.int32)
         if v is not None:
-            at = v + batch * stride_vb + (head % heads) * stride_vh + rows[:, None] * stride_vn + e[None, :] * stride_vd
+            base = v + batch * stride_vb + (head % heads) * stride_vh + first * stride_vn
+            at = base + n.to(tl.int64)[:, None] * stride_vn + e.to(tl.int64)[None, :] * stride_vd
             values = tl.abs(tl.load(at, mask=counted[:, None] & (e < VALUE_DIM)[None, :], other=0.0).to(tl.float32))
             top = tl.maximum(top, tl.where(_finite(values), values, 0.0))
     place = head * chunks + chunk
