@@ -36,7 +36,7 @@ test-triton:
 	$(MAKE) --jobs=2 --output-sync=target test-triton-own test-triton-shared
 
 test-triton-own: setup
-	TRITON_INTERPRET=1 $(BIN)/python -m pytest tests/test_triton.py tests/test_triton_real.py
+	TRITON_INTERPRET=1 $(BIN)/python -m pytest tests/test_triton.py tests/test_triton_real.py tests/test_traffic.py
 
 test-triton-shared: setup
 	TRITON_INTERPRET=1 TAMIS_TEST_SAMPLE=1 $(BIN)/python -m pytest $(SHARED:%=tests/test_%.py)

@@ -172,6 +172,8 @@ def digest(
         pooled += [one.new_empty((batch, heads, blocks), dtype=torch.float32)] if wanted else [None]
     segments = _whole(q_segments), _whole(kv_segments)
     (_, batch, heads, q_len, q_blocks), (_, kv_batch, kv_heads, kv_len, kv_blocks) = sides
+    if mean is not None:
+        kv_heads = mean.shape[1]  # without keys too
     programs = q_blocks * batch * heads
     dim, x8 = one.shape[3], rounded.query if rounded.query is not None else rounded.key
     width = 0 if x8 is None else x8.shape[-1]
