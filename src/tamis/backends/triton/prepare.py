@@ -87,7 +87,7 @@ def columns(
         *(key, value, segments, used, sums, counts, tops),
         *(*_strides(key), *_strides(value), batch_stride(segments), length, heads, tiles),
         device=one.device,
-        warps=8,
+        warps=8 if wide <= 128 else 16,
         DIM=dim,
         DIM_PAD=launch.power(dim),
         VALUE_DIM=value_dim,
