@@ -173,7 +173,8 @@ def _warn_of_plain_torch(call: Call) -> None:
 def description(name: str, call: Call) -> tuple[str | None, Formats]:
     """The backend's target and the number formats of its two products; fixed in a compiled graph."""
     device = call.query.device
-    return _description(name, call.precision, call.query.dtype, bool(call.packed), device.type, device.index)
+    made = _description(name, call.precision, call.query.dtype, bool(call.packed), device.type, device.index)
+    return made
 
 
 def kernel_reason(name: str, call: Call) -> tuple[str | None, str | None]:
