@@ -13,7 +13,6 @@ from torch import Tensor
 from torch._dynamo.testing import CompileCounter
 
 import tamis
-from tamis.traced import constant
 
 BACKENDS = sorted({engine.backend for engine in engines()})
 
@@ -160,18 +159,6 @@ def test_exports_with_a_dynamic_length(function: Callable[..., Any], backend: st
             q, k, v = inputs(n)
             for ours, theirs in zip(flat(program(q, k, v)), flat(model(q, k, v)), strict=True):
                 torch.testing.assert_close(ours, theirs, rtol=0, atol=0)
-
-
-def test_constants_are_those_of_torch() -> None:
-    """`traced.constant` does by itself what torch's own decorator does."""
-
-    def ours() -> int:
-        return 1
-
-    def theirs() -> int:
-        return 1
-
-    assert vars(constant(ours)) == vars(torch.compiler.assume_constant_result(theirs)) != {}
 
 
 def test_exported_graph_holds_one_node_per_op() -> None:

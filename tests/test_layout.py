@@ -179,7 +179,6 @@ def test_import_loads_no_other_package() -> None:
     result = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
     modules_loaded = ast.literal_eval(result.stdout)
     assert "tamis.parallel" not in modules_loaded
-    assert "torch._dynamo" not in modules_loaded, "torch's compiler takes as long to load as torch"
     loaded = {name.split(".")[0] for name in modules_loaded} - set(sys.stdlib_module_names)
     torchs_own = {"torch", "numpy", "sympy", "mpmath", "cython_runtime", "triton"}  # what ops make torch load
     assert {name for name in loaded if not name.startswith("_")} <= {"tamis", *torchs_own}

@@ -228,9 +228,9 @@ def test_every_range_of_steps_has_its_maps() -> None:
         (LayerSettings(Sparge(cdf=(0.9, 1e-9), topk=(1e-9, 1.0))), 1, "all blocks (topk 1)"),
         (LayerSettings(Sparge(cdf=1e-9, similarity=-1, sink=False)), 0, "the largest block of every row, no sink"),
         (
-            LayerSettings(Window(64), None, "full", "mean"),
+            LayerSettings(Window(64), None, "full", "centroid"),
             0,
-            "Window, size 64, sink 64, full precision, compensate mean",
+            "Window, size 64, sink 64, full precision, compensate centroid",
         ),
         (LayerSettings(Sparge(cdf=0.5, similarity=-1), (1.0, float("inf"))), 1, "cdf 0.5"),
     ],

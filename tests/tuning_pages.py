@@ -98,7 +98,7 @@ def bare() -> Profile:
     """Settings without evidence, of every kind a profile can hold."""
     stages = (
         Stage(LayerSettings(None), 0, 2),
-        Stage(LayerSettings(Window(256), 4.0, "full", "mean"), 2, 5),
+        Stage(LayerSettings(Window(256), 4.0, "full", "centroid"), 2, 5),
         Stage(LayerSettings(Sparge(cdf=(0.9, 0.95), keep={"keys": [(0, 4)]})), 5, None),
     )
     return Profile({"a": stages, "b": stages[:1]})

@@ -7,10 +7,11 @@ from typing import TypeAlias, TypedDict
 
 import torch
 from torch import Tensor
+from torch.nn.attention.bias import CausalBias, CausalVariant
 
 from tamis.backends import base
 from tamis.block_mask import BlockMask
-from tamis.call import DTYPES, Call, PerHead, Prepared, flatten, is_causal_bias, make_call, refuse_gradients
+from tamis.call import DTYPES, Call, PerHead, Prepared, flatten, make_call, refuse_gradients
 from tamis.compensate import add_centroids
 from tamis.errors import UnsupportedError
 from tamis.packed import PackedKV, check_layout, check_tensor, length_tensor, tails
@@ -364,10 +365,7 @@ def sparse_attention(
     causal, top_left = is_causal, is_causal
     if attn_mask is not None and is_causal:
         raise ValueError("attn_mask must be None when is_causal=True: give one of the two")
-    if attn_mask is not None and is_causal_bias(attn_mask):
-        from torch.nn.attention.bias import CausalBias, CausalVariant
-
-        assert isinstance(attn_mask, CausalBias)
+    if isinstance(attn_mask, CausalBias):
         sizes = (attn_mask.seq_len_q, attn_mask.seq_len_kv)
         if sizes != (query.shape[-2], key.shape[-2]):
             raise ValueError(f"attn_mask is for lengths {sizes}, got {(query.shape[-2], key.shape[-2])}")

@@ -14,6 +14,7 @@ from typing import NamedTuple, Protocol, TypeAlias
 
 import torch
 from torch import Tensor
+from torch.nn.attention.bias import CausalBias
 
 from tamis import geometry
 from tamis.errors import UnsupportedError
@@ -362,22 +363,13 @@ def _bounds(
     return q_bounds, geometry.token_bounds(kv_positions, kv_segments, block_size[1])
 
 
-def is_causal_bias(mask: object) -> bool:
-    """Is it one of torch's bias objects? Their module brings torch's compiler: it is loaded for what may be one."""
-    if not isinstance(mask, Tensor) or type(mask) is Tensor:
-        return False
-    from torch.nn.attention.bias import CausalBias
-
-    return isinstance(mask, CausalBias)
-
-
 def _expand_mask(
     mask: Tensor, query: Tensor, lead: Sequence[int], kv_len: int, block_size: tuple[int, int]
 ) -> tuple[Tensor, Tensor]:
     """The mask as a `[batch, heads, q_len, kv_len]` view, and what it leaves visible by block, reduced first."""
-    if not isinstance(mask, Tensor) or is_causal_bias(mask):
+    if not isinstance(mask, Tensor) or isinstance(mask, CausalBias):
         # Torch's bias objects hold no numbers: they are for sparse_attention, which reads what they stand for.
-        hint = ": give causal=True, or call sparse_attention" if is_causal_bias(mask) else ""
+        hint = ": give causal=True, or call sparse_attention" if isinstance(mask, CausalBias) else ""
         raise TypeError(f"attn_mask must be a plain tensor, got {type(mask).__name__}{hint}")
     if mask.dtype != torch.bool and mask.dtype not in DTYPES:
         raise TypeError(f"attn_mask must be bool, float32, bfloat16 or float16, got {mask.dtype}")

@@ -19,7 +19,6 @@ from tamis import geometry
 from tamis.call import LARGEST, SMALLEST, Call
 from tamis.errors import unsupported
 from tamis.stats import Formats
-from tamis.traced import constant
 
 BACKENDS = ("cpu", "triton", "reference")
 
@@ -174,7 +173,7 @@ def description(name: str, call: Call) -> tuple[str | None, Formats]:
     """The backend's target and the number formats of its two products; fixed in a compiled graph."""
     device = call.query.device
     made = _description(name, call.precision, call.query.dtype, bool(call.packed), device.type, device.index)
-    return made
+    return cast(tuple[str | None, Formats], made)
 
 
 def kernel_reason(name: str, call: Call) -> tuple[str | None, str | None]:
@@ -185,7 +184,7 @@ def kernel_reason(name: str, call: Call) -> tuple[str | None, str | None]:
     return cast("tuple[str | None, str | None]", module.kernel_reason(call))
 
 
-@constant
+@torch.compiler.assume_constant_result  # type: ignore[untyped-decorator]
 def _description(
     name: str, precision: str, dtype: torch.dtype, packed: bool, kind: str, index: int | None
 ) -> tuple[str | None, Formats]:

@@ -22,7 +22,6 @@ from tamis import geometry
 from tamis.backends import native
 from tamis.call import Call
 from tamis.stats import Formats
-from tamis.traced import constant
 
 NAME = "cpu"
 PACK_BLOCK = 64
@@ -43,7 +42,7 @@ def library() -> ctypes.CDLL | str:
     return "the native library is not there: install tamis with a C++17 compiler at hand"
 
 
-@constant
+@torch.compiler.assume_constant_result  # type: ignore[untyped-decorator]
 def missing() -> str | None:
     """Why there is no native library, or None; a constant, since a graph compiler cannot look into ctypes."""
     found = library()

@@ -25,7 +25,6 @@ from tamis.backends.triton.lists import predict, select
 from tamis.backends.triton.prepare import key_mean, pack_kv, room, summarize
 from tamis.call import Call
 from tamis.stats import Formats
-from tamis.traced import constant
 
 __all__ = [
     "NAME",
@@ -62,7 +61,7 @@ def reasons(call: Call) -> list[str]:
     return found
 
 
-@constant
+@torch.compiler.assume_constant_result  # type: ignore[untyped-decorator]
 def lacks(precision: str, kind: str, index: int) -> str | None:
     """Why a device on which nothing is missing can't run a precision, or None."""
     device = torch.device(kind, index)
@@ -74,7 +73,7 @@ def lacks(precision: str, kind: str, index: int) -> str | None:
     return None
 
 
-@constant
+@torch.compiler.assume_constant_result  # type: ignore[untyped-decorator]
 def _insists() -> bool:
     return hopper.wanted() == "gluon"
 
@@ -102,7 +101,7 @@ def _general(call: Call) -> str | None:
     )
 
 
-@constant
+@torch.compiler.assume_constant_result  # type: ignore[untyped-decorator]
 def _chip_name(kind: str, index: int) -> str:
     return chips.of(torch.device(kind, index)).name
 

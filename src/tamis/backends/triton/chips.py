@@ -14,8 +14,6 @@ from pathlib import Path
 
 import torch
 
-from tamis.traced import constant
-
 OLDEST_TRITON = (3, 6)
 
 
@@ -106,7 +104,7 @@ def of(device: torch.device) -> Chip:
     return CHIPS[_SAME.get(name, name)]
 
 
-@constant
+@torch.compiler.assume_constant_result  # type: ignore[untyped-decorator]
 def missing(kind: str, index: int) -> str | None:
     """Why the backend can't run on a device, or None; a constant, since a graph compiler cannot look into it.
 
