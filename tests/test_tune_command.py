@@ -52,7 +52,7 @@ def test_a_model_is_tuned(
         assert max(stages[0].evidence.l1_worst) <= 0.045
     printed = capsys.readouterr()
     assert printed.out == f"{profile}\nprofile: {out}\n"
-    assert "held out: input 1 of 1" in printed.err
+    assert "held out: 1 of 1 inputs done" in printed.err
     before = out.read_bytes()
     assert cli.main(arguments) == 0
     assert out.read_bytes() == before
@@ -95,7 +95,12 @@ def test_some_heads_make_no_profile(tmp_path: Path) -> None:
         (["--out", "p", "--model", "/nowhere"], "--model must be one of smollm2, dinov2, whisper or a folder"),
         (["--out", "p", "--captures", "x", "--tokens", "9"], "--tokens and --captures exclude each other"),
         (["--out", "p", "--held-out-captures", "x"], "--held-out-captures needs --captures"),
-        (["--out", "p", "--text", __file__], "--held-out 5 leaves none of 1 texts to tune on"),
+        (["--out", "p", "--text", __file__], "--held-out 5 leaves none of 1 texts to tune on: the last so many of"),
+        (["--out", "p", "--captures", "/", "--end-l1", ".1"], "--end-l1 and --captures exclude each other: captured"),
+        (["--out", "p", "--captures", "/nowhere"], "--captures: the folder /nowhere is not there"),
+        (["--out", "p", "--captures", "/", "--held-out-captures", "/."], "--held-out-captures is the folder of"),
+        (["--out", "p", "--model", "dinov2", "--end-perplexity", ".1"], "dinov2 takes --end-l1"),
+        (["--out", "p", "--end-l1", "0.1", "--l1", "0.05"], "l1 and pv_l1 bound every head, end_l1 stands instead"),
         (["--out", "p", "--model", "whisper", "--tokens", "9"], "whisper reads no text"),
         (["--out", "p", "--l1", "0.1", "--pv-l1", "0.05"], "pv_l1 must be at least l1"),
         (["--out", "p", "--end-l1", "0.1", "--end-perplexity", "0.05"], "exclude each other"),

@@ -84,6 +84,7 @@ def write_journal(path: Path, survey: Surveys, **head: Any) -> Path:
             journal.put(key, {name: array[sample].tolist() for name, array in arrays.items()})
         journal.put(f"survey /{sample}", keys)
     journal.put("trial {} int8/0", [])
+    journal.close()
     return path
 
 

@@ -13,6 +13,8 @@ from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+from tamis.version import installed
+
 if TYPE_CHECKING:
     from tamis.bench.gpu import GpuOptions
 
@@ -68,17 +70,8 @@ def _parser() -> argparse.ArgumentParser:
     info = commands.add_parser("info", help="backends, GPUs and what runs on them, CPU target, threads, versions")
     info.add_argument("--json", action="store_true", help="print JSON")
     info.set_defaults(command=_info)
-    parser.add_argument("--version", action="version", version=f"tamis {_version()}")
+    parser.add_argument("--version", action="version", version=f"tamis {installed() or '(not installed)'}")
     return parser
-
-
-def _version() -> str:
-    from importlib.metadata import PackageNotFoundError, version
-
-    try:
-        return version("tamis")
-    except PackageNotFoundError:
-        return "(not installed)"
 
 
 def _add_demo(commands: Any) -> None:
@@ -134,7 +127,7 @@ def _add_tune(commands: Any) -> None:
     tune.add_argument("--captures", type=Path, metavar="FOLDER", help="tune on what `tamis capture` wrote, not a model")
     tune.add_argument("--held-out-captures", type=Path, metavar="FOLDER", help="evaluate on these at the end")
     tune.add_argument("--out", type=Path, required=True, metavar="FILE", help="the profile, JSON")
-    tune.add_argument("--l1", type=_size, default=0.08, metavar="X", help="relative L1 of a head by its mask (.08)")
+    tune.add_argument("--l1", type=_size, metavar="X", help="relative L1 of a head by its mask (.08)")
     tune.add_argument("--pv-l1", type=_size, metavar="X", help="the same with stage 2 (1.125 of --l1)")
     tune.add_argument("--end-l1", type=_size, metavar="X", help="instead: relative L1 of the model's output")
     tune.add_argument("--end-perplexity", type=_size, metavar="X", help="instead: relative change of perplexity")
@@ -370,13 +363,14 @@ def _capture(options: argparse.Namespace) -> None:
 
 def _tune(options: argparse.Namespace) -> None:
     _check_folder(options.out, "--out")
+    _check_folder(options.resume, "--resume")
     from tamis.demo import tuning
     from tamis.tuning import Budget
 
     try:
         chosen = tuning.TuneOptions(
             model=options.model,
-            budget=Budget(options.l1, options.pv_l1 or 1.125 * options.l1, options.end_l1, options.end_perplexity),
+            budget=Budget(options.l1, options.pv_l1, options.end_l1, options.end_perplexity),
             captures=options.captures,
             held_out_captures=options.held_out_captures,
             text=tuple(options.text),

@@ -92,8 +92,8 @@ def run(options: TuneOptions, journal: Path | None) -> dict[str, Any]:
 def _tuned(tuned: ModelSource, held_out: ModelSource, budget: Budget, journal: Path | None) -> tuple[Profile, float]:
     start = time.perf_counter()
 
-    def tell(phase: str, done: int, total: int) -> None:
-        note(f"{budget.as_json()} {phase} {done}/{total}, {time.perf_counter() - start:.0f} s")
+    def tell(phase: str, done: int, total: int, said: str) -> None:
+        note(f"{budget.as_json()} {phase} {done}/{total} {said}, {time.perf_counter() - start:.0f} s")
 
     profile = tune_source(tuned, held_out, budget, resume=journal, progress=tell)
     return profile, time.perf_counter() - start
@@ -123,15 +123,15 @@ class Judge:
         self._exact: list[tuple[Tensor, float | None]] = []
         for number in range(len(source)):
             with install(source.model, dense):
-                states = output_of(source.run(number))
-            self._exact.append((states, self._perplexity(states, number)))
+                result = source.run(number)
+            self._exact.append((output_of(result), self._perplexity(result, number)))
         self.tokens = statistics.fmean(states.shape[1] for states, _ in self._exact)
 
-    def _perplexity(self, states: Tensor, number: int) -> float | None:
+    def _perplexity(self, result: Any, number: int) -> float | None:
         given = self._source.inputs[number]
         if not isinstance(given, Tensor) or given.is_floating_point():
             return None
-        return perplexity(self._source.model, states, given)
+        return perplexity(self._source.model, result, given)
 
     def __call__(self, settings: Profile | Sparge) -> dict[str, float | None]:
         """The figures with these settings."""
@@ -139,10 +139,11 @@ class Judge:
         for number, (exact, plain) in enumerate(self._exact):
             options: dict[str, Any] = {} if isinstance(settings, Profile) else {"pv_threshold": DEFAULT_PV_THRESHOLD}
             with apply(self._source.model, settings, **options) as handle:
-                states = output_of(self._source.run(number))
+                result = self._source.run(number)
+            states = output_of(result)
             densities.append(_density(handle))
             errors.append(float((states - exact).abs().sum(dtype=torch.float64) / exact.abs().sum(dtype=torch.float64)))
-            found = self._perplexity(states, number)
+            found = self._perplexity(result, number)
             changes.append(None if plain is None or found is None else math.log(found / plain))
         known = [change for change in changes if change is not None]
         return {

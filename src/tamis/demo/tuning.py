@@ -51,25 +51,42 @@ def check(options: TuneOptions) -> None:
         ValueError: there is such an option.
     """
     if options.captures is not None:
-        given: dict[str, Any] = {"--model": options.model, "--tokens": options.tokens, "--pixels": options.pixels}
-        given |= {"--text": options.text or None}
-        wrong = next((name for name, value in given.items() if value is not None), None)
-        if wrong is not None:
-            raise ValueError(f"{wrong} and --captures exclude each other")
+        _check_captures(options)
         return
     if options.held_out_captures is not None:
         raise ValueError("--held-out-captures needs --captures")
     if options.model not in (None, *NAMES) and not Path(str(options.model)).is_dir():
         raise ValueError(f"--model must be one of {', '.join(NAMES)} or a folder, got {options.model}")
+    if options.model in (IMAGE, SPEECH) and options.budget.end_perplexity is not None:
+        raise ValueError(f"--end-perplexity is for language models: {options.model} takes --end-l1")
     for path in options.text:
         if not path.is_file():
             raise ValueError(f"--text: {path} is not there")
     if options.text and len(options.text) <= options.held_out:
-        raise ValueError(f"--held-out {options.held_out} leaves none of {len(options.text)} texts to tune on")
+        raise ValueError(
+            f"--held-out {options.held_out} leaves none of {len(options.text)} texts to tune on: the last so many of "
+            "--text are held out, so give more texts, or a smaller --held-out (0 for none)"
+        )
     if options.model in (IMAGE, SPEECH) and (options.text or options.tokens is not None):
         raise ValueError(f"{options.model} reads no text: leave --text and --tokens away")
     if options.model != IMAGE and options.pixels is not None:
         raise ValueError(f"--pixels is for {IMAGE}, not for {options.model or LANGUAGE}")
+
+
+def _check_captures(options: TuneOptions) -> None:
+    given: dict[str, Any] = {"--model": options.model, "--tokens": options.tokens, "--pixels": options.pixels}
+    given |= {"--text": options.text or None}
+    given |= {"--end-l1": options.budget.end_l1, "--end-perplexity": options.budget.end_perplexity}
+    wrong = next((name for name, value in given.items() if value is not None), None)
+    if wrong is not None:
+        why = ": captured calls do not tell what comes after them" if wrong.startswith("--end") else ""
+        raise ValueError(f"{wrong} and --captures exclude each other{why}")
+    for folder, name in ((options.captures, "--captures"), (options.held_out_captures, "--held-out-captures")):
+        if folder is not None and not folder.is_dir():
+            raise ValueError(f"{name}: the folder {folder} is not there")
+    folders = {folder.resolve() for folder in (options.captures, options.held_out_captures) if folder is not None}
+    if options.held_out_captures is not None and len(folders) == 1:
+        raise ValueError("--held-out-captures is the folder of --captures: what was tuned on says nothing new")
 
 
 def run(options: TuneOptions) -> Profile:
@@ -83,8 +100,8 @@ def run(options: TuneOptions) -> Profile:
     check(options)
     tuned, held_out = sources(options)
 
-    def tell(phase: str, done: int, total: int) -> None:
-        note(f"{phase}: input {done} of {total}")
+    def tell(phase: str, done: int, total: int, said: str) -> None:
+        note(f"{phase}: {done} of {total} inputs done{said and f' ({said})'}")
 
     return tune_source(
         tuned,

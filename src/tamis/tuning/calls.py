@@ -17,7 +17,7 @@ class LayerCall:
     Attributes:
         layer: qualified name of the attention module.
         input: which of the inputs, from 0.
-        step: how often the layer had been called before on this input.
+        step: how often the layer had been called before on this input, whether tuning could judge those calls or not.
         batch: which of the batch.
     """
 
@@ -58,8 +58,13 @@ class LayerCall:
 
 
 def exact_output(call: LayerCall) -> Tensor:
-    """Dense attention in fp32 by torch."""
-    call = call.full()
+    """Dense attention in fp32 by torch, whatever the caller's autocast says."""
+    with torch.autocast(call.query.device.type, enabled=False):
+        return dense_output(call.full())
+
+
+def dense_output(call: LayerCall) -> Tensor:
+    """Dense attention by torch in the dtype of the call."""
     q, k, v = call.query, call.key, call.value
     whole = q.shape[2] == k.shape[2]
     mask = None
@@ -68,3 +73,16 @@ def exact_output(call: LayerCall) -> Tensor:
     return torch.nn.functional.scaled_dot_product_attention(
         q, k, v, mask, is_causal=call.causal and mask is None, scale=call.scale, enable_gqa=call.groups > 1
     )
+
+
+def refuse_not_finite(call: LayerCall, sizes: Tensor) -> None:
+    """Refuse a call whose dense output, or its size, is not finite: no error can be told there.
+
+    Raises:
+        ValueError: it names the call.
+    """
+    if not bool(sizes.isfinite().all()):
+        raise ValueError(
+            f"dense attention of layer {call.layer} is not finite (nan or inf in its query, key or value), in call "
+            f"{call.step} of input {call.input}, both counted from 0: there is no error to keep within a budget"
+        )

@@ -27,6 +27,7 @@ class Candidate(NamedTuple):
 
 
 DENSE = Candidate(topk=1.0)
+EVERYTHING = Candidate(cdf=1.0)  # all blocks too, but of a head that is not called dense: stage 2 skips parts of them
 _CDF = (0.4, 0.55, 0.7, 0.8, 0.87, 0.92, 0.95, 0.97, 0.985, 0.993, 0.997, 0.9995)
 _TOPK = (0.02, 0.035, 0.06, 0.1, 0.15, 0.22, 0.3, 0.42, 0.55, 0.7, 0.85)
 _SIMILARITY = (-1.0, 0.1, 0.3)

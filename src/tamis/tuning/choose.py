@@ -8,7 +8,7 @@ from collections.abc import Sequence
 import torch
 from torch import Tensor
 
-from tamis.tuning.candidates import DENSE, GRID, LADDERS, Candidate, between
+from tamis.tuning.candidates import DENSE, EVERYTHING, GRID, LADDERS, Candidate, between
 from tamis.tuning.evaluate import Trial
 
 # Natural log units: a skipped weight was at most exp(-threshold) of its row's largest.
@@ -16,10 +16,15 @@ THRESHOLDS = (math.inf, 12.0, 8.0, 6.0, 5.0, 4.0, 3.0, 2.0)
 
 
 def trials(heads: Sequence[Sequence[Candidate]]) -> list[Trial]:
-    """Every rung of the heads' candidates, all heads of a layer together, with every threshold."""
+    """Every rung of the heads' candidates, all heads of a layer together, with every threshold.
+
+    A dense head is dense: with stage 2 its rung is EVERYTHING.
+    """
     found = []
     for rung in zip(*heads, strict=True):
-        found += [Trial(tuple(rung), (threshold,) * len(rung)) for threshold in THRESHOLDS]
+        skipping = tuple(EVERYTHING if head == DENSE else head for head in rung)
+        for threshold in THRESHOLDS:
+            found.append(Trial(rung if threshold == math.inf else skipping, (threshold,) * len(rung)))
     return found
 
 
@@ -53,18 +58,20 @@ def _within(worst: Tensor, density: Tensor, budget: float) -> list[Candidate]:
 
 
 def priced(density: Tensor, harm: Tensor, price: float) -> Tensor:
-    """For each head the row with the least density + price * harm, `[heads]`.
+    """For each head the row with the least density + price * harm, `[heads]`; none whose harm is not finite.
 
     With one price for all heads no other choice has both a lower density and less harm in sum (Lagrange; Everett 1963).
 
     Args:
-        density, harm: of what can be chosen, `[choices, heads]`.
+        density, harm: of what can be chosen, `[choices, heads]`; each head has a choice of finite harm.
     """
-    return (density + price * harm).argmin(0)
+    return torch.where(harm.isfinite(), density + price * harm, torch.inf).argmin(0)
 
 
 def best(l1: Tensor, density: Tensor, budget: float, pv_budget: float) -> Tensor | None:
     """For each head the trial with the lowest density within the budgets, `[heads]`; None if a head has none.
+
+    An error that is not a number is within no budget.
 
     Args:
         l1, density: of `trials`, `[samples, trials, heads]`.

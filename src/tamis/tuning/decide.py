@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import itertools
-import math
 from collections.abc import Mapping, Sequence
 from dataclasses import replace
 from typing import NamedTuple
@@ -13,12 +12,15 @@ from torch import Tensor
 
 from tamis.profile import Evidence, LayerSettings, Stage
 from tamis.tuning.candidates import predictor_of
-from tamis.tuning.evaluate import Trial
+from tamis.tuning.evaluate import DENSE_RUN, Trial
 from tamis.tuning.run import Place, Results
 
 
 class Decision(NamedTuple):
-    """What a layer gets: settings for all heads, the precision they run in, and what they did when they were tried."""
+    """What a layer gets: settings for all heads, the precision they run in, and what they did when they were tried.
+
+    With `DENSE_RUN` as its precision the layer runs dense.
+    """
 
     trial: Trial
     precision: str
@@ -79,9 +81,10 @@ def stages(
 
 
 def _settings(decision: Decision) -> LayerSettings:
+    if decision.precision == DENSE_RUN:
+        return LayerSettings(None)
     heads, thresholds = decision.trial
-    off = all(threshold == math.inf for threshold in thresholds)
-    return LayerSettings(predictor_of(heads), None if off else thresholds, decision.precision)
+    return LayerSettings(predictor_of(heads), None if decision.trial.off else thresholds, decision.precision)
 
 
 def _tuple(values: Tensor) -> tuple[float, ...]:

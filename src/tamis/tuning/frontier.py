@@ -18,7 +18,7 @@ from torch import Tensor
 from torch.linalg import vector_norm
 
 from tamis import geometry
-from tamis.tuning.calls import LayerCall
+from tamis.tuning.calls import LayerCall, refuse_not_finite
 
 _BLOCK_Q, _BLOCK_KV = geometry.DEFAULT_BLOCK_SIZE
 
@@ -46,7 +46,11 @@ def sample_rows(call: LayerCall, most: int) -> list[int]:
 
 
 def frontier(call: LayerCall, masks: Tensor, rows: Sequence[int]) -> Frontier:
-    """Error and density of masks of visible blocks, `[masks, heads, rows, kv_blocks]`, over some rows of blocks."""
+    """Error and density of masks of visible blocks, `[masks, heads, rows, kv_blocks]`, over some rows of blocks.
+
+    Raises:
+        ValueError: the dense output is not finite.
+    """
     call = call.full()
     heads, groups, count = call.query.shape[1], call.groups, masks.shape[0]
     wrong, square, kept = (torch.zeros(count, heads, dtype=torch.float64) for _ in range(3))
@@ -64,6 +68,7 @@ def frontier(call: LayerCall, masks: Tensor, rows: Sequence[int]) -> Frontier:
             wrong[:, mine] += vector_norm(error, 1, dim=(2, 3)).T
             square[:, mine] += vector_norm(error, 2, dim=(2, 3)).T.double().square()
         entries += exact.shape[1] * exact.shape[2]
+    refuse_not_finite(call, size)
     tiny = torch.finfo(torch.float64).tiny
     return Frontier(wrong / size.clamp(min=tiny), square / max(entries, 1), kept / visible.clamp(min=1))
 

@@ -1,53 +1,78 @@
 """What a tuning run has found so far, on disk: a run that was interrupted goes on where it stopped.
 
 A file of lines. The first says what is tuned on what; each other one is the checksum and the JSON of one result. A last
-line that is cut off, as a killed process leaves it, is dropped and its result found anew; any other damage is refused.
+line that is cut off, as a killed process leaves it, is dropped and its result found anew; any other damage is refused,
+and so is a file that is no journal: nothing of it is touched. One run at a time has a file.
 """
 
 from __future__ import annotations
 
 import json
+import os
+import stat
+import weakref
 import zlib
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
+_HEAD = b'{"head":'
+
 
 class Journal:
-    """Results by key, kept in a file if there is one.
+    """Results by key, kept in a file if there is one; the file is locked until `close`.
 
     Args:
         path: the file; None keeps everything in memory.
         head: what the results are about; a file with another head is refused.
 
     Raises:
-        ValueError: the file is about something else, or damaged.
+        ValueError: the file is no journal, about something else, damaged, or in use by another run.
+        OSError: it cannot be read or written.
     """
 
     def __init__(self, path: Path | None, head: dict[str, Any]) -> None:
         self._path = path
         self._found: dict[str, Any] = {}
+        self._file = -1
         if path is None:
             return
-        known = path.read_bytes() if path.exists() else b""
+        self._file = os.open(path, os.O_RDWR | os.O_CREAT | os.O_APPEND, 0o644)
+        self._close = weakref.finalize(self, os.close, self._file)
+        try:
+            self._open(path, head)
+        except BaseException:
+            self.close()
+            raise
+
+    def _open(self, path: Path, head: dict[str, Any]) -> None:
+        if not stat.S_ISREG(os.fstat(self._file).st_mode):
+            raise ValueError(f"{path} must be a file to keep results in")
+        _lock(self._file, path)
+        known, first = path.read_bytes(), _line({"head": head})
         whole = known[: known.rfind(b"\n") + 1]
+        if not whole and not first.startswith(known):  # of what this run would write, a piece may be there
+            raise ValueError(f"{path} is no journal of `tamis.tune(resume=)`: name another file")
         if whole:
             self._read(whole, head)
         if len(whole) < len(known):
-            with path.open("rb+") as file:
-                file.truncate(len(whole))
+            os.ftruncate(self._file, len(whole))
         if not whole:
-            self._append({"head": head})
+            self._append(first)
+
+    def close(self) -> None:
+        """Give the file to other runs; safe to call twice."""
+        if self._file >= 0:
+            self._close()
 
     def _read(self, data: bytes, head: dict[str, Any]) -> None:
+        entries = _entries(self._path, data)
         try:
-            for number, entry in enumerate(_entries(self._path, data), start=1):
-                if number == 1:
-                    self._compare(head, entry["head"])
-                else:
-                    self._found[entry["key"]] = entry["value"]
+            self._compare(head, next(entries)["head"])
+            for entry in entries:
+                self._found[entry["key"]] = entry["value"]
         except Damaged as error:
-            raise ValueError(f"{error}: delete it to start anew") from error
+            raise ValueError(f"{error}: delete it to start anew, or name another") from error
 
     def _compare(self, head: dict[str, Any], known: dict[str, Any]) -> None:
         different = [name for name in {**head, **known} if head.get(name) != known.get(name)]
@@ -60,19 +85,20 @@ class Journal:
         return key in self._found
 
     def __getitem__(self, key: str) -> Any:
+        if key not in self._found:  # it was promised: a line is missing
+            raise ValueError(f"{self._path} is damaged: it lacks {key!r}: delete it to start anew, or name another")
         return self._found[key]
 
     def put(self, key: str, value: Any) -> None:
         """Keep a result: plain JSON."""
         self._found[key] = value
         if self._path is not None:
-            self._append({"key": key, "value": value})
+            self._append(_line({"key": key, "value": value}))
 
-    def _append(self, entry: dict[str, Any]) -> None:
-        assert self._path is not None
-        text = json.dumps(entry, separators=(",", ":")).encode()
-        with self._path.open("ab") as file:
-            file.write(_checksum(text) + b" " + text + b"\n")
+    def _append(self, line: bytes) -> None:
+        left = memoryview(line)
+        while left:
+            left = left[os.write(self._file, left) :]
 
 
 class Damaged(ValueError):
@@ -89,10 +115,9 @@ def read(path: Path, prefix: str) -> tuple[dict[str, Any], dict[str, Any]]:
     entries = _entries(path, path.read_bytes(), prefix)
     try:
         head = next(entries)["head"]
-        found = {entry["key"]: entry["value"] for entry in entries}
-    except (StopIteration, KeyError, TypeError) as error:
+    except StopIteration as error:
         raise Damaged(f"{path} is no journal of `tamis tune --resume`") from error
-    return head, found
+    return head, {entry["key"]: entry["value"] for entry in entries}
 
 
 def _entries(path: Path | None, data: bytes, prefix: str = "") -> Iterator[Any]:
@@ -100,10 +125,38 @@ def _entries(path: Path | None, data: bytes, prefix: str = "") -> Iterator[Any]:
     wanted = b'{"key":' + json.dumps(prefix)[:-1].encode() if prefix else b""
     for number, line in enumerate(data.split(b"\n")[:-1], start=1):
         check, _, text = line.partition(b" ")
-        if check != _checksum(text):
-            raise Damaged(f"{path} is damaged in line {number}")
-        if number == 1 or text.startswith(wanted):
-            yield json.loads(text)
+        if check != _checksum(text) or (number == 1) != text.startswith(_HEAD):
+            at = f"is damaged in line {number}" if number > 1 else "is no journal of `tamis tune --resume`, or damaged"
+            raise Damaged(f"{path} {at}")
+        if number > 1 and not text.startswith(wanted):
+            continue
+        try:
+            entry = json.loads(text)
+            sound = isinstance(entry["head"], dict) if number == 1 else isinstance(entry["key"], str)
+            if not sound or (number > 1 and "value" not in entry):
+                raise KeyError
+        except (ValueError, KeyError, TypeError, RecursionError) as error:
+            raise Damaged(f"{path} is damaged in line {number}") from error
+        yield entry
+
+
+def _lock(file: int, path: Path) -> None:
+    """Keep other runs away from a file until it is closed, where the system can."""
+    try:
+        import fcntl
+    except ImportError:  # Windows
+        return
+    try:
+        fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+    except BlockingIOError as error:
+        raise ValueError(f"{path} is in use by another run: wait for it, or name another file") from error
+    except OSError:  # a file system without locks
+        return
+
+
+def _line(entry: dict[str, Any]) -> bytes:
+    text = json.dumps(entry, separators=(",", ":")).encode()
+    return _checksum(text) + b" " + text + b"\n"
 
 
 def _checksum(text: bytes) -> bytes:

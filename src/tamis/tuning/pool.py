@@ -15,7 +15,10 @@ import torch
 
 MOST_LOSSES = 2  # a job that has lost so many workers is run once more, and not again
 _RAY = "ray"
-_connected: list[str | None] = [None]  # the address at which this process has joined a cluster
+GUARD = """the worker processes could not start. They first read the calling script, whose work must stand under
+
+    if __name__ == "__main__":
+        profile = tamis.tune(.., workers=2)"""
 
 
 class Pool(Protocol):
@@ -51,12 +54,19 @@ class Job(NamedTuple):
         return self._replace(losses=self.losses + 1)
 
 
-def open_pool(workers: int | str, done: Done) -> Pool:
-    """The pool for `tune`'s argument `workers`: a number of processes, "ray", or "ray@ADDRESS"."""
+def check_workers(workers: int | str) -> None:
+    """Refuse what is neither a number of processes nor "ray" nor "ray@ADDRESS"."""
     if isinstance(workers, str) and (workers == _RAY or workers.startswith(f"{_RAY}@")):
-        return RayPool(workers.partition("@")[2] or None, done)
+        return
     if isinstance(workers, bool) or not isinstance(workers, int) or workers < 1:
         raise ValueError(f"workers must be a number of processes above 0, 'ray' or 'ray@ADDRESS', got {workers!r}")
+
+
+def open_pool(workers: int | str, done: Done) -> Pool:
+    """The pool for `tune`'s argument `workers`: a number of processes, "ray", or "ray@ADDRESS"."""
+    check_workers(workers)
+    if isinstance(workers, str):
+        return RayPool(workers.partition("@")[2] or None, done)
     return Inline(done) if workers == 1 else Processes(workers, done)
 
 
@@ -80,17 +90,19 @@ class Processes:
     """Several processes, which share the machine's cores; a few calls wait in memory at a time."""
 
     def __init__(self, workers: int, done: Done) -> None:
+        import torch.multiprocessing as processes
+
         self._workers, self._most, self._done = workers, 2 * workers, done
         self._threads = max(1, torch.get_num_threads() // workers)
+        self._context = processes.get_context("spawn")
+        self._started = self._context.Event()
         self._pool = self._open()
         self._waiting: dict[Any, Job] = {}
 
     def _open(self) -> Any:
         from concurrent.futures import ProcessPoolExecutor
 
-        import torch.multiprocessing as processes
-
-        return ProcessPoolExecutor(self._workers, processes.get_context("spawn"), _start, (self._threads,))
+        return ProcessPoolExecutor(self._workers, self._context, _start, (self._threads, self._started))
 
     def submit(self, key: str, function: Callable[..., Any], *arguments: Any) -> None:
         from concurrent.futures.process import BrokenProcessPool
@@ -100,8 +112,8 @@ class Processes:
         job = Job(key, function, arguments)
         try:
             self._give(job)
-        except BrokenProcessPool:  # no fault of this job: the others' worker was lost since they were looked at
-            self._settle(list(self._waiting))
+        except BrokenProcessPool:  # no fault of this job: a worker was lost since the others were looked at
+            self._renew([])
             self._give(job)
 
     def _give(self, job: Job) -> None:
@@ -113,10 +125,19 @@ class Processes:
         self._settle(wait(self._waiting, return_when=FIRST_COMPLETED).done)
 
     def _settle(self, futures: Iterable[Any]) -> None:
-        """Hand over what was found; if a worker was lost the others go too, and what all looked at starts anew."""
+        """Hand over what was found; if a worker was lost, start anew."""
         lost = self._take(futures)
-        if not lost:
-            return
+        if lost:
+            self._renew(lost)
+
+    def _renew(self, lost: list[Job]) -> None:
+        """New workers, for what was lost and for what waits: with one worker a pool loses all.
+
+        Raises:
+            RuntimeError: no worker ever began, or a job has cost too many.
+        """
+        if not self._started.is_set():
+            raise RuntimeError(GUARD)
         lost += self._take(list(self._waiting))
         self._pool.shutdown()
         self._pool = self._open()
@@ -146,21 +167,26 @@ class Processes:
         self._pool.shutdown(cancel_futures=True)
 
 
-def _start(threads: int) -> None:
+def _start(threads: int, started: Any) -> None:
+    """Begin in a new process: its share of the cores, and the sign that it could begin at all."""
     os.environ.setdefault("OMP_WAIT_POLICY", "passive")
     torch.set_num_threads(threads)
+    started.set()
 
 
 class RayPool:
-    """A Ray cluster: the one at an address; without one that which is connected, or else one of this machine."""
+    """A Ray cluster: the one at an address; without one that which is connected, or else one of this machine.
+
+    `close` leaves what was joined, or started, here.
+    """
 
     def __init__(self, address: str | None, done: Done) -> None:
         ray: Any = importlib.import_module("ray")
         self._ray, self._done = ray, done
-        if not ray.is_initialized():
+        self._joined = not ray.is_initialized()
+        if self._joined:
             ray.init(address=address, log_to_driver=False)
-            _connected[0] = address
-        elif address not in (None, "auto", _connected[0], here := ray.get_runtime_context().gcs_address):
+        elif address not in (None, "auto", here := ray.get_runtime_context().gcs_address):
             raise ValueError(f"workers: this process has joined the Ray cluster at {here}: leave it (ray.shutdown())")
         self._most = 2 * max(1, int(ray.cluster_resources().get("CPU", 1)))
         self._waiting: dict[Any, Job] = {}
@@ -195,3 +221,5 @@ class RayPool:
 
     def close(self) -> None:
         self._waiting.clear()
+        if self._joined:
+            self._ray.shutdown()

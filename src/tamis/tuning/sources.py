@@ -2,19 +2,18 @@
 
 from __future__ import annotations
 
-import hashlib
 from collections import Counter
-from collections.abc import Callable, Iterator, Mapping, Sequence
-from functools import partial
+from collections.abc import Callable, Mapping, Sequence
 from typing import Any, Protocol
 
 import torch
 from torch import Tensor, nn
 
 from tamis.integrations.capture import Captures
-from tamis.integrations.hook import install
+from tamis.integrations.hook import attention_layers, install
 from tamis.integrations.request import Request, dense
 from tamis.tuning.calls import LayerCall, exact_output
+from tamis.tuning.identity import Digest, Unidentified, of_settings
 
 MIN_QUERIES = 128  # a block of rows; shorter calls run dense
 Visit = Callable[[LayerCall], None]
@@ -46,9 +45,14 @@ class ModelSource:
 
     A tensor of integers goes to the model without its head, for whose logits nobody asks; a function is called without
     arguments and has to call the model.
+
+    Raises:
+        TypeError, ValueError: it is no model that tamis knows, or an input is none; messages name it `what`.
     """
 
-    def __init__(self, model: nn.Module, inputs: Sequence[Any]) -> None:
+    def __init__(self, model: nn.Module, inputs: Sequence[Any], what: str = "inputs") -> None:
+        attention_layers(model)
+        _check_inputs(inputs, what)
         self.model, self.inputs = model, inputs
         self.name = type(model).__name__
         self.left_out: Counter[str] = Counter()
@@ -76,12 +80,12 @@ class ModelSource:
         steps: Counter[str] = Counter()
 
         def attend(request: Request) -> Tensor:
+            step = steps[request.layer]
+            steps[request.layer] += 1
             reason = unfit(request)
             if reason is not None:
                 self.left_out[reason] += 1
                 return dense(request)
-            step = steps[request.layer]
-            steps[request.layer] += 1
             outputs = []
             for batch in range(request.query.shape[0]):
                 q, k, v = (t[batch : batch + 1] for t in (request.query, request.key, request.value))
@@ -95,12 +99,20 @@ class ModelSource:
             self.run(number)
 
     def identity(self) -> str:
-        digest = hashlib.sha256(str(getattr(self.model, "config", self.name)).encode())
-        for name, parameter in self.model.state_dict().items():
-            digest.update(f"{name} {tuple(parameter.shape)} {parameter.double().sum().item()!r}".encode())
-        for given in self.inputs:
-            for part in _parts(given):
-                digest.update(part)
+        """The model's weights and the inputs; an input that is a function or an unknown object is run, and is what the
+        attention calls hold that it makes.
+        """
+        digest = Digest()
+        digest.model(self.model)
+        for number, given in enumerate(self.inputs):
+            part = Digest()
+            try:
+                part.value(given)
+            except Unidentified:
+                part = Digest()
+                self.visit(number, part.call)
+            digest.add(part.hexdigest())
+        self.left_out.clear()
         return digest.hexdigest()
 
 
@@ -141,7 +153,7 @@ class CaptureSource:
         said = [
             (entry.place, entry.sha256, entry.causal, entry.window, entry.scale) for entry in self._captures.entries
         ]
-        return hashlib.sha256(repr(said).encode()).hexdigest()
+        return of_settings(said)
 
 
 def unfit(request: Request) -> str | None:
@@ -159,17 +171,19 @@ def unfit(request: Request) -> str | None:
     return next((name for name, value in kinds.items() if value is not None), None)
 
 
-def _parts(given: Any) -> Iterator[bytes]:
-    """Everything in an input that can be told apart; what a function does cannot, but for what it was given."""
-    if isinstance(given, Tensor):
-        flat = given.detach().cpu().contiguous().flatten()
-        yield f"{given.dtype} {tuple(given.shape)}".encode() + flat.view(torch.uint8).numpy().tobytes()
-    elif isinstance(given, partial):
-        yield from _parts((given.args, given.keywords))
-    elif isinstance(given, (Mapping, list, tuple)):
-        for item in given.items() if isinstance(given, Mapping) else given:
-            yield from _parts(item)
-    elif isinstance(given, (str, int, float, bool, type(None))):
-        yield repr(given).encode()
-    else:
-        yield type(given).__qualname__.encode()
+def _check_inputs(inputs: Any, what: str) -> None:
+    if isinstance(inputs, (str, bytes, Tensor)) or not isinstance(inputs, Sequence):
+        hint = f": [{what}] for one input" if isinstance(inputs, (Tensor, Mapping)) else ""
+        raise TypeError(f"{what} must be a list or tuple of inputs, got {type(inputs).__name__}{hint}")
+    for number, given in enumerate(inputs):
+        if isinstance(given, Tensor):
+            if not given.is_floating_point() and given.ndim != 2:
+                raise ValueError(
+                    f"{what}[{number}] must be token ids [batch, tokens], got {list(given.shape)}: a text alone is "
+                    "ids[None]"
+                )
+        elif not isinstance(given, Mapping) and not callable(given):
+            raise TypeError(
+                f"{what}[{number}] must be a tensor of token ids or pixels, a mapping of the model's arguments, or a "
+                f"function of no arguments that calls it, got {type(given).__name__}"
+            )

@@ -14,7 +14,10 @@ density + p w_h e_h; p is then found by running the model, since first order and
 from __future__ import annotations
 
 import math
+import statistics
 from collections.abc import Callable, Mapping, Sequence
+from functools import partial
+from typing import NamedTuple
 
 from torch import Tensor
 
@@ -25,9 +28,56 @@ from tamis.tuning.decide import Decision, decide, stages
 from tamis.tuning.evaluate import Trial
 from tamis.tuning.run import Place, Results
 
-_RUNGS = (16.0, 4.0, 1.0, 0.25, 0.0625)  # prices around the one that is expected to be right
-_DOUBLINGS = 12  # the price is looked for within 2^12 of that
-_HALVINGS = 6
+_RUNGS = (16.0, 4.0, 1.0, 0.25, 0.0625)  # parts of the price that is expected to be right
+_QUICK = 2  # inputs on which the price is looked for at first
+
+
+class Scale(NamedTuple):
+    """How a price is looked for: by factors until it is between two, at most so many; then by halves of the factor."""
+
+    factor: float
+    most: int
+    halvings: int
+
+
+_WIDE = Scale(8.0, 12, 6)  # from what first order expects
+_NARROW = Scale(2.0, 40, 3)  # from what holds on a few inputs
+
+
+class Choices:
+    """What each head can choose, and what it does choose at a price.
+
+    Args:
+        found: density and square of the choices, `[samples, choices, heads]`.
+        weights: w_h / |y|^2 of every place, `[heads]`: harm is then a share of the output's square.
+
+    Raises:
+        ValueError: a head has no choice whose error is finite.
+    """
+
+    def __init__(self, found: Results, weights: Mapping[Place, Tensor]) -> None:
+        self._density = {place: one["density"].mean(0) for place, one in found.items()}
+        self._harm = {place: one["square"].mean(0) * weights[place] for place, one in found.items()}
+        for place, harm in self._harm.items():
+            if not bool(harm.isfinite().any(0).all()):
+                raise ValueError(f"layer {place.layer}: no setting of a head has an error that is finite")
+
+    def at(self, price: float) -> dict[Place, Tensor]:
+        """The choice of every head, `[heads]`."""
+        return {place: priced(self._density[place], harm, price) for place, harm in self._harm.items()}
+
+    def expected(self, price: float) -> float:
+        """The error at the end, by first order."""
+        chosen = self.at(price)
+        return math.sqrt(sum(float(harm.gather(0, chosen[place][None]).sum()) for place, harm in self._harm.items()))
+
+    def expected_price(self, budget: float) -> float:
+        """The least price at which the error is expected to be within a budget; the largest there is if none is."""
+        low, high = 1e-6, 1e12
+        for _ in range(60):
+            middle = math.sqrt(low * high)
+            low, high = (middle, high) if self.expected(middle) > budget else (low, middle)
+        return high
 
 
 def rungs(surveyed: Results, weights: Mapping[Place, Tensor], budget: float) -> dict[Place, list[list[Candidate]]]:
@@ -35,27 +85,16 @@ def rungs(surveyed: Results, weights: Mapping[Place, Tensor], budget: float) -> 
 
     Args:
         surveyed: density and square of the candidates of GRID.
-        weights: w_h / |y|^2 of every place, `[heads]`: harm is then a share of the output's square.
+        weights: as in `Choices`.
         budget: the relative error of the output.
     """
-    density = {place: found["density"].mean(0) for place, found in surveyed.items()}
-    harm = {place: found["square"].mean(0) * weights[place] for place, found in surveyed.items()}
-
-    def expected(price: float) -> float:
-        total = sum(
-            float(harm[place].gather(0, priced(density[place], harm[place], price)[None]).sum()) for place in surveyed
-        )
-        return math.sqrt(total)
-
-    low, high = 1e-6, 1e12
-    for _ in range(60):
-        middle = math.sqrt(low * high)
-        low, high = (middle, high) if expected(middle) > budget else (low, middle)
-    found: dict[Place, list[list[Candidate]]] = {}
-    for place in surveyed:
-        rows = [priced(density[place], harm[place], high / step).tolist() for step in _RUNGS]
-        found[place] = [[*(GRID[row[head]] for row in rows), DENSE] for head in range(density[place].shape[1])]
-    return found
+    choices = Choices(surveyed, weights)
+    price = choices.expected_price(budget)
+    rows = [choices.at(price / step) for step in _RUNGS]
+    return {
+        place: [[*(GRID[int(row[place][head])] for row in rows), DENSE] for head in range(len(weights[place]))]
+        for place in surveyed
+    }
 
 
 def settle(
@@ -63,45 +102,68 @@ def settle(
     outcome: Results,
     weights: Mapping[Place, Tensor],
     budget: float,
-    end_error: Callable[[Profile], float],
+    end_errors: Callable[[Profile, int | None], list[float]],
     bounds: Sequence[int],
     precision: str,
-) -> dict[Place, Decision]:
-    """The sparsest decisions whose error at the end, measured, stays within the budget.
+) -> tuple[dict[Place, Decision], list[float]]:
+    """The sparsest decisions whose error at the end, measured, stays within the budget in the mean over all inputs.
+
+    The price is looked for on the first inputs, and raised until all hold.
 
     Args:
-        end_error: the error at the end of the model with a profile.
+        end_errors: the errors at the end of the model with a profile, on the first so many inputs, or all (None).
+
+    Returns:
+        The decisions, and their error on every input.
+
+    Raises:
+        ValueError: the budget cannot be reached.
     """
-    density = {place: found["density"].mean(0) for place, found in outcome.items()}
-    harm = {place: found["square"].mean(0) * weights[place] for place, found in outcome.items()}
+    choices = Choices(outcome, weights)
+    known: dict[tuple[float, int | None], list[float]] = {}
 
     def decisions(price: float) -> dict[Place, Decision]:
-        return {
-            place: decide(tried[place], priced(density[place], harm[place], price), found, precision)
-            for place, found in outcome.items()
-        }
+        chosen = choices.at(price)
+        return {place: decide(tried[place], chosen[place], found, precision) for place, found in outcome.items()}
 
-    def error(price: float) -> float:
-        return end_error(Profile(stages(decisions(price), {}, bounds)))
+    def holds(inputs: int | None, price: float) -> bool:
+        if (price, inputs) not in known:
+            known[price, inputs] = end_errors(Profile(stages(decisions(price), {}, bounds)), inputs)
+        return statistics.fmean(known[price, inputs]) <= budget  # an error that is not a number is within none
 
-    # A rough root by first order, then by running.
-    total = {price: _expected(density, harm, price) for price in (10.0**k for k in range(-4, 12))}
-    start = min((price for price in total if total[price] <= budget), default=max(total))
-    low, high = start, start
-    while error(high) > budget:
-        low, high = high, high * 8
-        if high > start * 8.0**_DOUBLINGS:
-            raise ValueError(f"no settings reach an error of {budget} at the end in this precision: use 'full'")
-    while low == high or error(low) <= budget:
-        high, low = low, low / 8
-        if low < start / 8.0**_DOUBLINGS:
-            return decisions(high)  # even the sparsest of what was tried is good enough
-    for _ in range(_HALVINGS):
+    first, every = partial(holds, _QUICK), partial(holds, None)
+    start = choices.expected_price(budget)
+    price = _below(first, start, _WIDE) if first(start) else _above(first, start, _WIDE)
+    price = None if price is None else _above(every, price, _NARROW)
+    if price is None:
+        hint = "give a larger one" if precision == "full" else "precision='full', or a larger one"
+        raise ValueError(f"no settings in precision {precision!r} reach an error of {budget} at the end: {hint}")
+    return decisions(price), known[price, None]
+
+
+def _above(holds: Callable[[float], bool], start: float, scale: Scale) -> float | None:
+    """The start if it holds, or else a price above it that does and is hardly larger than one that does not."""
+    low = high = start
+    for _ in range(scale.most + 1):
+        if holds(high):
+            return high if low == high else _between(holds, low, high, scale)
+        low, high = high, high * scale.factor
+    return None
+
+
+def _below(holds: Callable[[float], bool], start: float, scale: Scale) -> float:
+    """A price below the start that holds, and is hardly larger than one that does not."""
+    high = start
+    for _ in range(scale.most):
+        low = high / scale.factor
+        if not holds(low):
+            return _between(holds, low, high, scale)
+        high = low
+    return high  # even the sparsest of what was tried is good enough
+
+
+def _between(holds: Callable[[float], bool], low: float, high: float, scale: Scale) -> float:
+    for _ in range(scale.halvings):
         middle = math.sqrt(low * high)
-        low, high = (middle, high) if error(middle) > budget else (low, middle)
-    return decisions(high)
-
-
-def _expected(density: Mapping[Place, Tensor], harm: Mapping[Place, Tensor], price: float) -> float:
-    chosen = (harm[place].gather(0, priced(density[place], harm[place], price)[None]) for place in density)
-    return math.sqrt(sum(float(part.sum()) for part in chosen))
+        low, high = (low, middle) if holds(middle) else (middle, high)
+    return high
