@@ -191,7 +191,7 @@ def line(text: bytes) -> bytes:
 def test_a_file_that_is_no_journal_is_refused_and_left_alone(tmp_path: Path, content: bytes) -> None:
     path = tmp_path / "file"
     path.write_bytes(content)
-    with pytest.raises(ValueError, match="no journal|damaged"):
+    with pytest.raises(ValueError, match=r"no journal|damaged"):
         Journal(path, {})
     assert path.read_bytes() == content
     with pytest.raises((ValueError, OSError)):

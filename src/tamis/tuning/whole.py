@@ -33,15 +33,15 @@ _QUICK = 2  # inputs on which the price is looked for at first
 
 
 class Scale(NamedTuple):
-    """How a price is looked for: by factors until it is between two, at most so many; then by halves of the factor."""
+    """How a price is looked for: by this factor, its square, .., until it is between two, then to within `fine`."""
 
     factor: float
-    most: int
-    halvings: int
+    fine: float
 
 
-_WIDE = Scale(8.0, 12, 6)  # from what first order expects
-_NARROW = Scale(2.0, 40, 3)  # from what holds on a few inputs
+_WIDE = Scale(8.0, 1.03)  # from what first order expects
+_NARROW = Scale(2.0, 1.1)  # from what holds on a few inputs
+_UP, _DOWN = 1e40, 1e24  # no further
 
 
 class Choices:
@@ -143,27 +143,27 @@ def settle(
 
 def _above(holds: Callable[[float], bool], start: float, scale: Scale) -> float | None:
     """The start if it holds, or else a price above it that does and is hardly larger than one that does not."""
-    low = high = start
-    for _ in range(scale.most + 1):
-        if holds(high):
-            return high if low == high else _between(holds, low, high, scale)
-        low, high = high, high * scale.factor
-    return None
+    low, high, factor = start, start, scale.factor
+    while not holds(high):
+        if high > start * _UP:
+            return None
+        low, high, factor = high, high * factor, factor**2
+    return _between(holds, low, high, scale)
 
 
 def _below(holds: Callable[[float], bool], start: float, scale: Scale) -> float:
     """A price below the start that holds, and is hardly larger than one that does not."""
-    high = start
-    for _ in range(scale.most):
-        low = high / scale.factor
-        if not holds(low):
-            return _between(holds, low, high, scale)
-        high = low
-    return high  # even the sparsest of what was tried is good enough
+    low, high, factor = start / scale.factor, start, scale.factor
+    while holds(low):
+        if low < start / _DOWN:
+            return low  # even the sparsest of what was tried is good enough
+        factor **= 2
+        low, high = low / factor, low
+    return _between(holds, low, high, scale)
 
 
 def _between(holds: Callable[[float], bool], low: float, high: float, scale: Scale) -> float:
-    for _ in range(scale.halvings):
+    while high > low * scale.fine:
         middle = math.sqrt(low * high)
         low, high = (low, middle) if holds(middle) else (middle, high)
     return high
