@@ -44,7 +44,7 @@ def bfloat16(call: LayerCall) -> LayerCall:
 
 
 def test_a_layer_that_no_setting_brings_within_the_budget_is_dense_in_the_profile(tmp_path: Path) -> None:
-    """bf16 rounds its output by more than the budget, fp32 does not: the one is dense, with what it did, the other not."""
+    """bf16 rounds its output by more than the budget, fp32 does not."""
     inputs = [[planted(0, "a"), bfloat16(planted(0, "b"))]]
     held = [[planted(1, "a"), bfloat16(planted(1, "b"))]]
     path = tmp_path / "journal"
@@ -186,7 +186,7 @@ def test_an_input_without_a_call_that_counts_is_refused() -> None:
         tamis.tune(model, [good, lambda: None])
     with pytest.raises(ValueError, match=f"held out: {message}"):
         tamis.tune(model, [good], held_out=[good, short])
-    with pytest.raises(ValueError, match="held out: .* of other layers only"):
+    with pytest.raises(ValueError, match=r"held out: .* of other layers only"):
         tune_source(Calls([[planted(0)]]), Calls([[planted(0, "another")]]), Budget())
 
 

@@ -201,7 +201,7 @@ def test_the_end_is_measured_against_dense_attention() -> None:
 
 
 def tuning(source: ModelSource, bounds: tuple[int, ...], places: list[Place]) -> Tuning:
-    return Tuning(Run(Journal(None, {}), bounds, 1, 1, None), source, dict.fromkeys(places, {}), "int8", None)
+    return Tuning(Run(Journal(None, {}), bounds, 1, 1, None), source, {place: {} for place in places}, "int8", None)
 
 
 def test_weights_of_a_stage_are_those_of_all_its_calls() -> None:
@@ -255,3 +255,10 @@ def test_a_budget_for_the_end_needs_models() -> None:
         tamis.tuning.tune_source(
             ModelSource(model, texts(1, 150)), Calls([[planted(0, NAME)]]), tamis.tuning.Budget(end_l1=0.1)
         )
+
+
+def test_the_search_for_a_price_is_not_silent(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(run, "_TELL_SECONDS", 0.0)
+    told: list[tuple[str, int, int, str]] = []
+    tamis.tune(tiny(1), texts(1, 150), end_l1=0.2, progress=lambda *at: told.append(at))
+    assert ("end of the model", 0, 1, "runs with settings that might do") in told

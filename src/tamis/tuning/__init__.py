@@ -177,7 +177,9 @@ def _decide(tuning: Tuning, budget: Budget, held_out: Source | None) -> tuple[di
     end = _mean_and_worst(f"end_{metric}", errors)
     if held_out is not None:
         settled = Profile(stages(decisions, {}, tuning.run.bounds))
-        end |= _mean_and_worst(f"held_out_end_{metric}", End(held_out, metric, tuning.backend)(settled))
+        end |= _mean_and_worst(
+            f"held_out_end_{metric}", End(held_out, metric, tuning.backend, tuning.run.murmur)(settled)
+        )
     return decisions, end
 
 

@@ -5,7 +5,7 @@ from __future__ import annotations
 import inspect
 import math
 from collections import Counter
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from typing import Any
 
@@ -43,10 +43,18 @@ class End:
     Args:
         metric: "l1", the relative L1 of its output, or "perplexity", the relative change of perplexity, for which
             inputs must be tensors of token ids.
+        watch: called with (phase, inputs done, inputs, a word) before every run of the model.
     """
 
-    def __init__(self, source: ModelSource, metric: str, backend: str | None) -> None:
+    def __init__(
+        self,
+        source: ModelSource,
+        metric: str,
+        backend: str | None,
+        watch: Callable[[str, int, int, str], None] | None = None,
+    ) -> None:
         self._source, self._metric, self._backend = source, metric, backend
+        self._watch = watch
         self._exact: dict[int, Any] = {}
 
     def __call__(self, profile: Profile, inputs: int | None = None) -> list[float]:
@@ -60,13 +68,15 @@ class End:
         for number in numbers:
             if number not in self._exact:
                 with install(self._source.model, dense):
-                    self._exact[number] = self._judge(number)
+                    self._exact[number] = self._judge(number, len(numbers))
                 if not torch.as_tensor(self._exact[number]).isfinite().all():
                     raise ValueError(f"the model's own output for input {number} (counted from 0) is not finite")
         with apply(self._source.model, profile, backend=self._backend):
-            return [_distance(self._judge(number), self._exact[number]) for number in numbers]
+            return [_distance(self._judge(number, len(numbers)), self._exact[number]) for number in numbers]
 
-    def _judge(self, number: int) -> Tensor | float:
+    def _judge(self, number: int, inputs: int) -> Tensor | float:
+        if self._watch is not None:
+            self._watch("end of the model", number, inputs, "runs with settings that might do")
         result = self._source.run(number)
         if self._metric == "l1":
             return output_of(result).float()

@@ -25,7 +25,7 @@ from tamis.tuning.pool import Pool, open_pool
 from tamis.tuning.sources import Source
 
 Progress = Callable[[str, int, int, str], None]
-_TELL_SECONDS = 2.0
+_TELL_SECONDS = 3.0
 
 
 class Place(NamedTuple):
@@ -105,9 +105,8 @@ class Run:
             keys.append([key, *place])
             if key not in self.journal:
                 pool.submit(key, todo.function, call, *todo.arguments)
-            if time.monotonic() - self._told >= _TELL_SECONDS:
-                said = f"{len(keys)} calls of input {reading.number + 1}, now {call.layer}"
-                self._tell(reading.phase, reading.number, reading.inputs, said)
+            said = f"{len(keys)} calls of input {reading.number + 1}, now {call.layer}"
+            self.murmur(reading.phase, reading.number, reading.inputs, said)
 
         source.visit(reading.number, visit)
         pool.drain()
@@ -118,6 +117,11 @@ class Run:
                 f"be judged: {why}. Leave this input away, or give a longer one"
             )
         self.journal.put(f"{reading.name}/{reading.number}", keys)
+
+    def murmur(self, phase: str, done: int, inputs: int, said: str) -> None:
+        """Tell who watches, if they have heard nothing for a few seconds."""
+        if time.monotonic() - self._told >= _TELL_SECONDS:
+            self._tell(phase, done, inputs, said)
 
     def _tell(self, phase: str, done: int, inputs: int, said: str) -> None:
         self._told = time.monotonic()

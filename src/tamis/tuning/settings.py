@@ -62,7 +62,7 @@ class Tuning:
 
     def by_the_end(self, source: ModelSource, metric: str, size: float) -> tuple[dict[Place, Decision], list[float]]:
         """Decisions for a budget at the end of the model, and its error with them on every input."""
-        error = End(source, metric, self.backend)
+        error = End(source, metric, self.backend, self.run.murmur)
         heads = self._weights(source)
         tried = {place: trials(found) for place, found in whole.rungs(self.surveyed, heads, size).items()}
         outcome = self.read("trial", tried, self.precision)
