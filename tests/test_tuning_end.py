@@ -14,6 +14,7 @@ from torch import Tensor
 import tamis
 from tamis.profile import LayerSettings, Profile, Stage
 from tamis.tuning import ending, run, whole
+from tamis.tuning.calls import exact_output
 from tamis.tuning.candidates import DENSE, GRID, Candidate
 from tamis.tuning.ending import End, perplexity, weights
 from tamis.tuning.evaluate import Trial
@@ -245,7 +246,9 @@ def test_the_callers_autocast_changes_no_measure() -> None:
     asked = planted(0)
     tried = [Trial((DENSE, GRID[0]), (math.inf, math.inf))]
     plain = run.survey(asked, 16, None), run.trial(asked, tried, "full", None)
+    exact = exact_output(asked)
     with torch.autocast("cpu", torch.bfloat16):
+        assert torch.equal(exact_output(asked), exact)
         assert (run.survey(asked, 16, None), run.trial(asked, tried, "full", None)) == plain
 
 

@@ -14,11 +14,11 @@ import torch
 from test_tuning import Calls, planted, texts, tiny
 from torch import Tensor
 
-import tamis
 from tamis.integrations.capture import Captures, record
 from tamis.tuning import Budget, choose, settings, tune_source
 from tamis.tuning.identity import Digest, Unidentified
 from tamis.tuning.journal import Journal
+from tamis.tuning.run import Run, Task, survey
 from tamis.tuning.sources import CaptureSource, ModelSource
 
 
@@ -26,6 +26,14 @@ def identity(value: Any) -> str:
     digest = Digest()
     digest.value(value)
     return digest.hexdigest()
+
+
+def test_parts_do_not_run_into_each_other() -> None:
+    one, other = Digest(), Digest()
+    for digest, parts in ((one, ("ab", "c")), (other, ("a", "bc"))):
+        for part in parts:
+            digest.add(part)
+    assert one.hexdigest() != other.hexdigest()
 
 
 def test_values_are_told_apart() -> None:
@@ -232,15 +240,19 @@ class Stopping(Calls):
         raise RuntimeError("stopped")
 
 
-def test_calls_of_a_batch_are_kept_apart(tmp_path: Path) -> None:
-    model, inputs = tiny(1), [torch.cat(texts(2, 200))]
-    alone = tamis.tune(model, inputs)
-    assert tamis.tune(model, inputs, resume=tmp_path / "journal") == alone
-    evidence = alone.layers["model.layers.0.self_attn"][0].evidence
-    assert evidence is not None
-    assert evidence.samples == 2
-    one, two = (tamis.tune(model, [text]).layers["model.layers.0.self_attn"] for text in inputs[0].split(1))
-    assert one != two, "or the test would show nothing"
+def test_calls_of_a_batch_are_kept_apart() -> None:
+    """Two texts at once are two samples: what each of them alone would be."""
+    model, inputs = tiny(1), texts(2, 200)
+
+    def surveyed(*given: Tensor) -> Tensor:
+        run = Run(Journal(None, {}), (), 1, 1, None)
+        (found,) = run.read("survey", ModelSource(model, given), Task(survey, (16, None))).values()
+        return found["square"]
+
+    both, alone = surveyed(torch.cat(inputs)), surveyed(*inputs)
+    # The model's own products, for two texts and for one.
+    torch.testing.assert_close(both, alone, rtol=1e-3, atol=1e-9)
+    assert not torch.allclose(both[0], both[1], rtol=0.1), "or the test would show nothing"
 
 
 def test_layers_are_fed_what_dense_attention_gives() -> None:
