@@ -126,8 +126,7 @@ def _entries(path: Path | None, data: bytes, prefix: str = "") -> Iterator[Any]:
     for number, line in enumerate(data.split(b"\n")[:-1], start=1):
         check, _, text = line.partition(b" ")
         if check != _checksum(text) or (number == 1) != text.startswith(_HEAD):
-            at = f"is damaged in line {number}" if number > 1 else "is no journal of `tamis tune --resume`, or damaged"
-            raise Damaged(f"{path} {at}")
+            raise Damaged(f"{path} is damaged in line {number}{', or no journal' if number == 1 else ''}")
         if number > 1 and not text.startswith(wanted):
             continue
         try:
