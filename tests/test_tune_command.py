@@ -92,6 +92,7 @@ def test_some_heads_make_no_profile(tmp_path: Path) -> None:
     [
         ([], "--out"),
         (["--out", "/nowhere/deep/p.json"], "--out: the folder of /nowhere/deep/p.json is not there"),
+        (["--out", "p", "--resume", "/nowhere/deep/j"], "--resume: the folder of /nowhere/deep/j is not there"),
         (["--out", "p", "--model", "/nowhere"], "--model must be one of smollm2, dinov2, whisper or a folder"),
         (["--out", "p", "--captures", "x", "--tokens", "9"], "--tokens and --captures exclude each other"),
         (["--out", "p", "--held-out-captures", "x"], "--held-out-captures needs --captures"),

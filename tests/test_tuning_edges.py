@@ -188,6 +188,10 @@ def test_an_input_without_a_call_that_counts_is_refused() -> None:
         tamis.tune(model, [good], held_out=[good, short])
     with pytest.raises(ValueError, match=r"held out: .* of other layers only"):
         tune_source(Calls([[planted(0)]]), Calls([[planted(0, "another")]]), Budget())
+    other = planted(0)
+    other = replace(other, query=other.query[:, :1], key=other.key[:, :1], value=other.value[:, :1])
+    with pytest.raises(ValueError, match=r"layer layer has 1 heads in input 0 .* and 2 where it was tuned"):
+        tune_source(Calls([[planted(0)]]), Calls([[other]]), Budget())
 
 
 def test_watchers_hear_what_is_going_on(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

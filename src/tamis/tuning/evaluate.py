@@ -50,8 +50,14 @@ def evaluate(call: LayerCall, trials: Sequence[Trial], precision: str, backend: 
         precision: as in `attend`, or `DENSE_RUN`: dense attention as the model has it, whatever the trials say.
 
     Raises:
-        ValueError: the dense output is not finite.
+        ValueError: the dense output is not finite, or the trials are for another number of heads.
     """
+    heads = {len(trial.heads) for trial in trials}
+    if heads != {call.query.shape[1]}:
+        raise ValueError(
+            f"layer {call.layer} has {call.query.shape[1]} heads in input {call.input} (counted from 0), and "
+            f"{max(heads)} where it was tuned: these are calls of another model"
+        )
     exact = exact_output(call)
     size = _sum_of_sizes(exact)
     refuse_not_finite(call, size)

@@ -37,7 +37,8 @@ class Journal:
         self._file = -1
         if path is None:
             return
-        self._file = os.open(path, os.O_RDWR | os.O_CREAT | os.O_APPEND, 0o644)
+        binary = getattr(os, "O_BINARY", 0)  # Windows
+        self._file = os.open(path, os.O_RDWR | os.O_CREAT | os.O_APPEND | binary, 0o644)
         self._close = weakref.finalize(self, os.close, self._file)
         try:
             self._open(path, head)
