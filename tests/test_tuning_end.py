@@ -12,6 +12,8 @@ from test_tuning import Calls, planted, texts, tiny
 from torch import Tensor
 
 import tamis
+from tamis.integrations.hook import install
+from tamis.integrations.request import dense
 from tamis.profile import LayerSettings, Profile, Stage
 from tamis.tuning import ending, run, whole
 from tamis.tuning.calls import exact_output
@@ -196,7 +198,7 @@ def test_perplexity_counts_whichever_way_it_moves(monkeypatch: pytest.MonkeyPatc
 def test_the_end_is_measured_against_dense_attention() -> None:
     """Not against what runs in the model just now."""
     model, ids = tiny(2), texts(1, 640)[0]
-    with tamis.apply(model, tamis.Sparge(topk=0.05, similarity=-1.0)):
+    with install(model, lambda request: dense(request) * 0.5):
         (error,) = End(ModelSource(model, [ids]), "l1", None)(everything(model))
     assert error < 1e-5, "fp32, two layers"
 
