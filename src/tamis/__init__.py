@@ -4,6 +4,7 @@ from tamis.attend import attend, attend_varlen, pack_kv, sparse_attention
 from tamis.block_mask import BlockMask
 from tamis.errors import UnsupportedError
 from tamis.integrations.apply import apply
+from tamis.integrations.sdpa import sdpa
 from tamis.merge import merge
 from tamis.packed import PackedKV
 from tamis.predictors import Antidiagonal, Oracle, Probe, QuerySampled, Random, Sparge, VerticalSlash, Window
@@ -31,6 +32,7 @@ __all__ = [
     "attend_varlen",
     "merge",
     "pack_kv",
+    "sdpa",
     "sparse_attention",
     "tune",
 ]

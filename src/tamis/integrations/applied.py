@@ -19,7 +19,7 @@ from tamis.integrations.request import Request, dense, sparse
 from tamis.integrations.schedule import Chooser
 from tamis.integrations.spread import Spread
 from tamis.profile import LayerSettings
-from tamis.stats import AttentionStats
+from tamis.stats import AttentionOutput, AttentionStats
 
 
 @dataclass
@@ -64,7 +64,8 @@ class Applied(Hook):
         self._decode = decode
         self._spread = spread
         self.removed = False
-        self._installed = install(self._attend)
+        self._installed = install(self.attend)
+        self._installed.follow_steps(chooser.tell)
 
     def remove(self) -> None:
         """Restore the attention that was there before; safe to call twice."""
@@ -118,7 +119,13 @@ class Applied(Hook):
         if self._auditor is not None:
             self._auditor.reset()
 
-    def _attend(self, request: Request) -> Tensor:
+    def attend(self, request: Request) -> Tensor:
+        """Answer a call, sparse or dense, and count it."""
+        result = self.sparse(request)
+        return dense(request) if result is None else result.output
+
+    def sparse(self, request: Request) -> AttentionOutput | None:
+        """Answer a call if it runs sparse, and count it in either case."""
         choice = self._chooser.choose(request.layer)
         if self._spread is not None:
             # Whatever this rank's part looks like: all ranks must do the same.
@@ -139,7 +146,7 @@ class Applied(Hook):
                     raise
                 reason = str(error).splitlines()[0]
         self._count(request, reason, None)
-        return dense(request)
+        return None
 
     def _too_few(self, request: Request) -> str | None:
         queries = request.query.shape[2]
@@ -161,17 +168,17 @@ class Applied(Hook):
             return "the break-even is not known inside of a graph: call the model once before"
         return known[1].reason(request.query.shape[2])
 
-    def _selected(self, request: Request, decode: Decode) -> Tensor:
+    def _selected(self, request: Request, decode: Decode) -> AttentionOutput:
         result = attend_selected(request, decode, self.backend)
         self._count(request, None, result.stats)
-        return result.output
+        return result
 
-    def _sparse(self, request: Request, settings: LayerSettings) -> Tensor:
+    def _sparse(self, request: Request, settings: LayerSettings) -> AttentionOutput:
         result = sparse(request, settings, self.backend)
         self._count(request, None, result.stats)
         if self._auditor is not None and can_measure(request.query.device):
             self._auditor.look(request, result.output)
-        return result.output
+        return result
 
     def _count(self, request: Request, reason: str | None, stats: AttentionStats | None) -> None:
         if torch.compiler.is_compiling():

@@ -3,21 +3,20 @@
 from __future__ import annotations
 
 import weakref
-from collections.abc import Sequence
 from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal
 from weakref import WeakKeyDictionary
 
-from torch import Tensor, nn
+from torch import nn
 
-from tamis.attend import DEFAULT_PV_THRESHOLD
 from tamis.call import PerHead
 from tamis.integrations.applied import Applied
 from tamis.integrations.audit import Audit
 from tamis.integrations.decoding import Decode
-from tamis.integrations.hook import attention_layers, install
+from tamis.integrations.hook import attention_layers, install, models_of
 from tamis.integrations.schedule import Chooser, Schedule
+from tamis.integrations.settings import check_min_queries, uniform
 from tamis.integrations.spread import Spread
 from tamis.predictors.base import Predictor
 from tamis.predictors.sparge import Sparge
@@ -32,7 +31,7 @@ _applied: WeakKeyDictionary[nn.Module, weakref.ref[Applied]] = WeakKeyDictionary
 
 
 def apply(
-    model: nn.Module,
+    model: Any,
     predictor: Predictor | Profile | None = None,
     *,
     precision: str | None = None,
@@ -45,15 +44,17 @@ def apply(
     decode: float | Decode | None = None,
     mesh: DeviceMesh | ProcessGroup | None = None,
     mode: Literal["heads", "ring"] = "heads",
+    order: str | None = None,
 ) -> Applied:
-    """Run the attention of a transformers model through tamis until `.remove()`, or inside a `with` block.
+    """Run the attention of a transformers or diffusers model through tamis until `.remove()`, or in a `with` block.
 
-    Calls with at least `min_queries` queries (prefill, whole or in chunks) run sparse. Decoding, and calls that ask for
-    something sparse attention does not do (dropout, gradients, additive masks, arguments it does not know), run dense,
-    and `dense_reasons` counts why.
+    Calls with at least `min_queries` queries (prefill, whole or in chunks) run sparse. Decoding, cross-attention of
+    diffusers, and calls that ask for something sparse attention does not do (dropout, gradients, additive masks,
+    arguments it does not know), run dense, and `dense_reasons` counts why.
 
     Args:
-        model: a `PreTrainedModel` whose attention goes through `AttentionInterface` (Llama, Mistral, Qwen, DINOv2, ..).
+        model: a `PreTrainedModel` whose attention goes through `AttentionInterface` (Llama, Mistral, Qwen, DINOv2, ..),
+            a transformer of diffusers (Wan, Flux, ..), or a pipeline that has one (docs/diffusers.md).
         predictor: which blocks to keep, in all layers, by default `Sparge()`; or a `Profile` with the settings of every
             layer, by its exact name. Layers that the profile does not name run dense.
         precision: "int8" or "full", as in `attend`; "int8" by default. Not with a profile, which has its own.
@@ -73,17 +74,19 @@ def apply(
         mode: with a mesh: "heads" or "ring", as in `tamis.parallel.attend`.
         audit: check so large a share of the work against dense attention while the model runs, e.g. .005, or an
             `Audit` (`tamis.integrations.audit`). It changes no output; `handle.audit()` reports.
+        order: in which order the tokens of an image or video stand inside of a diffusers model, "hilbert" or another of
+            `tamis.order.KINDS`; None leaves them row by row. The output's tokens stand as ever.
 
     Returns:
         A handle with `.calls`, `.dense_reasons`, `.stats()` by layer, `.audit()`, `.step`, `.start()`, `.reset()` and
         `.remove()`.
 
     Raises:
-        TypeError: `model` is no transformers model, or an argument has the wrong type.
+        TypeError: `model` is of neither library, or an argument has the wrong type.
         ValueError: the profile is of another class of models or number of heads, it or the schedule names a layer that
             the model does not have, an argument is given beside a profile that has its own, or is out of its range.
             The model runs through tamis already.
-        UnsupportedError: the model does not take attention functions.
+        UnsupportedError: the model does not take attention functions, or its tokens have no order that tamis knows.
 
     Example:
         >>> import torch
@@ -97,19 +100,20 @@ def apply(
         {'sparse': 1, 'dense': 0}
     """
     source = _source(predictor, precision, pv_threshold, compensate)
-    _check_min_queries(min_queries)
+    check_min_queries(min_queries)
     if isinstance(source, Profile):
         _check_profile(source, model)
-    if mesh is not None and (audit is not None or decode is not None):
-        raise ValueError("audit and decode must be None with a mesh: they look at the whole sequence")
+    if mesh is not None and (audit is not None or decode is not None or order is not None):
+        raise ValueError("audit, decode and order must be None with a mesh: they look at the whole sequence")
     if mode not in ("heads", "ring"):
         raise ValueError(f"mode must be 'heads' or 'ring', got {mode!r}")
     chooser = Chooser(source, schedule, attention_layers(model))
-    handles = [known() for module in model.modules() if (known := _applied.get(module)) is not None]
+    modules = [module for part in models_of(model).values() for module in part.modules()]
+    handles = [known() for module in modules if (known := _applied.get(module)) is not None]
     if any(handle is not None and not handle.removed for handle in handles):
         raise ValueError(f"{type(model).__name__} runs through tamis already: .remove() that handle first")
     applied = Applied(
-        partial(install, model, means=decode is not None),
+        partial(install, model, means=decode is not None, order=order, named=chooser.by_layer),
         chooser,
         backend=backend,
         min_queries=min_queries,
@@ -117,7 +121,7 @@ def apply(
         decode=None if decode is None else decode if isinstance(decode, Decode) else Decode(share=decode),
         spread=None if mesh is None else Spread(mesh, mode),
     )
-    _applied.update((module, weakref.ref(applied)) for module in model.modules())
+    _applied.update((module, weakref.ref(applied)) for module in modules)
     return applied
 
 
@@ -157,16 +161,18 @@ def register(
     """
     from tamis.integrations.transformers import NamedHook
 
-    _check_min_queries(min_queries)
-    chooser = Chooser(_uniform(predictor, precision, pv_threshold, compensate), None, ())
+    check_min_queries(min_queries)
+    chooser = Chooser(uniform(predictor, precision, pv_threshold, compensate), None, ())
     return Applied(partial(NamedHook, name), chooser, backend=backend, min_queries=min_queries)
 
 
-def _check_profile(profile: Profile, model: nn.Module) -> None:
+def _check_profile(profile: Profile, model: Any) -> None:
     """Refuse a profile of another class of models, or of layers with other heads, as far as both say."""
-    if profile.model not in ("", type(model).__name__):
-        raise ValueError(f"the profile is for {profile.model}, the model is {type(model).__name__}: tune this one")
-    modules = dict(model.named_modules())
+    models = models_of(model)
+    kinds = [type(part).__name__ for part in models.values()]
+    if kinds and profile.model not in ("", *kinds):
+        raise ValueError(f"the profile is for {profile.model}, the model is {' and '.join(kinds)}: tune this one")
+    modules = {prefix + name: module for prefix, part in models.items() for name, module in part.named_modules()}
     for layer, stages in profile.layers.items():
         heads, found = _heads(modules.get(layer)), {size for stage in stages for size in _sizes(stage)}
         if heads is not None and found - {heads}:
@@ -191,15 +197,6 @@ def _sizes(stage: Stage) -> set[int]:
     return {len(numbers) for numbers in per_head if isinstance(numbers, tuple)}
 
 
-def _check_min_queries(min_queries: object) -> None:
-    if min_queries == "auto":
-        return
-    if isinstance(min_queries, bool) or not isinstance(min_queries, int):
-        raise TypeError(f"min_queries must be an integer or 'auto', got {min_queries!r}")
-    if min_queries < 1:
-        raise ValueError(f"min_queries must be at least 1, got {min_queries}")
-
-
 def _source(
     predictor: Predictor | Profile | None,
     precision: str | None,
@@ -214,7 +211,7 @@ def _source(
     if predictor is not None and not isinstance(predictor, Profile) and not callable(predictor):
         raise TypeError(f"predictor must be a predictor or a Profile, got {type(predictor).__name__}")
     if not isinstance(predictor, Profile):
-        return _uniform(predictor, precision, pv_threshold, compensate)
+        return uniform(predictor, precision, pv_threshold, compensate)
     for name, given in (
         ("precision", precision is not None),
         ("pv_threshold", not (isinstance(pv_threshold, str) and pv_threshold == "default")),
@@ -223,29 +220,3 @@ def _source(
         if given:
             raise ValueError(f"{name} must not be given with a profile, which has its own for every layer")
     return predictor
-
-
-def _uniform(
-    predictor: Predictor | None,
-    precision: str | None,
-    pv_threshold: PerHead | str | None,
-    compensate: str | None,
-) -> LayerSettings:
-    """The same settings for every layer."""
-    if isinstance(pv_threshold, str) and pv_threshold != "default":
-        raise ValueError(f"pv_threshold must be a number, one per head, None or 'default', got {pv_threshold!r}")
-    return LayerSettings(
-        Sparge() if predictor is None else predictor,
-        pv_threshold=_plain(pv_threshold),
-        precision="int8" if precision is None else precision,
-        compensate=compensate,
-    )
-
-
-def _plain(pv_threshold: Any) -> float | tuple[float, ...] | None:
-    """As settings hold it; what is no threshold `attend` refuses."""
-    if isinstance(pv_threshold, str):
-        return DEFAULT_PV_THRESHOLD
-    if isinstance(pv_threshold, Tensor):
-        pv_threshold = pv_threshold.tolist()
-    return tuple(pv_threshold) if isinstance(pv_threshold, Sequence) else pv_threshold

@@ -158,7 +158,8 @@ def _random(request: Request, length: int) -> Request:
         return made.to(tensor.dtype).transpose(1, 2)
 
     query, key, value = like(request.query), like(request.key), like(request.value)
-    return replace(request, query=query, key=key, value=value, mask=None, segments=None, library=torch_attention)
+    plain: dict[str, Any] = {"mask": None, "segments": None, "library": torch_attention, "original": None, "keep": None}
+    return replace(request, query=query, key=key, value=value, **plain)
 
 
 def _key(request: Request, settings: LayerSettings, backend: str | None) -> dict[str, Any]:

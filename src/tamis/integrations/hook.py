@@ -5,11 +5,13 @@ from __future__ import annotations
 from abc import ABC, abstractmethod
 from collections.abc import Callable
 from types import TracebackType
-from typing import TypeVar
+from typing import Any, TypeVar
 
 from torch import Tensor, nn
 
+from tamis.errors import UnsupportedError
 from tamis.integrations.request import Request
+from tamis.order import KINDS
 
 _Self = TypeVar("_Self", bound="Hook")
 
@@ -21,6 +23,9 @@ class Hook(ABC):
     def remove(self) -> None:
         """Restore the attention that was there before; safe to call twice."""
 
+    def follow_steps(self, tell: Callable[[int], None]) -> None:  # noqa: B027
+        """Tell a function the number of every step of a diffusion model, if it is known; by default it is not."""
+
     def __enter__(self: _Self) -> _Self:
         return self
 
@@ -30,27 +35,74 @@ class Hook(ABC):
         self.remove()
 
 
-def install(model: nn.Module, function: Callable[[Request], Tensor], *, means: bool = False) -> Hook:
+def install(
+    model: Any,
+    function: Callable[[Request], Tensor],
+    *,
+    means: bool = False,
+    order: str | None = None,
+    named: bool = True,
+) -> Hook:
     """Hand every attention call of a model to a function until `.remove()`, or inside a `with` block.
 
     Args:
-        means: let the caches that the model is called with keep the mean key of every block, for `Decode`.
+        model: of transformers or diffusers, or a pipeline of diffusers.
+        means: let the caches that a transformers model is called with keep the mean key of every block, for `Decode`.
+        order: a token order for the model of an image or video, as in `tamis.apply`.
+        named: whether the function has to know a call's layer in compiled graphs too.
 
     Raises:
         TypeError: the model comes from no library that tamis knows.
-        UnsupportedError: the model does not take attention functions.
+        UnsupportedError: the model does not take attention functions, or its tokens have no order that tamis knows.
+        ValueError: there is no such order, or the model has a function already.
     """
+    if order is not None and order not in KINDS:
+        raise ValueError(f"order must be one of {', '.join(KINDS)}, or None, got {order!r}")
+    if _from_diffusers(model):
+        from tamis.integrations import diffusers
+
+        if means:
+            raise UnsupportedError(f"decode must be None with {type(model).__name__}, which has no cache of keys")
+        return diffusers.install(model, function, order, named)
     from tamis.integrations.transformers import TransformersHook
 
+    if order is not None:
+        raise UnsupportedError(f"order must be None with {type(model).__name__}: only tokens of diffusers have another")
     return TransformersHook(model, function, means=means)
 
 
-def attention_layers(model: nn.Module) -> list[str]:
+def attention_layers(model: Any) -> list[str]:
     """Qualified names of a model's attention layers, in the order of `named_modules`.
+
+    Of a diffusers model these are the layers in which image or video tokens attend to each other.
 
     Raises:
         TypeError: the model comes from no library that tamis knows.
     """
+    if _from_diffusers(model):
+        from tamis.integrations import diffusers
+
+        return diffusers.attention_layers(model)
     from tamis.integrations import transformers
 
     return transformers.attention_layers(model)
+
+
+def models_of(model: Any) -> dict[str, nn.Module]:
+    """A model by an empty name, or the transformers of a diffusers pipeline by what stands before their layers' names.
+
+    Raises:
+        UnsupportedError: a pipeline has no transformer.
+    """
+    if isinstance(model, nn.Module):
+        return {"": getattr(model, "_orig_mod", model)}
+    if not _from_diffusers(model):
+        return {}
+    from tamis.integrations.diffusers.pipeline import parts
+
+    return parts(model)
+
+
+def _from_diffusers(model: Any) -> bool:
+    kinds = type(getattr(model, "_orig_mod", model)).__mro__
+    return any(kind.__module__.split(".")[0] == "diffusers" for kind in kinds)

@@ -12,6 +12,7 @@ from torch import Tensor, nn
 
 from tamis.attend import attend
 from tamis.errors import UnsupportedError
+from tamis.predictors.base import Keep, Predictor, also_keep
 from tamis.profile import LayerSettings
 from tamis.stats import AttentionOutput
 
@@ -24,17 +25,20 @@ class Request:
     """One attention call of a model; tensors are `[batch, heads, seq, head_dim]`, keys may have fewer heads.
 
     Attributes:
-        layer: qualified name of the attention module.
+        layer: qualified name of the attention module, or what else tells kinds of calls apart.
+        module: None where a call belongs to no module.
         mask: a complete mask, bool or additive, broadcastable to `[batch, heads, q_len, kv_len]`, or None.
         causal: row i sees keys up to its own, both sequences aligned at their ends. False with a complete mask.
         segments: 0 for tokens and -1 for padding, `[batch, q_len]` and `[batch, kv_len]`, or None.
         obstacle: why this call can only run dense, or None.
         library: dense attention as the model's own library runs it, given the request, a mask and whether it is causal.
         means: of the key's blocks, where the cache keeps them (`Decode`).
+        original: the very call that the model made, where that is known; None if not.
+        keep: tokens that sparse attention must keep, such as the text of an image model.
     """
 
     layer: str
-    module: nn.Module
+    module: nn.Module | None
     query: Tensor
     key: Tensor
     value: Tensor
@@ -49,6 +53,8 @@ class Request:
     obstacle: str | None
     library: Callable[[Request, Tensor | None, bool], Tensor] = field(default_factory=lambda: torch_attention)
     means: KeyMeans | None = None
+    original: Callable[[], Tensor] | None = None
+    keep: Keep | None = None
 
 
 def complete_mask(request: Request) -> Tensor | None:
@@ -68,7 +74,11 @@ def complete_mask(request: Request) -> Tensor | None:
 
 
 def sparse(request: Request, settings: LayerSettings, backend: str | None) -> AttentionOutput:
-    """Sparse attention of a request."""
+    """Sparse attention of a request.
+
+    Raises:
+        UnsupportedError: no backend can serve it, or the predictor cannot be told which tokens to keep.
+    """
     geometry: dict[str, Any] = {
         "causal": request.causal,
         "window": request.window,
@@ -78,11 +88,12 @@ def sparse(request: Request, settings: LayerSettings, backend: str | None) -> At
         "backend": backend,
     }
     assert settings.predictor is not None
+    predictor: Predictor = settings.predictor if request.keep is None else also_keep(settings.predictor, request.keep)
     return attend(
         request.query,
         request.key,
         request.value,
-        settings.predictor(request.query, request.key, **geometry),
+        predictor(request.query, request.key, **geometry),
         softcap=request.softcap,
         sink_logits=request.sink_logits,
         precision=settings.precision,
@@ -93,11 +104,14 @@ def sparse(request: Request, settings: LayerSettings, backend: str | None) -> At
 
 
 def dense(request: Request) -> Tensor:
-    """Dense attention of a request: torch where torch can, tamis for window, softcap, sinks and aligned ends.
+    """Dense attention of a request: the model's own call if there is one, else torch where torch can, and tamis for
+    window, softcap, sinks and aligned ends.
 
     Raises:
         UnsupportedError: softcap or sinks together with what no backend does, such as gradients.
     """
+    if request.original is not None:
+        return request.original()
     ours_alone = request.softcap is not None or request.sink_logits is not None
     aligned = not request.causal or request.query.shape[2] in (1, request.key.shape[2])
     if not ours_alone and aligned and request.window is None and request.segments is None:

@@ -26,7 +26,7 @@ class Schedule:
             `Sparge(topk=number)`. Before the first of these steps the predictor given to `apply` runs.
         calls_per_step: how often a layer is called in one step (2 where the guided and the unguided image are separate
             calls), so that steps are counted from the calls since `handle.start()`. None: the steps are set with
-            `handle.step = i`. A language model has one step, 0.
+            `handle.step = i`, or known from the scheduler of a diffusers pipeline. A language model has one step, 0.
 
     Raises:
         TypeError, ValueError: a setting has the wrong type or is out of its range.
@@ -103,6 +103,7 @@ class Chooser:
         self.source = source
         self.schedule = Schedule() if schedule is None else schedule
         self.step: int | None = None
+        self._told = False
         self._calls: Counter[str] = Counter()
         self._by_step = bool(self.schedule.dense_steps or self.schedule.predictors)
         if isinstance(source, Profile):
@@ -122,10 +123,19 @@ class Chooser:
             hint = f"; did you mean {', '.join(near)}?" if near else ""
             raise ValueError(f"schedule: the model has no attention layer {name!r}{hint}")
 
+    @property
+    def by_layer(self) -> bool:
+        """Whether settings or what is counted depend on the layer."""
+        return isinstance(self.source, Profile) or bool(self._dense) or self.schedule.calls_per_step is not None
+
     def start(self) -> None:
         """Count steps from here on, and forget a step that was set."""
-        self.step = None
+        self.step = 0 if self._told else None
         self._calls.clear()
+
+    def tell(self, step: int) -> None:
+        """The step that runs now, from someone who tells every one of them."""
+        self.step, self._told = step, True
 
     def choose(self, layer: str) -> Choice:
         """Settings of the next call of a layer.

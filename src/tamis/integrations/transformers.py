@@ -169,6 +169,7 @@ def _library(extra: dict[str, Any], request: Request, mask: Tensor | None, causa
     """Dense attention as transformers' own "sdpa" runs it, with the arguments that tamis does not read."""
     from transformers.integrations.sdpa_attention import sdpa_attention_forward
 
+    assert request.module is not None
     output, _ = sdpa_attention_forward(
         request.module,
         request.query,
@@ -208,7 +209,10 @@ def _check_model(model: Any) -> Any:
     from transformers import PreTrainedModel
 
     if not isinstance(model, PreTrainedModel):
-        raise TypeError(f"model must be a transformers PreTrainedModel, got {type(model).__name__}")
+        raise TypeError(
+            f"model must be a transformers PreTrainedModel, got {type(model).__name__} (which is no diffusers model "
+            "or pipeline either)"
+        )
     return model
 
 

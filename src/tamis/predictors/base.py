@@ -3,8 +3,8 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass
-from typing import Protocol, TypeAlias
+from dataclasses import dataclass, replace
+from typing import Any, Protocol, TypeAlias
 
 import torch
 from torch import Tensor
@@ -12,6 +12,7 @@ from torch import Tensor
 from tamis import geometry
 from tamis.block_mask import BlockMask
 from tamis.call import Call
+from tamis.errors import UnsupportedError
 from tamis.packed import check_layout
 
 Range: TypeAlias = "tuple[int | None, int | None]"
@@ -89,6 +90,20 @@ def as_keep(keep: Keep | Mapping[str, Sequence[Range]] | None) -> Keep | None:
     if unknown:
         raise ValueError(f"keep knows 'keys' and 'queries', got {unknown}")
     return Keep(**keep)
+
+
+def also_keep(predictor: Predictor, keep: Keep) -> Predictor:
+    """A predictor that keeps these tokens as well.
+
+    Raises:
+        UnsupportedError: it has no setting `keep`.
+    """
+    known: Any = predictor
+    if not hasattr(known, "keep"):
+        raise UnsupportedError(f"{type(predictor).__name__} has no setting 'keep', which the model's text tokens need")
+    own = as_keep(known.keep) or Keep()
+    both: Predictor = replace(known, keep=Keep((*own.keys, *keep.keys), (*own.queries, *keep.queries)))
+    return both
 
 
 _INTERVALS: dict[str, Callable[[float], bool]] = {
