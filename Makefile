@@ -17,7 +17,7 @@ $(READY): pyproject.toml constraints.txt CMakeLists.txt $(wildcard csrc/*)
 	$(PYTHON) -m venv $(VENV)
 	$(BIN)/pip install --quiet --upgrade pip
 	$(BIN)/pip install --quiet --constraint constraints.txt torch numpy
-	$(BIN)/pip install --quiet --constraint constraints.txt --editable ".[demo,dev,triton,ray]"
+	$(BIN)/pip install --quiet --constraint constraints.txt --editable ".[demo,dev,triton,ray,diffusers]"
 	rm -f $(VENV)/.ready-*
 	touch $@
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import copy
+import re
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -10,6 +11,7 @@ from typing import Any
 import pytest
 import torch
 from diffusion import IMAGE, PIXELS, TEXT, TINY, VIDEO, hunyuan, make, noise, video
+from guides import run_guide
 from torch import Tensor, nn
 
 import tamis
@@ -448,3 +450,10 @@ def test_blocks_compiled_one_by_one_share_graphs() -> None:
         model.compile_repeated_blocks(backend="eager", fullgraph=True)
         torch.testing.assert_close(run(model, given), expected, **CLOSE)
         assert torch._dynamo.utils.counters["stats"]["unique_graphs"] == 2
+
+
+def test_the_guide_runs(capsys: pytest.CaptureFixture[str]) -> None:
+    """Every block of docs/diffusers.md; what it says is printed, is. Its table names the models of the table."""
+    text = (Path(__file__).parent.parent / "docs" / "diffusers.md").read_text(encoding="utf-8")
+    assert re.findall(r"^\| `(\w+)`", text, re.MULTILINE) == list(adapters.TABLE)
+    run_guide(text, capsys)

@@ -454,7 +454,7 @@ def test_measuring_leaves_the_random_state_alone(cache: Path) -> None:
 
 
 def test_min_queries_is_checked() -> None:
-    with pytest.raises(ValueError, match="min_queries must be an integer or 'auto', got 'always'"):
+    with pytest.raises(TypeError, match="min_queries must be an integer or 'auto', got 'always'"):
         apply(make(), min_queries="always")  # type: ignore[arg-type]
 
 

@@ -6,11 +6,13 @@ import doctest
 import importlib
 import threading
 from collections.abc import Iterator
+from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
 import torch.nn.functional as F
+from guides import run_guide
 from torch import Tensor
 from torch.nn.attention.bias import causal_lower_right, causal_upper_left
 
@@ -188,8 +190,9 @@ def test_wrong_arguments() -> None:
     for given, message in (
         ({"pv_threshold": "off"}, "pv_threshold must be a number"),
         ({"min_queries": "always"}, "min_queries must be an integer or 'auto'"),
+        ({"audit": 2.0}, "share must be in"),
     ):
-        with pytest.raises(ValueError, match=message):
+        with pytest.raises((TypeError, ValueError), match=message):
             tamis.sdpa(**given)  # type: ignore[arg-type]  # that is the point
     with pytest.raises(ValueError, match="precision must be one of"), tamis.sdpa(precision="half"):
         attention(*tensors(heads=4))
@@ -271,3 +274,7 @@ def test_registering_changes_nothing() -> None:
 @pytest.mark.parametrize("name", ["sdpa", "flash"])
 def test_examples(name: str) -> None:
     assert doctest.testmod(importlib.import_module(f"tamis.integrations.{name}")).failed == 0
+
+
+def test_the_guide_runs(capsys: pytest.CaptureFixture[str]) -> None:
+    run_guide((Path(__file__).parent.parent / "docs" / "any-torch-code.md").read_text(encoding="utf-8"), capsys)
