@@ -19,7 +19,7 @@ from tamis.integrations.audit import Audit
 from tamis.integrations.capture import Captures, record
 from tamis.integrations.diffusers import adapters
 from tamis.integrations.hook import attention_layers, install
-from tamis.integrations.request import Request, dense
+from tamis.integrations.request import Request, dense, sparse
 from tamis.integrations.schedule import Schedule
 from tamis.profile import LayerSettings, Profile, Stage
 
@@ -158,6 +158,13 @@ def test_text_is_kept_wherever_it_lies(name: str) -> None:
     for ranges in () if keep is None else (keep.keys, keep.queries):
         assert sorted(place for start, stop in ranges for place in range(length)[start:stop]) == text
     assert (keep is not None) == (text != [])
+    if text:
+        tensors = (request.query, request.key, request.value)
+        places = [(text[0], text[-1] + 1)]
+        kept = replace(SOME, keep={"keys": places, "queries": places})
+        expected = tamis.attend(*tensors, kept(*tensors[:2])).output
+        assert torch.equal(sparse(request, LayerSettings(SOME, precision="full"), None).output, expected)
+        assert differ(tamis.attend(*tensors, SOME(*tensors[:2])).output, expected)
 
 
 def test_keep_of_a_predictor_is_kept_too() -> None:

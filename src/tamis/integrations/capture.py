@@ -86,14 +86,14 @@ def record(
     dtype: torch.dtype | None = None,
     max_bytes: int = 2 * 10**9,
 ) -> None:
-    """Run `run()` densely and write what chosen attention layers of a transformers model were asked.
+    """Run `run()` densely and write what chosen attention layers of a model were asked.
 
     A new or empty folder is filled, one with captures of the same model is added to. Every call is on disk before the
     next one starts, so what was captured before an interruption can be read. Calls that the format cannot hold
     (padding, other masks, sinks, softcap, batches) are listed in the index as skipped, with the reason.
 
     Args:
-        model: a `PreTrainedModel` whose attention goes through `AttentionInterface`.
+        model: a `PreTrainedModel` whose attention goes through `AttentionInterface`, or a transformer of diffusers.
         run: calls the model once, or many times as when generating or denoising.
         folder: where to write; docs/captures.md describes the files.
         input: number of this input in the folder.

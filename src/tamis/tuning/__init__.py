@@ -62,7 +62,7 @@ def tune(
     are in the profile, with what they did: every setting that is returned was run, on every input.
 
     Args:
-        model: a transformers model.
+        model: of transformers, or a transformer of diffusers.
         inputs: a list of what it reads: tensors of token ids `[batch, tokens]` or pixels, mappings of arguments, or
             functions of no arguments that call the model. As varied as what it will read later: five do for a language
             model.

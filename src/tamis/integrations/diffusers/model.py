@@ -105,7 +105,7 @@ class ModelHook(Hook):
 
     def _layout_of(self, given: dict[str, Any]) -> Layout | None:
         adapter = self._adapter
-        if adapter is None or (self._order is None and adapter.text is None):
+        if adapter is None or "hidden_states" not in given or (self._order is None and adapter.text is None):
             return None
         config: Any = self._model.config
         tokens = adapter.tokens(config, given)
@@ -156,7 +156,7 @@ class ModelHook(Hook):
         hidden = args[0] if args else kwargs["hidden_states"]
         layout.check(hidden.shape[1])
         layout.entered = True
-        hidden = hidden.index_select(1, layout.indices[0])
+        hidden = _taken(hidden, 1, layout.indices[0])
         return ((hidden, *args[1:]), kwargs) if args else (args, {**kwargs, "hidden_states": hidden})
 
     def _turn(self, rotary: adapters.Rotary, module: nn.Module, args: Any, output: Any) -> Any:
@@ -167,7 +167,7 @@ class ModelHook(Hook):
         layout = self._layout
         if layout is None or layout.indices is None or not layout.entered:
             return output
-        return output.index_select(1, layout.indices[1])
+        return _taken(output, 1, layout.indices[1])
 
 
 def image_layers(model: nn.Module) -> list[str]:
@@ -216,12 +216,17 @@ def _backend(module: nn.Module) -> str:
     return "native" if chosen is None else str(getattr(chosen, "value", chosen))
 
 
+def _taken(x: Tensor, dim: int, index: Tensor) -> Tensor:
+    # With parts of the model on other devices, tokens need not be where the model's arguments were.
+    return x.index_select(dim, index.to(x.device))
+
+
 def _moved(output: Any, rotary: adapters.Rotary, layout: Layout) -> Any:
     """Position embeddings in the layout's order: a tensor, or a tuple of which one item or all go by token."""
     if isinstance(output, Tensor):
         extra = output.shape[rotary.dim] - layout.tokens
         forward, _ = layout.wide(extra, 0) if layout.text == "before" else layout.wide(0, extra)
-        return output.index_select(rotary.dim, forward)
+        return _taken(output, rotary.dim, forward)
     return tuple(
         _moved(item, rotary, layout) if rotary.item in (None, index) else item for index, item in enumerate(output)
     )
