@@ -336,18 +336,25 @@ def test_forwards_replaced_by_others_meanwhile() -> None:
     model, given = wan()
     expected = run(model, given)
     handle = tamis.apply(model, SOME, **EXACT)
-    inner, calls = model.forward, []
+    calls: list[str] = []
 
-    def outer(*args: Any, **kwargs: Any) -> Any:
-        calls.append(1)
-        return inner(*args, **kwargs)
+    def wrap(module: Any, name: str) -> Any:
+        inner = module.forward
 
-    model.forward = outer
+        def outer(*args: Any, **kwargs: Any) -> Any:
+            calls.append(name)
+            return inner(*args, **kwargs)
+
+        module.forward = outer
+        return outer
+
+    attention = model.get_submodule("blocks.0.attn1")
+    outer = wrap(model, "model"), wrap(attention, "attention")
     assert differ(run(model, given), expected)
     handle.remove()
     assert torch.equal(run(model, given), expected)
-    assert len(calls) == 2
-    assert model.forward is outer
+    assert calls == ["model", "attention"] * 2
+    assert (model.forward, attention.forward) == outer
 
 
 def test_gradients_run_dense() -> None:

@@ -109,7 +109,7 @@ class Applied(Hook):
             ValueError: no audit was asked for.
         """
         if self._auditor is None:
-            raise ValueError("there is no audit: give apply(.., audit=0.005)")
+            raise ValueError("there is no audit: give audit=0.005")
         return self._auditor.report()
 
     def reset(self) -> None:
