@@ -300,6 +300,8 @@ def test_wrong_use_leaves_the_model_untouched() -> None:
         inside = state(model)
         with pytest.raises(ValueError, match="WanTransformer3DModel runs through tamis already"):
             tamis.apply(model)
+        with pytest.raises(ValueError, match="WanTransformer3DModel runs through tamis already"):
+            install(model, dense)  # as capture and tune do
         assert state(model) == inside
         torch.testing.assert_close(run(model, given), expected, **CLOSE)
     handle.remove()
