@@ -121,18 +121,19 @@ class Applied(Hook):
 
     def attend(self, request: Request) -> Tensor:
         """Answer a call, sparse or dense, and count it."""
+        if self._spread is not None:
+            choice = self._chooser.choose(request.layer)
+            # Whatever this rank's part looks like: all ranks must do the same.
+            settings = choice.settings if choice.dense is None else LayerSettings(None, precision="full")
+            output = self._spread.attend(request, settings, self.backend)
+            self._count(request, choice.dense, None)
+            return output
         result = self.sparse(request)
         return dense(request) if result is None else result.output
 
     def sparse(self, request: Request) -> AttentionOutput | None:
         """Answer a call if it runs sparse, and count it in either case."""
         choice = self._chooser.choose(request.layer)
-        if self._spread is not None:
-            # Whatever this rank's part looks like: all ranks must do the same.
-            settings = choice.settings if choice.dense is None else LayerSettings(None, precision="full")
-            output = self._spread.attend(request, settings, self.backend)
-            self._count(request, choice.dense, None)
-            return output
         reason = request.obstacle or self._too_few(request) or choice.dense
         if reason is None:
             try:

@@ -40,7 +40,8 @@ class Spread:
 
         from tamis.parallel import layer_attention
 
-        reason = request.obstacle or (None if request.mask is None else "a complete mask")
+        kinds = {"a complete mask": request.mask, "tokens that must be kept": request.keep}
+        reason = request.obstacle or next((name for name, given in kinds.items() if given is not None), None)
         if reason is not None:
             raise UnsupportedError(f"{request.layer}: {reason}: attention over a mesh does not do that")
         whole = isinstance(self.mesh, DeviceMesh)
