@@ -13,9 +13,10 @@ from typing import Any
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
+from torch.nn.attention.bias import CausalBias, CausalVariant
 from torch.overrides import TorchFunctionMode
 
-from tamis.call import DTYPES, is_causal_bias
+from tamis.call import DTYPES
 from tamis.integrations.request import Request
 
 Segments = tuple[Tensor, Tensor]
@@ -83,7 +84,7 @@ def request_of(asked: Asked, layer: str, module: nn.Module | None = None) -> Req
     obstacle = _obstacle(asked, query, key, value)
     mask, causal, segments = None, asked.is_causal, None
     if obstacle is None and asked.attn_mask is not None:
-        if is_causal_bias(asked.attn_mask):
+        if isinstance(asked.attn_mask, CausalBias):
             causal = True
         else:
             mask, segments = _read_mask(asked.attn_mask, query, key.shape[2])
@@ -142,11 +143,8 @@ def _obstacle(asked: Asked, query: Tensor, key: Tensor, value: Tensor) -> str | 
         or (query.shape[0], query.shape[3]) != (key.shape[0], key.shape[3])
     ):
         return "shapes that torch broadcasts or refuses"
-    if mask is not None and is_causal_bias(mask):
+    if isinstance(mask, CausalBias):
         # Whoever has one has loaded what it comes from, which takes as long as torch.
-        from torch.nn.attention.bias import CausalBias, CausalVariant
-
-        assert isinstance(mask, CausalBias)
         top_left = mask.variant == CausalVariant.UPPER_LEFT
         if (mask.seq_len_q, mask.seq_len_kv) != (query.shape[2], key.shape[2]) or asked.is_causal:
             return "shapes that torch broadcasts or refuses"
