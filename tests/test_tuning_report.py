@@ -357,6 +357,9 @@ def test_the_journal_of_a_real_run_fits_its_profile(tmp_path: Path) -> None:
     assert read.grid == GRID
     page = Page(render(profile, read))
     assert "What another budget would give" in page.words("h2")
+    assert profile.run == read.run != ""
+    with pytest.raises(ValueError, match="the journal is of another run than the profile: its model, inputs"):
+        frontier.check(profile, read._replace(run="0123456789abcdef"))
 
 
 def test_a_run_that_goes_on_is_read_as_far_as_it_is(tmp_path: Path) -> None:

@@ -126,5 +126,5 @@ def _image(options: CaptureOptions) -> tuple[Any, Passes]:
 
 def _speech(options: CaptureOptions) -> tuple[Any, Passes]:
     views = speech.speech_inputs(options.inputs)
-    model = speech.load_speech_encoder()
-    return model, [partial(model.encoder, features) for features in views]
+    model = speech.load_speech_model()
+    return model, [partial(model.model.encoder, features) for features in views]

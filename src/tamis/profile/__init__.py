@@ -1,6 +1,6 @@
 """Profile: the settings of every attention layer of one model, with the evidence for each, as a JSON file.
 
-    {"format": "tamis profile", "version": 1, "tamis": "0.1.0", "model": "LlamaForCausalLM",
+    {"format": "tamis profile", "version": 1, "tamis": "0.1.0", "model": "LlamaForCausalLM", "run": "",
      "budget": {"l1": 0.08, "pv_l1": 0.09}, "evidence": {},
      "layers": {"model.layers.0.self_attn": [
         {"steps": [0, null],
@@ -36,6 +36,7 @@ class Profile:
         budget: the error that was accepted, e.g. `{"l1": 0.08, "pv_l1": 0.09}`.
         library: version of tamis that evaluated the settings.
         evidence: what the settings did all together, e.g. `{"end_l1": 0.019}`.
+        run: tells the journal they came from (`tamis.tune(resume=)`); "" without one.
 
     Raises:
         ValueError: a layer has no stage, or stages that overlap or leave a gap.
@@ -53,6 +54,7 @@ class Profile:
     budget: Mapping[str, float] = field(default_factory=dict)
     library: str = ""
     evidence: Mapping[str, float] = field(default_factory=dict)
+    run: str = ""
 
     def __post_init__(self) -> None:
         for name, stages in self.layers.items():
@@ -105,7 +107,8 @@ class Profile:
             raise ValueError(f"the profiles differ in layers that both have: {', '.join(clashes[:5])}")
         budget = self.budget if self.budget == other.budget else {}
         library = self.library if self.library == other.library else ""
-        return Profile({**self.layers, **other.layers}, self.model, budget, library)
+        run = self.run if self.run == other.run else ""
+        return Profile({**self.layers, **other.layers}, self.model, budget, library, run=run)
 
     def diff(self, other: Profile) -> list[str]:
         """What differs between two profiles, a line each; empty if nothing does."""
@@ -124,7 +127,8 @@ class Profile:
 
     def save(self, path: str | Path) -> None:
         """Write the profile as JSON; an existing file is replaced whole or not at all."""
-        head = {"tamis": self.library, "model": self.model, "budget": self.budget, "evidence": self.evidence}
+        names = {"tamis": self.library, "model": self.model, "run": self.run}
+        head: dict[str, Any] = {**names, "budget": self.budget, "evidence": self.evidence}
         files.write(Path(path), head, self.layers)
 
     @staticmethod
@@ -137,7 +141,7 @@ class Profile:
         """
         head, layers = files.read(Path(path))
         try:
-            return Profile(layers, head["model"], head["budget"], head["tamis"], head["evidence"])
+            return Profile(layers, head["model"], head["budget"], head["tamis"], head["evidence"], head["run"])
         except ValueError as error:
             raise ValueError(f"{path} is no profile that tamis can use: {error}") from error
 

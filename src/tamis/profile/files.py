@@ -47,8 +47,9 @@ def _parts(data: Any) -> tuple[dict[str, Any], dict[str, tuple[Stage, ...]]]:
         raise ValueError(f"its version is {version!r}")
     if version > VERSION:
         raise ValueError(f"its version is {version} and this tamis reads up to {VERSION}: use a newer tamis")
-    _exactly(data, ("format", "version", "tamis", "model", "budget", "evidence", "layers"), "the file")
-    head: dict[str, Any] = {name: _string(data[name], name) for name in ("tamis", "model")}
+    data = {"run": "", **data}
+    _exactly(data, ("format", "version", "tamis", "model", "run", "budget", "evidence", "layers"), "the file")
+    head: dict[str, Any] = {name: _string(data[name], name) for name in ("tamis", "model", "run")}
     for part in ("budget", "evidence"):
         head[part] = {name: _real(value, f"{part}.{name}") for name, value in _mapping(data[part], part).items()}
     layers = {}

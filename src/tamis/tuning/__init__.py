@@ -27,7 +27,7 @@ from tamis.tuning.budget import Budget
 from tamis.tuning.candidates import GRID
 from tamis.tuning.decide import Decision, stages
 from tamis.tuning.ending import End
-from tamis.tuning.journal import Journal
+from tamis.tuning.journal import Journal, fingerprint
 from tamis.tuning.pool import check_workers
 from tamis.tuning.run import Place, Progress, Run, Task, survey
 from tamis.tuning.settings import Tuning
@@ -162,7 +162,8 @@ def tune_source(
         tuning = Tuning(run, source, surveyed, precision, backend)
         decisions, end = _decide(tuning, budget, held_out)
         held = {} if held_out is None else tuning.held_out(held_out, decisions)
-    return Profile(stages(decisions, held, steps), source.name, budget.as_json(), installed(), end)
+    name = fingerprint(head) if head else ""
+    return Profile(stages(decisions, held, steps), source.name, budget.as_json(), installed(), end, name)
 
 
 def _decide(tuning: Tuning, budget: Budget, held_out: Source | None) -> tuple[dict[Place, Decision], dict[str, float]]:

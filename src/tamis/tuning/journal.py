@@ -7,6 +7,7 @@ and so is a file that is no journal: nothing of it is touched. One run at a time
 
 from __future__ import annotations
 
+import hashlib
 import json
 import os
 import stat
@@ -17,6 +18,11 @@ from pathlib import Path
 from typing import Any
 
 _HEAD = b'{"head":'
+
+
+def fingerprint(head: dict[str, Any]) -> str:
+    """What tells a run from others: a checksum of what its journal is about."""
+    return hashlib.sha256(json.dumps(head, sort_keys=True).encode()).hexdigest()[:16]
 
 
 class Journal:

@@ -25,11 +25,13 @@ class Surveys(NamedTuple):
         grid: the candidates.
         bounds: the steps at which a new stage starts, without 0.
         found: l1, square and density by layer and stage (`Place`), float64 `[samples, candidates, heads]`.
+        run: tells the run, as in the profiles that came from it.
     """
 
     grid: tuple[Candidate, ...]
     bounds: tuple[int, ...]
     found: Mapping[tuple[str, int], Mapping[str, Tensor]]
+    run: str = ""
 
 
 def read(path: str | Path) -> Surveys:
@@ -56,7 +58,7 @@ def read(path: str | Path) -> Surveys:
         raise ValueError(f"{path} is a journal whose survey cannot be read: {error}") from error
     if not found:
         raise ValueError(f"{path} holds no input's survey: let `tamis tune` finish")
-    return Surveys(grid, bounds, found)
+    return Surveys(grid, bounds, found, journal.fingerprint(head))
 
 
 def _arrays(found: Mapping[str, Any], candidates: int) -> dict[str, Tensor]:

@@ -22,6 +22,7 @@ class Survey(Protocol):
         grid: cdf, topk and similarity of the candidates.
         bounds: the steps at which a new stage starts, without 0.
         found: l1 and density by layer and stage, `[samples, candidates, heads]`.
+        run: tells the run, as in the profiles that came from it.
     """
 
     @property
@@ -30,6 +31,8 @@ class Survey(Protocol):
     def bounds(self) -> Sequence[int]: ...
     @property
     def found(self) -> Mapping[tuple[str, int], Mapping[str, Tensor]]: ...
+    @property
+    def run(self) -> str: ...
 
 
 class Point(NamedTuple):
@@ -75,6 +78,8 @@ def check(profile: Profile, survey: Survey) -> None:
     Raises:
         ValueError: it lacks a layer, or is of other heads, inputs or steps.
     """
+    if profile.run and profile.run != survey.run:
+        raise _strange("its model, inputs, grid or version of tamis is another")
     starts = [0, *survey.bounds]
     for name, stages in profile.layers.items():
         if [stage.first for stage in stages] != starts:
