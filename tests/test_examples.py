@@ -125,3 +125,20 @@ def test_long_maps_are_shrunk_to_shares(run: Any, tmp_path: Path) -> None:
     shares = kept[0, 0].double().repeat_interleave(2, 0).view(32, 5, 32, 5).mean((1, 3))
     assert torch.equal(pixels(path).double(), (shares * 15).ceil())
     assert ElementTree.parse(path).getroot().findtext(f"{SVG}title") == "a < b"
+
+
+def test_gallery_shows_what_is_there() -> None:
+    """Every picture of the gallery is shown, small, and for both colour schemes; every command names a script."""
+    docs = EXAMPLES.parent / "docs"
+    page = (docs / "gallery.md").read_text(encoding="utf-8")
+    shown = set(re.findall(r"\]\((gallery/\S+)\)", page))
+    assert shown == {f"gallery/{path.name}" for path in (docs / "gallery").iterdir()} and len(shown) == 4
+    for name in shown:
+        drawing = (docs / name).read_text(encoding="utf-8")
+        assert len(drawing) < 60_000 and "prefers-color-scheme:dark" in drawing
+        assert len(pixels(docs / name).unique()) > 1
+    for script, arguments in re.findall(r"^    python examples/(\w+)\.py(.*)$", page, re.MULTILINE):
+        code = (EXAMPLES / f"{script}.py").read_text(encoding="utf-8")
+        assert all(f'"{option}"' in code for option in re.findall(r"--\w+", arguments)), (script, arguments)
+    for link in re.findall(r"\]\(([^)#]+)", page):
+        assert (docs / link).exists(), link
