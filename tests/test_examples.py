@@ -142,3 +142,19 @@ def test_gallery_shows_what_is_there() -> None:
         assert all(f'"{option}"' in code for option in re.findall(r"--\w+", arguments)), (script, arguments)
     for link in re.findall(r"\]\(([^)#]+)", page):
         assert (docs / link).exists(), link
+
+
+def test_recorder_keeps_what_it_is_told_to(run: Any) -> None:
+    """The text of Flux stands before its image: the first keys, and queries that need every key."""
+    pytest.importorskip("diffusers")
+    from diffusion import TINY
+
+    names, _, _ = run("image", "--pixels", "182")
+    recorder = names["Recorder"](tamis.Sparge(topk=0.1, similarity=-1, sink=False))
+    model = TINY["flux"].make()
+    with torch.no_grad(), tamis.apply(model, recorder) as handle:
+        model(**TINY["flux"].given())
+    assert handle.calls["sparse"] == len(recorder.masks) == 2
+    for mask in recorder.masks:
+        kept = mask.to_dense()
+        assert kept[..., 0].all() and kept[:, :, 0].all() and not kept[:, :, 1:, 1:].all()
