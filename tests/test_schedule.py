@@ -480,7 +480,7 @@ def test_the_guide_runs(cache: Path, capsys: pytest.CaptureFixture[str]) -> None
 
 
 def test_examples_run() -> None:
-    for name in ("audit", "schedule", "apply"):
+    for name in ("audit", "schedule", "apply", "decoding"):
         module = importlib.import_module(f"tamis.integrations.{name}")
         results = doctest.testmod(module)
         assert results.failed == 0 < results.attempted, name

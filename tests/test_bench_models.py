@@ -1,0 +1,78 @@
+"""`tamis bench models` on tiny models, and the page that it stands on."""
+
+from __future__ import annotations
+
+import json
+import math
+import re
+from pathlib import Path
+from typing import Any
+
+import pytest
+import tiny_models
+import torch
+
+from tamis.bench import models as bench
+
+DOCS = Path(__file__).parent.parent / "docs" / "transformers.md"
+RESULT = Path(__file__).parent.parent / "benchmarks" / "results" / "models-xeon-amx.json"
+
+
+def test_rows_say_what_was_run(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Whole passes agree with the models called by hand; dense ways change nothing, sparse ones do."""
+    tokens = 64 * 18
+    language = tiny_models.language("Llama", max_position_embeddings=2048)
+    ids = tiny_models.tokens(1, tokens)
+    vision = tiny_models.image("Dinov2")
+    monkeypatch.setattr(bench, "NEW_TOKENS", 6)
+    monkeypatch.setattr(bench.models, "load_language_model", lambda folder: (language, None, "tiny"))
+    monkeypatch.setattr(bench.models, "encode", lambda *_: ids)
+    monkeypatch.setattr(bench, "fetch", lambda asset: asset)
+    monkeypatch.setattr(bench.image, "load_image_model", lambda path: vision)
+    photo = torch.randn(1, 3, 112, 112, generator=torch.Generator().manual_seed(0))
+    monkeypatch.setattr(bench.image, "load_photo", lambda name, pixels: (photo, ""))
+    result = bench.run(tokens, pixels=112, rounds=1)
+    rows = {row["what"]: row for row in result["rows"]}
+    assert list(rows) == [
+        "128 tokens, dense",
+        f"SmolLM2-135M, prefill of {tokens}",
+        f"a token after {tokens - 6}, dense",
+        *(f"a token after {tokens - 6}, {share} of the cache" for share in ("0.25", "0.125", "0.0625")),
+        "DINOv2 ViT-S/14, 197 tokens",
+    ]
+    with torch.no_grad():
+        logits = language(ids).logits[0]
+    own = math.exp(float(torch.nn.functional.cross_entropy(logits[:-1], ids[0, 1:])))
+    assert rows[f"SmolLM2-135M, prefill of {tokens}"]["perplexity"] == pytest.approx(own, rel=1e-4)
+    last = math.exp(float(torch.nn.functional.cross_entropy(logits[-6:-1], ids[0, -5:])))
+    dense = rows[f"a token after {tokens - 6}, dense"]
+    assert dense["perplexity"] == pytest.approx(last, rel=0.05)  # the cache was filled sparsely, by both ways
+    assert abs(dense["perplexity_change"]) < 1e-5
+    assert abs(rows[f"a token after {tokens - 6}, 0.25 of the cache"]["perplexity_change"]) > 1e-5
+    assert 0.9 < rows["DINOv2 ViT-S/14, 197 tokens"]["feature_cosine"] < 1
+    assert all(row["ratio"]["median"] > 0 for row in result["rows"])
+    json.dumps(result, allow_nan=False)
+
+
+def test_the_documented_table_is_the_measured_one() -> None:
+    assert bench.table(json.loads(RESULT.read_text(encoding="utf-8"))) in DOCS.read_text(encoding="utf-8")
+
+
+def test_what_the_page_shows_runs(capsys: pytest.CaptureFixture[str]) -> None:
+    blocks = re.findall(r"```python\n(.*?)```", DOCS.read_text(encoding="utf-8"), re.DOTALL)
+    assert len(blocks) == 3
+    names: dict[str, Any] = {}
+    torch.manual_seed(0)
+    for block in blocks:
+        exec(block, names)
+    printed = capsys.readouterr().out.splitlines()
+    assert printed[0] == "{'sparse': 2, 'dense': 0} Counter()"
+    assert printed[1] == "{'sparse': 16, 'dense': 0}"  # two prefills, and seven tokens by two layers
+
+
+def test_times_are_readable() -> None:
+    assert [bench._time(seconds) for seconds in (12.345, 0.0126)] == ["12.35 s", "12.6 ms"]
+    machine = {"cpu": "C", "threads": 2, "torch": "2"}
+    row = {"what": "w", "own_seconds": 2.0, "seconds": 1.0, "ratio": {"median": 2.0}, "feature_cosine": 0.5}
+    text = bench.table({"machine": machine, "dtype": "float32", "rows": [row]})
+    assert text.endswith("| w | 2.00 s | 1.00 s | 2.00x | feature cosine 0.5000 |")
