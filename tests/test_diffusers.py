@@ -30,7 +30,7 @@ pytestmark = pytest.mark.filterwarnings("ignore:In CPU autocast, but the target 
 EXACT: dict[str, Any] = {"precision": "full", "pv_threshold": None}
 EVERYTHING = tamis.Sparge(topk=1.0, similarity=-1.0)
 SOME = tamis.Window(16, sink=0)
-# What the issue asks for; sums in another order and a permutation leave 6e-7 on outputs of about 1.
+# Sums in another order and a permutation leave 6e-7 on outputs of about 1.
 CLOSE = {"atol": 1e-5, "rtol": 0.0}
 
 
@@ -473,3 +473,35 @@ def test_the_guide_runs(capsys: pytest.CaptureFixture[str]) -> None:
     text = (Path(__file__).parent.parent / "docs" / "diffusers.md").read_text(encoding="utf-8")
     assert re.findall(r"^\| `(\w+)`", text, re.MULTILINE) == list(adapters.TABLE)
     run_guide(text, capsys)
+
+
+def test_a_deep_copy_is_a_model_of_its_own() -> None:
+    """It computes with its own weights, with its class's forward, whenever it was taken."""
+    tiny = TINY["wan"]
+    model, given = tiny.make(), tiny.given()
+    expected = run(model, given)
+    with tamis.apply(model, SOME, min_queries=1):
+        twin = copy.deepcopy(model)
+        assert run(twin, given).equal(expected)
+    for weights in twin.parameters():
+        weights.data.mul_(0.5)
+    assert differ(run(twin, given), expected)
+    assert run(model, given).equal(expected)
+    with tamis.apply(twin, SOME, min_queries=1) as handle:
+        run(twin, given)
+    assert handle.calls["sparse"] > 0
+
+
+def test_an_order_is_refused_under_gradient_checkpointing() -> None:
+    """Blocks would be run again without the tokens' order."""
+    tiny = TINY["wan"]
+    model, given = tiny.make(), tiny.given()
+    model.enable_gradient_checkpointing()
+    model.train()
+    with (
+        tamis.apply(model, order="hilbert"),
+        pytest.raises(tamis.UnsupportedError, match="order must be None with grad"),
+    ):
+        model(**given)
+    with tamis.apply(model):
+        model(**given).sample.square().sum().backward()

@@ -5,6 +5,7 @@ The bound is 1e-5 on outputs of a few units: twice what eager and sdpa themselve
 
 from __future__ import annotations
 
+import copy
 from typing import Any
 
 import pytest
@@ -347,3 +348,95 @@ def test_wrong_use_is_refused_and_the_model_untouched(arguments: dict[str, Any],
         tamis.apply(model, **arguments)
     assert model.config.to_dict() == before
     tamis.apply(model, profile()).remove()
+
+
+def test_names_of_transformers_are_its_own() -> None:
+    """ "eager" stands in its registry of masks alone: taken and given back, no model of the process would be causal."""
+    from tamis.integrations.apply import register
+
+    for name in ("eager", "sdpa"):
+        with pytest.raises(ValueError, match=f"'{name}' is registered already"):
+            register(name)
+
+
+def test_chunks_that_depend_on_the_padding_of_a_text() -> None:
+    """Llama 4 counts chunks from the first token of each text: what ends one text's chunk does not end another's."""
+    config = transformers.Llama4TextConfig(
+        hidden_size=32,
+        intermediate_size=32,
+        intermediate_size_mlp=32,
+        num_hidden_layers=4,
+        num_attention_heads=4,
+        num_key_value_heads=2,
+        head_dim=8,
+        vocab_size=64,
+        attention_chunk_size=16,
+        num_local_experts=2,
+        max_position_embeddings=512,
+        pad_token_id=0,
+        initializer_range=0.2,
+    )
+    torch.manual_seed(0)
+    model = transformers.Llama4ForCausalLM(config).eval()
+    given = {"input_ids": tokens(2, 10), "attention_mask": torch.ones(2, 10, dtype=torch.long)}
+    given["attention_mask"][1, :5] = 0
+    options: dict[str, Any] = {"max_new_tokens": 30, "do_sample": False, "output_logits": True}
+
+    def run(model: Any) -> torch.Tensor:
+        return torch.stack(model.generate(**given, **options, return_dict_in_generate=True).logits)
+
+    expected = own(model, "eager", run)
+    with tamis.apply(model):
+        torch.testing.assert_close(run(model), expected, **CLOSE)
+
+
+def test_models_of_one_configuration_are_two_models() -> None:
+    config = LANGUAGE["llama"]().config
+    first, second = (transformers.LlamaForCausalLM(config).eval() for _ in range(2))
+    with torch.no_grad():
+        expected = [model(tokens()).logits for model in (first, second)]
+        with tamis.apply(first, tamis.Window(16), min_queries=1) as handle:
+            torch.testing.assert_close(second(tokens()).logits, expected[1], **CLOSE)
+            assert handle.calls == {"sparse": 0, "dense": 0}
+            with pytest.raises(ValueError, match="shares its configuration with a model that runs through tamis"):
+                tamis.apply(second)
+            copied = copy.deepcopy(first)
+        assert first(tokens()).logits.equal(expected[0])
+        with tamis.apply(copied, tamis.Window(16), min_queries=1) as handle:
+            copied(tokens())
+        assert handle.calls["sparse"] == 2
+        assert copied(tokens()).logits.equal(expected[0])
+
+
+def test_caches_of_two_parts() -> None:
+    """Only what the decoder itself grows has means; its other keys are the encoder's."""
+    model = OTHERS["whisper"]()
+    given = {key: value for key, value in tiny_models.inputs("whisper").items() if key != "decoder_input_ids"}
+    options: dict[str, Any] = {"max_new_tokens": 5, "min_new_tokens": 5, "do_sample": False}
+    expected = model.generate(**given, **options)
+    with tamis.apply(model, EVERYTHING, precision="full", decode=0.5) as handle:
+        assert model.generate(**given, **options).equal(expected)
+    assert {"decoding: every block is kept", "decoding: the cache keeps no means"} <= set(handle.dense_reasons)
+
+
+def test_a_cache_outlives_inference_mode_gradients_and_copies() -> None:
+    model, ids = long_model(), tokens(1, 220)
+    expected = own(model, "eager", lambda model: model(ids).logits)
+    cache = transformers.DynamicCache(config=model.config)
+    with tamis.apply(model, EVERYTHING, precision="full", pv_threshold=None, decode=0.5):
+        with torch.inference_mode():
+            parts = [model(ids[:, :100], past_key_values=cache).logits.clone()]
+        with torch.no_grad():
+            parts.append(model(ids[:, 100:150], past_key_values=cache).logits)
+            twin = copy.copy(cache)
+            twin.layers = [copy.copy(layer) for layer in cache.layers]
+            parts.append(model(ids[:, 150:160], past_key_values=cache).logits)
+            model(ids[:, :10], past_key_values=twin)
+            parts.append(model(ids[:, 160:200], past_key_values=cache).logits)
+        parts.append(model(ids[:, 200:], past_key_values=cache).logits)
+    torch.testing.assert_close(torch.cat(parts, dim=1).detach(), expected, **CLOSE)
+    fresh = transformers.DynamicCache(config=model.config)
+    with tamis.apply(model, decode=0.5):
+        both = [model(ids[:, start : start + 100], past_key_values=fresh).logits.sum() for start in (0, 100)]
+        (both[0] + both[1]).backward()
+    assert all(parameter.grad is not None for parameter in model.parameters())

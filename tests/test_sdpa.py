@@ -278,3 +278,14 @@ def test_examples(name: str) -> None:
 
 def test_the_guide_runs(capsys: pytest.CaptureFixture[str]) -> None:
     run_guide((Path(__file__).parent.parent / "docs" / "any-torch-code.md").read_text(encoding="utf-8"), capsys)
+
+
+@pytest.mark.filterwarnings("ignore:There is a performance drop:UserWarning")  # of torch's own vmap
+def test_what_has_no_data_or_is_transformed_is_torchs() -> None:
+    query = torch.randn(1, 2, 256, 16)
+    with tamis.sdpa() as handle:
+        assert F.scaled_dot_product_attention(*(query.to("meta"),) * 3).shape == query.shape
+        F.scaled_dot_product_attention(query, query, query)
+        torch.vmap(lambda x: F.scaled_dot_product_attention(x, x, x))(query[None])
+    assert handle.calls == {"sparse": 1, "dense": 2}
+    assert set(handle.dense_reasons) == {"tensors without data", "forward-mode derivatives or torch.func"}

@@ -14,7 +14,7 @@ from tamis.call import PerHead
 from tamis.integrations.applied import Applied
 from tamis.integrations.audit import Audit
 from tamis.integrations.decoding import Decode
-from tamis.integrations.hook import attention_layers, install, models_of
+from tamis.integrations.hook import attention_layers, install, models_of, shares_a_hook
 from tamis.integrations.schedule import Chooser, Schedule
 from tamis.integrations.settings import check_min_queries, uniform
 from tamis.integrations.spread import Spread
@@ -112,6 +112,10 @@ def apply(
     handles = [known() for module in modules if (known := _applied.get(module)) is not None]
     if any(handle is not None and not handle.removed for handle in handles):
         raise ValueError(f"{type(model).__name__} runs through tamis already: .remove() that handle first")
+    if shares_a_hook(model):
+        raise ValueError(
+            f"{type(model).__name__} shares its configuration with a model that runs through tamis: give it a copy"
+        )
     applied = Applied(
         partial(install, model, means=decode is not None, order=order, named=chooser.by_layer),
         chooser,

@@ -4,8 +4,9 @@ from __future__ import annotations
 
 from typing import Any
 
+import torch
 from torch import Tensor, nn
-from transformers.cache_utils import Cache, DynamicLayer
+from transformers.cache_utils import Cache, DynamicLayer, EncoderDecoderCache
 
 from tamis.integrations.decoding import KeyMeans
 
@@ -28,6 +29,9 @@ class MeansLayer(DynamicLayer):  # type: ignore[no-untyped-call]  # transformers
 
     def update(self, key_states: Tensor, value_states: Tensor, *args: Any, **kwargs: Any) -> tuple[Tensor, Tensor]:
         """Append new keys and values `[batch, kv_heads, new, head_dim]`; returns all of them."""
+        if torch.is_grad_enabled() and (key_states.requires_grad or (self.is_initialized and self._recorded())):
+            self._room = self._seen = self.means = None  # what is written in place has no derivative
+            return super().update(key_states, value_states, *args, **kwargs)
         if not self.is_initialized:
             self.lazy_initialization(key_states, value_states)
         assert self.keys is not None and self.values is not None
@@ -36,6 +40,8 @@ class MeansLayer(DynamicLayer):  # type: ignore[no-untyped-call]  # transformers
         old = self.get_seq_length()
         length = old + key_states.shape[2]
         room = self._room
+        if room is not None and room[0].is_inference() and not torch.is_inference_mode_enabled():
+            room = self.means = None  # what inference mode made is not written outside of it
         if room is None or length > room[0].shape[2]:
             room = _grown(self.keys, key_states, old, length), _grown(self.values, value_states, old, length)
         room[0][:, :, old:length] = key_states
@@ -50,6 +56,13 @@ class MeansLayer(DynamicLayer):  # type: ignore[no-untyped-call]  # transformers
         self.keys, self.values = keys, values
         return keys, values
 
+    def _recorded(self) -> bool:
+        return self.keys is not None and self.keys.requires_grad
+
+    def __copy__(self) -> MeansLayer:
+        """Another layer of the same keys, with room of its own."""
+        return MeansLayer(self)
+
     def reset(self) -> None:
         """Forget all keys and values."""
         super().reset()
@@ -59,7 +72,8 @@ class MeansLayer(DynamicLayer):  # type: ignore[no-untyped-call]  # transformers
 def _grown(have: Tensor, new: Tensor, old: int, length: int) -> Tensor:
     """Room for `length` tokens and an eighth more, with the first `old` of `have` in it."""
     batch, heads, _, dim = new.shape
-    room = new.new_empty(batch, heads, length + max(length // 8, 256), dim)
+    dtype = torch.promote_types(have.dtype, new.dtype) if old else new.dtype
+    room = new.new_empty(batch, heads, length + max(length // 8, 256), dim, dtype=dtype)
     if old:
         room[:, :, :old] = have
     return room
@@ -68,6 +82,8 @@ def _grown(have: Tensor, new: Tensor, old: int, length: int) -> Tensor:
 def keep_means(_: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
     """A forward pre-hook: the growing layers of the cache that a model is called with keep means from here on."""
     for cache in (*args, *kwargs.values()):
+        if isinstance(cache, EncoderDecoderCache):
+            cache = cache.self_attention_cache  # the part of it that grows
         if not isinstance(cache, Cache):
             continue
         if cache.layer_class_to_replicate is DynamicLayer:

@@ -71,6 +71,15 @@ def install(
     return TransformersHook(model, function, means=means)
 
 
+def shares_a_hook(model: Any) -> bool:
+    """Whether another model's hook answers for this one too, because they share a configuration (transformers)."""
+    if _from_diffusers(model):
+        return False
+    from tamis.integrations import transformers
+
+    return transformers.shares_a_hook(model)
+
+
 def attention_layers(model: Any) -> list[str]:
     """Qualified names of a model's attention layers, in the order of `named_modules`.
 

@@ -13,6 +13,7 @@ from typing import Any
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
+from torch.autograd import forward_ad
 from torch.nn.attention.bias import CausalBias, CausalVariant
 from torch.overrides import TorchFunctionMode
 
@@ -120,20 +121,29 @@ def _four_dims(tensor: Tensor) -> Tensor:
 def _autocast(tensor: Tensor) -> Tensor:
     """As autocast would hand it to the kernel."""
     kind = tensor.device.type
-    if tensor.dtype in DTYPES and torch.is_autocast_enabled(kind):
+    if kind != "meta" and tensor.dtype in DTYPES and torch.is_autocast_enabled(kind):
         return tensor.to(torch.get_autocast_dtype(kind))
     return tensor
+
+
+def _transformed() -> bool:
+    """Whether derivatives are taken forwards, or a transform of torch.func (vmap, grad, ..) is at work."""
+    return forward_ad._current_level >= 0 or torch._C._functorch.peek_interpreter_stack() is not None
 
 
 def _obstacle(asked: Asked, query: Tensor, key: Tensor, value: Tensor) -> str | None:
     """Why a call can only be torch's."""
     tensors, mask = (query, key, value), asked.attn_mask
+    if query.device.type == "meta":
+        return "tensors without data"
     if any(tensor.layout != torch.strided or tensor.dim() != 4 for tensor in tensors):
         return f"tensors of {asked.query.dim()} dimensions, layout {asked.query.layout}"
     if query.dtype not in DTYPES or key.dtype != query.dtype or value.dtype != query.dtype:
         return f"dtypes {query.dtype}, {key.dtype}, {value.dtype}"
     if asked.dropout_p > 0:
         return "dropout"
+    if not torch.compiler.is_compiling() and _transformed():
+        return "forward-mode derivatives or torch.func"
     if torch.is_grad_enabled() and any(tensor.requires_grad for tensor in tensors):
         return "gradients"
     heads = query.shape[1] == key.shape[1] or (asked.enable_gqa and query.shape[1] % key.shape[1] == 0)

@@ -22,7 +22,7 @@ from torch.utils.hooks import RemovableHandle
 from tamis.call import DTYPES
 from tamis.errors import UnsupportedError
 from tamis.integrations.hook import Hook
-from tamis.integrations.request import Request
+from tamis.integrations.request import Request, dense
 
 # Arguments that reach attention functions and say nothing about what attention computes.
 _HARMLESS = frozenset(
@@ -43,6 +43,9 @@ _HARMLESS = frozenset(
 _HONOURED = frozenset(("sliding_window", "softcap", "s_aux"))
 _NO_WINDOW = 2**31 - 1
 _names = (f"tamis_{number}" for number in itertools.count())
+# For every name that was ever ours what it stood in for, by the class of the configuration: configurations are copied
+# and shared, and may hold a name that nobody answers to any more.
+_stood_for: dict[str, dict[str, str]] = {}
 
 
 class TransformersHook(Hook):
@@ -52,6 +55,7 @@ class TransformersHook(Hook):
         self._model = _check_model(model)
         self._name = next(_names)
         self._configs = _configs(model)
+        _stood_for[self._name] = {type(config).__name__: own for config, own in self._configs}
         self._means: list[RemovableHandle] = []
         _register(self._name, _Attention(function, {module: name for name, module in model.named_modules()}))
         try:
@@ -79,9 +83,9 @@ class NamedHook(Hook):
     """A function registered under a name, for models that are made with `attn_implementation=name`."""
 
     def __init__(self, name: str, function: Callable[[Request], Tensor]) -> None:
-        from transformers import AttentionInterface
+        from transformers import AttentionInterface, AttentionMaskInterface
 
-        if name in AttentionInterface._global_mapping:
+        if name in AttentionInterface._global_mapping or name in AttentionMaskInterface._global_mapping:
             raise ValueError(f"name must be new to transformers, {name!r} is registered already")
         self._name = name
         _register(name, _Attention(function, {}))
@@ -134,6 +138,7 @@ class _Attention:
         **extra: Any,
     ) -> tuple[Tensor, None]:
         causal = getattr(module, "is_causal", True) if is_causal is None else is_causal
+        strange = bool(self._layers) and module not in self._layers
         mask, window, segments = _read_mask(attention_mask, query.shape[2], key.shape[2])
         if attention_mask is None and causal:
             window = extra.get("sliding_window")
@@ -156,7 +161,9 @@ class _Attention:
             library=partial(_library, {name: item for name, item in extra.items() if name not in _HONOURED}),
             means=getattr(key, "tamis_means", None),
         )
-        return self._function(request).transpose(1, 2).contiguous(), None
+        # A model that shares the configuration of ours, or was copied from it: nobody asked for anything there.
+        answer = dense if strange else self._function
+        return answer(request).transpose(1, 2).contiguous(), None
 
 
 def _layer_name(module: nn.Module) -> str:
@@ -258,7 +265,11 @@ def _mask_function(
     if torch.compiler.is_compiling():
         if allow_is_causal_skip and aligned and attention_mask is None and local_size is None:
             return None
-    elif allow_is_causal_skip and aligned and _is_causal(pattern, q_length, kv_length, kv_offset, window, device):
+    elif (
+        allow_is_causal_skip
+        and aligned
+        and _is_causal(pattern, (batch_size, q_length, kv_length), kv_offset, window, device)
+    ):
         padding = prepare_padding_mask(attention_mask, kv_length, kv_offset)
         tokens = None if padding is None else padding[:, kv_offset : kv_offset + kv_length].to(torch.bool)
         if tokens is None or bool(tokens.all()):
@@ -283,19 +294,25 @@ def _mask_function(
 
 
 def _is_causal(
-    pattern: Callable[..., Tensor], queries: int, keys: int, offset: int, window: int | None, device: torch.device | str
+    pattern: Callable[..., Tensor],
+    sizes: tuple[int, int, int],
+    offset: int,
+    window: int | None,
+    device: torch.device | str,
 ) -> bool:
-    """Whether a pattern is causal, with a window if one is given, judged by its last two rows.
+    """Whether a pattern is causal, with a window if one is given, judged by its last two rows of every text.
 
     The other pattern with a local size, attention in chunks, agrees with a window in at most one of two adjacent rows.
     """
+    batch, queries, keys = sizes
     last = offset + keys - 1
+    texts = torch.arange(batch, device=device)[:, None, None]
     zero = torch.zeros((), dtype=torch.long, device=device)
     rows = torch.arange(last - min(queries, 2) + 1, last + 1, device=device)[:, None]
     columns = torch.arange(offset, offset + keys, device=device)[None, :]
     distance = rows - columns
     expected = (distance >= 0) & (distance < (keys + 1 if window is None else window))
-    return torch.equal(pattern(zero, zero, rows, columns).expand_as(expected), expected)
+    return bool((pattern(texts, zero, rows, columns) == expected).all())
 
 
 def _read_mask(
@@ -326,4 +343,19 @@ def _configs(model: nn.Module) -> list[tuple[Any, str]]:
         if id(config) not in found:
             found[id(config)] = config
             pending += [inner for name in config.sub_configs if (inner := getattr(config, name, None)) is not None]
-    return [(config, config._attn_implementation) for config in found.values()]
+    return [(config, _own(config)) for config in found.values()]
+
+
+def _own(config: Any) -> str:
+    """What a configuration asks for; where that is a name of ours that is gone, what it stood for."""
+    from transformers import AttentionInterface
+
+    name: str = config._attn_implementation
+    while name in _stood_for and name not in AttentionInterface._global_mapping:
+        name = _stood_for[name].get(type(config).__name__, "sdpa")
+    return name
+
+
+def shares_a_hook(model: nn.Module) -> bool:
+    """Whether a configuration of a model asks for a function of ours that is installed, in this model or another."""
+    return any(own in _stood_for for _, own in _configs(model))

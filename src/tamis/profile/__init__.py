@@ -54,7 +54,7 @@ class Profile:
     budget: Mapping[str, float] = field(default_factory=dict)
     library: str = ""
     evidence: Mapping[str, float] = field(default_factory=dict)
-    run: str = ""
+    run: str = field(default="", compare=False)
 
     def __post_init__(self) -> None:
         for name, stages in self.layers.items():

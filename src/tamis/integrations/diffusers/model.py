@@ -7,6 +7,7 @@ watches, and for a token order there are hooks on the first block, on what makes
 
 from __future__ import annotations
 
+import copy
 import inspect
 import weakref
 from collections.abc import Callable
@@ -81,13 +82,24 @@ class ModelHook(Hook):
             # Whoever replaced it after us still calls us when we are gone.
             return function(before, args, kwargs) if self._on else before(*args, **kwargs)
 
+        def without(memo: dict[int, Any]) -> Any:
+            """A deep copy has the forward of its own class: ours would compute with the weights of this module."""
+            names = ("forward", "__deepcopy__")
+            ours: dict[str, Any] = {name: module.__dict__.pop(name) for name in names if name in module.__dict__}
+            try:
+                return copy.deepcopy(module, memo)
+            finally:
+                module.__dict__ |= ours
+
         def undo() -> None:
+            module.__dict__.pop("__deepcopy__", None)
             if module.__dict__.get("forward") is forward:
                 del module.__dict__["forward"]
                 if owned:
                     module.__dict__["forward"] = before
 
         module.__dict__["forward"] = forward
+        module.__dict__["__deepcopy__"] = without
         self._undo.append(undo)
 
     @staticmethod
@@ -96,6 +108,9 @@ class ModelHook(Hook):
             return before(*args, **kwargs)
 
     def _run(self, before: Callable[..., Any], args: Any, kwargs: Any) -> Any:
+        checkpoints = torch.is_grad_enabled() and getattr(self._model, "is_gradient_checkpointing", False)
+        if self._order is not None and checkpoints:
+            raise UnsupportedError("order must be None with gradient checkpointing, which runs blocks again without it")
         given = {**dict(zip(self._names, args, strict=False)), **kwargs}
         self._layout = self._layout_of(given)
         try:
