@@ -249,6 +249,34 @@ def diffusion(group: dist.ProcessGroup, name: str, degrees: dict[str, int]) -> t
     return float((spread - alone).abs().max()), float((spread - exact).abs().max()), len(calls)
 
 
+def refused(group: dist.ProcessGroup) -> list[str]:
+    """What every rank says to arguments that are wrong or differ, and that the group goes on after each."""
+    rank = dist.get_rank(group)
+    tensor = torch.randn(1, 4, 64, 16, generator=torch.Generator().manual_seed(0))
+    whole = tamis.BlockMask.from_dense(torch.ones(1, 1, dtype=torch.bool), (64, 64), (64, 64))
+    calls: list[dict[str, Any]] = [
+        {"mode": "ring", "softcap": -1.0},
+        {"mode": "ring", "scale": float("nan")},
+        {"causal": rank == 0},
+        {"mode": "ring", "causal": rank == 0},
+        {"precision": "int8" if rank else "full"},
+        {"segments": (torch.zeros(64, dtype=torch.long),) * 2 if rank else None},
+        {"return_stats": rank == 0},
+        {"block_mask": whole, "mode": "ring"},
+        {"sink_logits": torch.zeros(8)},
+        {"segments": (torch.zeros(64),) * 2},
+    ]
+    said = []
+    for arguments in calls:
+        try:
+            tamis.parallel.attend(tensor, tensor, tensor, group=group, **arguments)
+            said.append("nothing")
+        except (ValueError, TypeError) as error:
+            said.append(str(error))
+        assert tamis.parallel.attend(tensor, tensor, tensor, group=group).output.isfinite().all()
+    return said
+
+
 def applied(group: dist.ProcessGroup, mode: str, profiled: bool) -> tuple[float, float, dict[str, int]]:
     """A tiny Llama whose tokens are spread: how far its logits are from one process's, and these from dense ones."""
     import tiny_models

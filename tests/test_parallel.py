@@ -216,6 +216,22 @@ def test_diffusers_context_parallelism(ranks: Ranks, name: str, degree: str) -> 
         assert apart < 1e-5 < 1e-3 < from_dense  # sums in another order, through two layers; and it did run sparse
 
 
+def test_wrong_and_different_arguments_are_refused_by_all_ranks(ranks: Ranks) -> None:
+    """And the group's next call is right: nothing that was posted is left behind."""
+    patterns = [
+        "softcap must be",
+        "scale must be",
+        *["ranks disagree"] * 5,
+        r"block_mask is for lengths \(64, 64\), the whole query and key have \(128, 128\)",
+        r"sink_logits must be a tensor of one number per query head \(4\)",
+        r"segments\[0\] must be integers, got torch.float32",
+    ]
+    for said in ranks.run(2, rank_jobs.refused):
+        assert len(said) == len(patterns)
+        for text, pattern in zip(said, patterns, strict=True):
+            assert re.search(pattern, text), text
+
+
 @pytest.mark.parametrize(("size", "mode", "profiled"), [(2, "heads", False), (4, "ring", False), (4, "heads", True)])
 def test_apply_with_a_mesh(ranks: Ranks, size: int, mode: str, profiled: bool) -> None:
     pytest.importorskip("transformers")

@@ -2,12 +2,14 @@
 
 from __future__ import annotations
 
+import zlib
 from collections.abc import Sequence
 from typing import TYPE_CHECKING, Any, TypeAlias
 
 import torch
 from torch import Tensor
 
+from tamis.block_mask import BlockMask
 from tamis.call import DTYPES, refuse_gradients
 from tamis.packed import check_tensor
 from tamis.parallel.heads import attend_heads
@@ -44,14 +46,17 @@ def run(
     if any(_is_sharded(tensor) for tensor in inputs):
         return _run_sharded(inputs, made, segments, where, lse=lse, stats=stats)
     _check(inputs)
-    if at.size == 1 and not (mode == "ring" and made["precision"] != "full"):
+    alone = at.size == 1 and layout is None and parts is None
+    if alone and not (mode == "ring" and made["precision"] != "full"):
         given = (Layout.contiguous([inputs[0].shape[2]]), Layout.contiguous([inputs[1].shape[2]]))
         request = Request(given, segments=segments, **made)
         if mode == "ring":
             refuse(request)
         result = request.here(*inputs)
         return result if stats else result._replace(stats=None)
-    layouts = _layouts(inputs, mode, layout, parts, at)
+    told = checksum({**made, "segments": segments is not None, "lse": lse, "stats": stats})
+    layouts = _layouts(inputs, mode, layout, parts, at, told)
+    _check_request(made, inputs, layouts)
     request = Request(layouts, segments=_whole_segments(segments, layouts, at), **made)
     if mode == "ring":
         refuse(request)
@@ -89,8 +94,35 @@ def _check(inputs: Inputs) -> None:
     refuse_gradients(query=query, key=key, value=value)
 
 
+def checksum(arguments: dict[str, Any]) -> int:
+    """What must be alike on all ranks, as a number: values, and of tensors and masks their shapes."""
+    return zlib.crc32(repr(sorted((name, _shown(value)) for name, value in arguments.items())).encode())
+
+
+def _shown(value: Any) -> str:
+    if isinstance(value, Tensor):
+        return f"{value.dtype} {tuple(value.shape)}"
+    if isinstance(value, BlockMask):
+        return f"{value.block_size} {value.seq_lens} {tuple(value.kv_num_blocks.shape)}"
+    text = repr(value)
+    return type(value).__name__ if " at 0x" in text else text  # an address says nothing elsewhere
+
+
+def _check_request(made: dict[str, Any], inputs: Inputs, layouts: tuple[Layout, Layout]) -> None:
+    """What is cut by rank must be whole before: a slice of too much or too little would not be noticed."""
+    heads, mask, sinks = inputs[0].shape[1], made.get("block_mask"), made.get("sink_logits")
+    if mask is not None:
+        lengths = (layouts[0].length, layouts[1].length)
+        if mask.seq_lens != lengths:
+            raise ValueError(f"block_mask is for lengths {mask.seq_lens}, the whole query and key have {lengths}")
+        if mask.kv_num_blocks.shape[1] not in (1, heads):
+            raise ValueError(f"block_mask has {mask.kv_num_blocks.shape[1]} heads, query has {heads}: 1 or as many")
+    if sinks is not None and (not isinstance(sinks, Tensor) or tuple(sinks.shape) != (heads,)):
+        raise ValueError(f"sink_logits must be a tensor of one number per query head ({heads}), got {_shown(sinks)}")
+
+
 def _layouts(
-    inputs: Inputs, mode: str, layout: Layouts | None, parts: Sequence[int] | None, at: Peers
+    inputs: Inputs, mode: str, layout: Layouts | None, parts: Sequence[int] | None, at: Peers, told: int
 ) -> tuple[Layout, Layout]:
     """Where the tokens are: as given, or as the ranks tell each other, together with what must be alike."""
     lengths = (inputs[0].shape[2], inputs[1].shape[2])
@@ -116,6 +148,7 @@ def _layouts(
         value.shape[3],
         DTYPES.index(query.dtype),
         MODES.index(mode),
+        told,
     )
     return exchange(own, None if parts is not None else (lengths[1],), alike, at)
 
@@ -138,7 +171,7 @@ def exchange(
     rows = [row.tolist() for row in at.all_gather(sent, [len(message)] * at.size, "lengths")]
     first = 2 + 2 * _MOST_PARTS
     if any(row[:2] != message[:2] or row[first:] != message[first:] for row in rows):
-        fields = "batch, heads, head_dim, key heads, value_dim, dtype, mode"
+        fields = "batch, heads, head_dim, key heads, value_dim, dtype, mode, checksum of all other arguments"
         shown = [(row[:2], row[first:]) for row in rows]
         raise ValueError(f"ranks disagree: numbers of parts and ({fields}) must be alike, got {shown}")
     parts = [[row[2 + side * _MOST_PARTS :][: row[side]] for row in rows] for side in range(2)]
@@ -154,6 +187,8 @@ def _whole_segments(
         return None
     whole = []
     for index, (own, layout) in enumerate(zip(segments, layouts, strict=True)):
+        if own.dtype.is_floating_point or own.dtype == torch.bool:
+            raise TypeError(f"segments[{index}] must be integers, got {own.dtype}")
         own = (own[None] if own.dim() == 1 else own).to(torch.int64)
         if own.dim() != 2 or own.shape[1] != layout.lengths[at.rank]:
             raise ValueError(

@@ -17,7 +17,7 @@ from tamis.parallel.ring import overlaps, ring_layouts
 from tamis.parallel.smoothing import TILE
 
 MODES = ("heads", "ring")
-_LENGTHS_MESSAGE = 25 * 8  # bytes in which a rank tells what it holds
+_LENGTHS_MESSAGE = 26 * 8  # bytes in which a rank tells what it holds and asks for
 _BLOCK_Q, _BLOCK_KV = geometry.DEFAULT_BLOCK_SIZE
 
 

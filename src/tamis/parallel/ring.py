@@ -165,7 +165,12 @@ def _around(
         coming = None
         if step + 1 < peers.size:
             coming = peers.shift(parcel, held.size(kv_layout.lengths[at - 1]), "ring")
-        part = _pair(query, held.open(parcel, kv_layout.lengths[at]), own, kept, request, kv_layout, at)
+        try:
+            part = _pair(query, held.open(parcel, kv_layout.lengths[at]), own, kept, request, kv_layout, at)
+        except Exception:
+            if coming is not None:
+                coming()  # what was posted ends, or the next call of this group would meet it
+            raise
         exact = part.output.to(torch.float32)
         result = part._replace(output=exact) if result is None else _merged(result, exact, part)
         if coming is not None:
