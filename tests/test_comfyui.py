@@ -223,6 +223,27 @@ def test_an_override_that_was_there_gets_the_rest() -> None:
     assert torch.equal(found, call(None, Q, K[:, :9], V[:, :9], HEADS))
 
 
+def test_one_override_for_two_models_and_twice_for_one() -> None:
+    """Each model goes on to what it had before, and nobody to itself."""
+    asked: list[str] = []
+
+    def before(name: str) -> Callable[..., Any]:
+        def function(func: Callable[..., Any], *args: Any, **kwargs: Any) -> Any:
+            asked.append(name)
+            return func(*args, **kwargs)
+
+        return function
+
+    override = everything(min_tokens=10**6)
+    models = [Patcher({"transformer_options": {OPTION: before(name)}}) for name in ("a", "b")]
+    patched = [patch(model, override) for model in models]
+    patched.append(patch(patched[0], override))
+    for clone in patched:
+        call(clone.model_options["transformer_options"][OPTION], *flat(), 4)
+    assert asked == ["a", "b", "a"]
+    assert override.calls == {"sparse": 0, "dense": 3}
+
+
 def test_the_example_runs() -> None:
     results = doctest.testmod(comfyui)
     assert results.failed == 0 < results.attempted

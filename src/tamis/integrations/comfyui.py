@@ -12,6 +12,7 @@ imported here. examples/comfyui-tamis is the folder that goes into its custom_no
 
 from __future__ import annotations
 
+import copy
 from collections import Counter
 from collections.abc import Callable
 from dataclasses import dataclass, field
@@ -182,7 +183,10 @@ def patch(model: Any, override: Override) -> Any:
     clone = model.clone()
     options = dict(clone.model_options.get("transformer_options", {}))
     previous = options.get(OPTION)
-    override.previous = previous if previous is not None else override.previous
-    options[OPTION] = override
+    if isinstance(previous, Override) and previous.reasons is override.reasons:
+        previous = previous.previous  # patched twice: once is enough
+    own = copy.copy(override)  # what comes after is this model's affair; the counts stay those of the override
+    own.previous = previous if previous is not None else override.previous
+    options[OPTION] = own
     clone.model_options = {**clone.model_options, "transformer_options": options}
     return clone
