@@ -14,6 +14,7 @@ import itertools
 from collections.abc import Callable
 from functools import partial
 from typing import Any
+from weakref import WeakValueDictionary
 
 import torch
 from torch import Tensor, nn
@@ -46,6 +47,7 @@ _names = (f"tamis_{number}" for number in itertools.count())
 # For every name that was ever ours what it stood in for, by the class of the configuration: configurations are copied
 # and shared, and may hold a name that nobody answers to any more.
 _stood_for: dict[str, dict[str, str]] = {}
+_models: WeakValueDictionary[str, nn.Module] = WeakValueDictionary()
 
 
 class TransformersHook(Hook):
@@ -55,6 +57,7 @@ class TransformersHook(Hook):
         self._model = _check_model(model)
         self._name = next(_names)
         self._configs = _configs(model)
+        _models[self._name] = model
         _stood_for[self._name] = {type(config).__name__: own for config, own in self._configs}
         self._means: list[RemovableHandle] = []
         _register(self._name, _Attention(function, {module: name for name, module in model.named_modules()}))
@@ -357,5 +360,7 @@ def _own(config: Any) -> str:
 
 
 def shares_a_hook(model: nn.Module) -> bool:
-    """Whether a configuration of a model asks for a function of ours that is installed, in this model or another."""
-    return any(own in _stood_for for _, own in _configs(model))
+    """Whether a configuration of a model asks for a function that is installed in another model, no part of it."""
+    parts = set(model.modules())
+    others = [other for _, own in _configs(model) if (other := _models.get(own)) is not None]
+    return any(other not in parts and model not in set(other.modules()) for other in others)
