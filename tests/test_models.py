@@ -374,7 +374,7 @@ def test_chunks_that_depend_on_the_padding_of_a_text() -> None:
         num_local_experts=2,
         max_position_embeddings=512,
         pad_token_id=0,
-        initializer_range=0.2,
+        initializer_range=0.6,
     )
     torch.manual_seed(0)
     model = transformers.Llama4ForCausalLM(config).eval()
@@ -387,7 +387,9 @@ def test_chunks_that_depend_on_the_padding_of_a_text() -> None:
 
     expected = own(model, "eager", run)
     with tamis.apply(model):
-        torch.testing.assert_close(run(model), expected, **CLOSE)
+        found = run(model)
+    # Weights as large as this make the wrong chunks visible, and logits ten times those of the other models.
+    assert (found - expected).abs().max() <= 1e-5 * expected.abs().max()
 
 
 def test_models_of_one_configuration_are_two_models() -> None:

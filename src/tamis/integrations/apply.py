@@ -85,7 +85,7 @@ def apply(
         TypeError: `model` is of neither library, or an argument has the wrong type.
         ValueError: the profile is of another class of models or number of heads, it or the schedule names a layer that
             the model does not have, an argument is given beside a profile that has its own, or is out of its range.
-            The model runs through tamis already.
+            The model runs through tamis already, or shares its configuration with one that does.
         UnsupportedError: the model does not take attention functions, or its tokens have no order that tamis knows.
 
     Example:
