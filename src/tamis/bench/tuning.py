@@ -208,14 +208,14 @@ def table(result: dict[str, Any]) -> str:
             change = row["perplexity_change"]
             said = "" if change is None else f"{change:+.2%}"
             lines.append(f"| {name}, {key} {row[key]:.4g} | {row['density']:.3f} | {row['end_l1']:.4f} | {said} |")
-    lines += ["", 'Density of "the end" below the others at the same L1 of the output:', ""]
+    lines += ["", "Density below that of another way at the same L1 of the output:", ""]
     for line in result["lower"]:
         parts = [
             f"{line[f'below {name}']:.1%} below {name}"
             for name in ("one setting", "one bound")
             if f"below {name}" in line
         ]
-        lines.append(f"- L1 {line['end_l1']:.4f}, density {line['density']:.3f}: {', '.join(parts) or 'outside'}")
+        lines.append(f"- the end, L1 {line['end_l1']:.4f}, density {line['density']:.3f}: {', '.join(parts) or 'outside'}")
     for row in result["one bound"]:
         if "below one setting" in row:
             lines.append(f"- one bound, l1 {row['l1']}: {row['below one setting']:.1%} below one setting")

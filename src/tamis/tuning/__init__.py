@@ -69,10 +69,10 @@ def tune(
         l1: largest relative L1, sum|O - O'| / sum|O|, of any head on any input by leaving out blocks (and rounding);
             .08 by default.
         pv_l1: the same with stage 2 (`pv_threshold`) on top; at least l1, and 1.125 * l1 by default.
-        end_l1: instead of both, the relative L1 of the model's output, mean over the inputs: density goes where it
-            spares the most error there. The model must be differentiable.
-        end_perplexity: instead, the relative change of perplexity, either way, mean over the inputs; for a language
-            model and token ids.
+        end_l1: instead of both, the relative L1 of the model's output, mean over the inputs and one standard error of
+            that mean: density goes where it spares the most error there. The model must be differentiable.
+        end_perplexity: instead, the relative change of perplexity, either way, the same mean; for a language model and
+            token ids.
         held_out: more inputs, on which the settings are evaluated at the end; they decide nothing.
         steps: for diffusion: the steps at which new settings begin. () = one range.
         calls_per_step: how often a layer is called in one step; every call counts, as with `Schedule(calls_per_step=)`.

@@ -13,8 +13,8 @@ class Budget:
     Args:
         l1: relative L1 of every head by its mask, on every tuning input; .08 if nothing is given.
         pv_l1: the same with stage 2 on top; 1.125 * l1 if it is not given.
-        end_l1: instead of both: relative L1 of the model's output, mean over the inputs.
-        end_perplexity: instead of all: relative change of a language model's perplexity, mean over the inputs.
+        end_l1: instead of both: relative L1 of the model's output, mean over the inputs and one standard error of it.
+        end_perplexity: instead of all: relative change of a language model's perplexity, the same mean.
     """
 
     l1: float | None = None
