@@ -1,13 +1,15 @@
-"""Which tamis runs."""
+"""Which packages are installed."""
 
 from __future__ import annotations
 
+import functools
 from importlib.metadata import PackageNotFoundError, version
 
 
-def installed() -> str:
-    """The version of the installed package; "" where the source tree runs without one."""
+@functools.cache
+def installed(package: str = "tamis") -> str | None:
+    """The version of an installed package; None where there is none, as of tamis in a bare source tree."""
     try:
-        return version("tamis")
+        return version(package)
     except PackageNotFoundError:
-        return ""
+        return None

@@ -10,7 +10,6 @@ from __future__ import annotations
 import statistics
 from collections.abc import Callable
 from dataclasses import dataclass, replace
-from importlib.metadata import version
 from typing import Any
 
 import torch
@@ -26,6 +25,7 @@ from tamis.demo.machine import machine
 from tamis.demo.progress import Progress, note
 from tamis.geometry import DEFAULT_BLOCK_SIZE
 from tamis.predictors.sparge import DEFAULT_CDF, DEFAULT_SIMILARITY, Sparge
+from tamis.version import installed
 
 CDFS = (0.7, 0.8, 0.9, 0.95, 0.98, DEFAULT_CDF)
 JUDGES = {"judged": DEFAULT_SIMILARITY, "unjudged": -1.0}
@@ -65,7 +65,7 @@ def run(options: OrderOptions) -> dict[str, Any]:
         "every": options.every,
         "clips": [_clip(name, options) for name in options.clips],
         "machine": machine(),
-        "versions": {name: version(name) for name in ("transformers", "av")},
+        "versions": {name: installed(name) for name in ("transformers", "av")},
         "commit": commit(),
     }
 

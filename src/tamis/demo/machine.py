@@ -5,7 +5,6 @@ from __future__ import annotations
 import datetime
 import os
 import platform
-from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
 from types import ModuleType
 from typing import Any, cast
@@ -14,6 +13,7 @@ import torch
 
 from tamis.backends import base
 from tamis.call import PRECISIONS, make_call
+from tamis.version import installed
 
 _OPTIONAL = ("triton", "transformers", "accelerate", "gguf", "onnx", "numpy", "scikit-image", "av")
 
@@ -27,7 +27,7 @@ def machine() -> dict[str, Any]:
         "target": base.load("cpu").target(torch.device("cpu")),
         "torch": torch.__version__,
         "python": platform.python_version(),
-        "tamis": _version("tamis"),
+        "tamis": installed(),
         "platform": platform.platform(),
         "date": datetime.datetime.now(datetime.timezone.utc).isoformat(timespec="seconds"),
     }
@@ -51,7 +51,7 @@ def info() -> dict[str, Any]:
             reasons = [*reasons, problem]
         backends[name] = {"available": not reasons, "reasons": reasons}
     return {
-        "tamis": _version("tamis"),
+        "tamis": installed(),
         "torch": torch.__version__,
         "python": platform.python_version(),
         "platform": platform.platform(),
@@ -62,7 +62,7 @@ def info() -> dict[str, Any]:
         "gpus": gpus,
         "cpu_target": target,
         "cpu_targets": {name: _why_not(name, target, built, runnable) for name in built},
-        "packages": {name: _version(name) for name in _OPTIONAL},
+        "packages": {name: installed(name) for name in _OPTIONAL},
     }
 
 
@@ -120,10 +120,3 @@ def _cpu_name() -> str:
         lines = []
     names = [line.partition(":")[2].strip() for line in lines if line.startswith("model name")]
     return names[0] if names else platform.processor() or platform.machine()
-
-
-def _version(package: str) -> str | None:
-    try:
-        return version(package)
-    except PackageNotFoundError:
-        return None

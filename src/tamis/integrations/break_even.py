@@ -20,7 +20,6 @@ import tempfile
 import time
 from collections.abc import Callable
 from dataclasses import dataclass, replace
-from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
 from typing import Any
 
@@ -31,6 +30,7 @@ from tamis.backends import base
 from tamis.integrations.request import Request, torch_attention
 from tamis.predictors.sparge import Sparge
 from tamis.profile import LayerSettings
+from tamis.version import installed
 
 LENGTHS = (64, 128, 192, 256, 384, 512, 768, 1024, 1536, 2048, 3072, 4096, 6144, 8192)
 MARGIN = 0.9
@@ -168,7 +168,7 @@ def _key(request: Request, settings: LayerSettings, backend: str | None) -> dict
     device = query.device
     return {
         "machine": [platform.platform(), _processor(), os.cpu_count(), _accelerator(device)],
-        "versions": [_version("tamis"), torch.__version__],
+        "versions": [installed(), torch.__version__],
         "threads": torch.get_num_threads(),
         "target": base.load("cpu").target(device) if device.type == "cpu" else None,
         "dtype": f"{query.dtype}, autocast {torch.is_autocast_enabled(device.type)}",
@@ -195,14 +195,6 @@ def _processor() -> str:
 
 def _accelerator(device: torch.device) -> str | None:
     return torch.cuda.get_device_name(device) if device.type == "cuda" else None
-
-
-@functools.cache
-def _version(package: str) -> str | None:
-    try:
-        return version(package)
-    except PackageNotFoundError:
-        return None
 
 
 def _folder() -> Path:

@@ -163,7 +163,7 @@ def tune_source(
         decisions, end = _decide(tuning, budget, held_out)
         held = {} if held_out is None else tuning.held_out(held_out, decisions)
     name = fingerprint(head) if head else ""
-    return Profile(stages(decisions, held, steps), source.name, budget.as_json(), installed(), end, name)
+    return Profile(stages(decisions, held, steps), source.name, budget.as_json(), installed() or "", end, name)
 
 
 def _decide(tuning: Tuning, budget: Budget, held_out: Source | None) -> tuple[dict[Place, Decision], dict[str, float]]:
@@ -187,7 +187,7 @@ def _decide(tuning: Tuning, budget: Budget, held_out: Source | None) -> tuple[di
 def _about(source: Source, held_out: Source | None) -> dict[str, Any]:
     """What the results in a journal depend on, besides settings; each of them is beside its result."""
     return {
-        "tamis": installed(),
+        "tamis": installed() or "",
         "torch": torch.__version__,
         "cpu": cpu.target() or "",
         "inputs": source.identity(),
