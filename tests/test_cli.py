@@ -3,12 +3,25 @@
 from __future__ import annotations
 
 import json
+import os
+import re
+import runpy
+import subprocess
+import sys
 from pathlib import Path
 
 import pytest
 
+import tamis
 from tamis import cli, demo
+from tamis.bench import cpu
 from tamis.demo import measure
+from tamis.version import installed
+
+BENCHMARKS = (
+    *("cpu", "gpu", "gpu-static", "decode", "limits", "scale"),
+    *("models", "ablation", "defaults", "tune", "compensate", "frontier", "order"),
+)
 
 
 def test_info(capsys: pytest.CaptureFixture[str]) -> None:
@@ -51,10 +64,16 @@ def test_info_says_why_a_better_target_is_not_used(
         (["demo", "--json", "/nowhere/file.json"], "--json: the folder of /nowhere/file.json is not there"),
         (["bench"], "BENCHMARK"),
         (["demo", "--pixels", "3"], "--pixels must be 14 or more"),
-        (["bench", "decode", "--json", "/nowhere/file.json"], "--json: the folder of /nowhere/file.json is not there"),
+        *(
+            (["bench", name, "--json", "/nowhere/file.json"], "--json: the folder of /nowhere/file.json is not there")
+            for name in BENCHMARKS
+        ),
+        (["demo", "--report", "/"], "--report: / is a folder, give a file in it"),
         (["bench", "compensate", "--tokens", "0"], "expected a whole number above 0, got '0'"),
         (["bench", "limits", "--roofline", "/nowhere/a.svg"], "--roofline: the folder of /nowhere/a.svg is not there"),
         (["bench", "cpu", "--density", "2"], r"expected a number in (0, 1], got '2'"),
+        (["bench", "scale", "--tokens", "64", "128"], "several --tokens are for --plan"),
+        (["bench", "scale", "--precision", "int8"], "--precision is for --plan"),
     ],
 )
 def test_wrong_usage(arguments: list[str], message: str, capsys: pytest.CaptureFixture[str]) -> None:
@@ -138,3 +157,55 @@ def test_bench_cpu_writes_a_record(capsys: pytest.CaptureFixture[str], tmp_path:
         assert row["relative_l1_full"] < 1e-5
     assert {"machine", "commit", "memory"} <= set(found)
     assert "x fp32" in capsys.readouterr().out
+
+
+def test_the_list_of_benchmarks_is_whole(capsys: pytest.CaptureFixture[str]) -> None:
+    with pytest.raises(SystemExit):
+        cli.main(["bench", "--help"])
+    listed = re.findall(r"^    (\S+)", capsys.readouterr().out.partition("BENCHMARK\n")[2], re.MULTILINE)
+    assert tuple(listed) == BENCHMARKS
+
+
+def test_repeats_are_honoured_where_it_is_quick(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+    seen: list[cpu.CpuOptions] = []
+    monkeypatch.setattr(cpu, "run", lambda options: seen.append(options) or {})
+    monkeypatch.setattr(cpu, "table", str)
+    for words in ([], ["--quick"], ["--quick", "--repeats", "5"], ["--repeats", "5"]):
+        assert cli.main(["bench", "cpu", *words, "--json", str(tmp_path / "cpu.json")]) == 0
+    assert [options.repeats for options in seen] == [9, 3, 5, 5]
+
+
+@pytest.mark.parametrize("module", ["tamis", "tamis.cli"])
+def test_it_is_a_module_to_run(
+    module: str, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(sys, "argv", ["here", "--version"])
+    with pytest.raises(SystemExit) as stop:
+        runpy.run_module(module, run_name="__main__")
+    assert stop.value.code == 0
+    assert capsys.readouterr().out == f"tamis {installed() or '(not installed)'}\n"
+
+
+def test_help_and_info_load_only_what_they_need() -> None:
+    """In a fresh process: help adds nothing to `import tamis` but the command itself."""
+    program = (
+        "import contextlib, io, sys, tamis; before = set(sys.modules); from tamis import cli\n"
+        "with contextlib.redirect_stdout(io.StringIO()), contextlib.suppress(SystemExit): cli.main(['--help'])\n"
+        "helped = set(sys.modules) - before\n"
+        "with contextlib.redirect_stdout(io.StringIO()): assert cli.main(['info']) == 0\n"
+        "print(*helped); print(*{name.split('.')[0] for name in sys.modules})"
+    )
+    places = [str(Path(tamis.__file__).parent.parent), os.environ.get("PYTHONPATH", "")]
+    environment = {**os.environ, "PYTHONPATH": os.pathsep.join(places)}
+    done = subprocess.run([sys.executable, "-c", program], env=environment, capture_output=True, text=True, check=True)
+    helped, informed = (set(line.split()) for line in done.stdout.splitlines())
+    outside = {name for name in helped if name.split(".")[0] not in sys.stdlib_module_names}
+    assert "tamis.cli.bench.engine" in outside
+    assert {name for name in outside if not name.startswith("tamis.cli")} == set()
+    heavy = {"accelerate", "av", "diffusers", "gguf", "matplotlib", "onnx", "PIL", "ray", "skimage", "transformers"}
+    assert informed & heavy == set()
+
+
+def test_versions_of_packages() -> None:
+    assert installed("torch") is not None
+    assert installed("no-such-package-of-anybody") is None

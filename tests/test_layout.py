@@ -30,6 +30,7 @@ ORDER = [
     {"compat"},
     {"demo", "bench"},
     {"cli"},
+    {"__main__"},
 ]
 ONE_LINE_BUT_ALLOWED = {
     ("call", "errors"),
