@@ -20,7 +20,7 @@ from tamis.version import installed
 
 BENCHMARKS = (
     *("cpu", "gpu", "gpu-static", "decode", "limits", "scale"),
-    *("models", "ablation", "defaults", "tune", "compensate", "frontier", "order"),
+    *("models", "ablation", "defaults", "tune", "compensate", "frontier", "perplexity", "order", "audit"),
 )
 
 

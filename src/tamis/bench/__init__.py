@@ -1,1 +1,1 @@
-"""Benchmarks: `cpu` and `decode` (speed against torch), `limits` (promises), `ablation`, `defaults`, `compensate`."""
+"""Benchmarks, one a module: each has `run`, which returns plain values, and writes them as a table."""

@@ -11,14 +11,16 @@ from tamis.cli.usage import Commands, UsageError, check_folder, natural, positiv
 
 
 def add(kinds: Commands) -> None:
-    """`models`, `ablation`, `defaults`, `tune`, `compensate`, `frontier`, `order`."""
+    """`models`, `ablation`, `defaults`, `tune`, `compensate`, `frontier`, `perplexity`, `order`, `audit`."""
     _add_models(kinds)
     _add_ablation(kinds)
     _add_defaults(kinds)
     _add_tune(kinds)
     _add_compensate(kinds)
     _add_frontier(kinds)
+    _add_perplexity(kinds)
     _add_order(kinds)
+    _add_audit(kinds)
 
 
 def _add_models(kinds: Commands) -> None:
@@ -132,6 +134,22 @@ def _frontier(options: argparse.Namespace) -> None:
         options.picture.write_text(frontier_report.svg(result), encoding="utf-8")
 
 
+def _add_perplexity(kinds: Commands) -> None:
+    perplexity = kinds.add_parser("perplexity", help="what predictors do to the perplexity of a real model")
+    perplexity.add_argument("--tokens", type=positive, default=4096, metavar="N", help="length of the text (4096)")
+    perplexity.add_argument("--start", type=natural, default=60000, metavar="N", help="its first token (60000)")
+    perplexity.set_defaults(command=_perplexity)
+
+
+def _perplexity(options: argparse.Namespace) -> None:
+    check_folder(options.json, "--json")
+    from tamis.bench import perplexity
+
+    result = perplexity.run(options.tokens, options.start)
+    print(perplexity.markdown(result))
+    write(options.json, "perplexity", result)
+
+
 def _add_order(kinds: Commands) -> None:
     ordered = kinds.add_parser("order", help="what the order of a video's tokens is worth")
     ordered.add_argument("--clip", nargs="+", metavar="NAME", help="bikes bigbuckbunny (both)")
@@ -162,3 +180,19 @@ def _order(options: argparse.Namespace) -> None:
         write(options.json, "order", result)
     else:
         print(order_report.markdown(json.loads(options.markdown.read_text(encoding="utf-8"))))
+
+
+def _add_audit(kinds: Commands) -> None:
+    audit = kinds.add_parser("audit", help="what the audit's intervals hold on a real model, and its time")
+    audit.add_argument("--tokens", type=positive, default=4096, metavar="N", help="length of the text (4096)")
+    audit.add_argument("--rounds", type=positive, default=9, metavar="N", help="rounds that are timed (9)")
+    audit.set_defaults(command=_audit)
+
+
+def _audit(options: argparse.Namespace) -> None:
+    check_folder(options.json, "--json")
+    from tamis.bench import audit
+
+    result = audit.run(options.tokens, options.rounds)
+    print(audit.markdown(result))
+    write(options.json, "audit", result)
