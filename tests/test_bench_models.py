@@ -80,8 +80,8 @@ def test_ways_run_in_turn_and_the_first_round_does_not_count(monkeypatch: pytest
         clock[0] += len(ran)
         return torch.tensor(len(ran))
 
-    ways = {name: lambda name=name: nullcontext(ran.append(name)) for name in ("a", "b")}
-    times, last = bench._in_turn(ways, step, rounds=3)
+    ways = {name: lambda model, name=name: nullcontext(ran.append(name)) for name in ("a", "b")}
+    times, last = bench._in_turn(ways, None, step, rounds=3)
     assert ran == ["b", "a", "a", "b", "b", "a", "a", "b"]
     assert times == {"a": [3, 6, 7], "b": [4, 5, 8]}
     assert {name: int(output) for name, output in last.items()} == {"a": 7, "b": 8}
@@ -89,7 +89,11 @@ def test_ways_run_in_turn_and_the_first_round_does_not_count(monkeypatch: pytest
 
 def test_ratios_are_of_the_same_round_and_above_one_where_tamis_wins() -> None:
     found = bench._ratio({"own": [2.0, 8.0, 3.0], "tamis": [1.0, 2.0, 6.0]}, "own", "tamis")
-    assert found == {"own_seconds": 3, "seconds": 2, "ratio": {"median": 2, "min": 0.5, "max": 4}}
+    assert found == {
+        "own_seconds": 3,
+        "seconds": 2,
+        "ratio": {"median": 2, "min": 0.5, "max": 4, "low": 1.25, "high": 3},
+    }
 
 
 def test_the_documented_table_is_the_measured_one() -> None:

@@ -215,7 +215,8 @@ def table(result: dict[str, Any]) -> str:
             for name in ("one setting", "one bound")
             if f"below {name}" in line
         ]
-        lines.append(f"- the end, L1 {line['end_l1']:.4f}, density {line['density']:.3f}: {', '.join(parts) or 'outside'}")
+        where = f"L1 {line['end_l1']:.4f}, density {line['density']:.3f}"
+        lines.append(f"- the end, {where}: {', '.join(parts) or 'outside'}")
     for row in result["one bound"]:
         if "below one setting" in row:
             lines.append(f"- one bound, l1 {row['l1']}: {row['below one setting']:.1%} below one setting")
