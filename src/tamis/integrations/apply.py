@@ -108,15 +108,16 @@ def apply(
     if mode not in ("heads", "ring"):
         raise ValueError(f"mode must be 'heads' or 'ring', got {mode!r}")
     chooser = Chooser(source, schedule, attention_layers(model))
-    modules = [module for part in models_of(model).values() for module in part.modules()]
-    handles = [known() for module in modules if (known := _applied.get(module)) is not None]
-    if any(handle is not None and not handle.removed for handle in handles):
-        raise ValueError(f"{type(model).__name__} runs through tamis already: .remove() that handle first")
+    if applied(model) is not None:
+        raise ValueError(
+            f"{type(model).__name__} runs through tamis already: .remove() that handle first "
+            "(tamis.integrations.apply.applied(model) has it)"
+        )
     if shares_a_hook(model):
         raise ValueError(
             f"{type(model).__name__} shares its configuration with a model that runs through tamis: give it a copy"
         )
-    applied = Applied(
+    handle = Applied(
         partial(install, model, means=decode is not None, order=order, named=chooser.by_layer),
         chooser,
         backend=backend,
@@ -125,8 +126,35 @@ def apply(
         decode=None if decode is None else decode if isinstance(decode, Decode) else Decode(share=decode),
         spread=None if mesh is None else Spread(mesh, mode),
     )
-    _applied.update((module, weakref.ref(applied)) for module in modules)
-    return applied
+    _applied.update((module, weakref.ref(handle)) for module in _modules(model))
+    return handle
+
+
+def applied(model: Any) -> Applied | None:
+    """The handle of a model that runs through tamis, for whoever did not keep what `apply` returned; None if none does.
+
+    A model keeps its handle itself, and takes it along when it goes.
+
+    Args:
+        model: as in `apply`. Of a model that has handles on several of its parts, the first.
+
+    Example:
+        >>> from transformers import LlamaConfig, LlamaForCausalLM
+        >>> from tamis.integrations.apply import applied, apply
+        >>> config = LlamaConfig(hidden_size=32, intermediate_size=32, num_hidden_layers=1, num_attention_heads=2,
+        ...                      num_key_value_heads=1, vocab_size=64)
+        >>> model = LlamaForCausalLM(config)
+        >>> _ = apply(model)
+        >>> applied(model).remove()
+        >>> applied(model) is None
+        True
+    """
+    handles = (known() for module in _modules(model) if (known := _applied.get(module)) is not None)
+    return next((handle for handle in handles if handle is not None and not handle.removed), None)
+
+
+def _modules(model: Any) -> list[nn.Module]:
+    return [module for part in models_of(model).values() for module in part.modules()]
 
 
 def register(

@@ -11,6 +11,7 @@ from __future__ import annotations
 
 import inspect
 import itertools
+import weakref
 from collections.abc import Callable
 from functools import partial
 from typing import Any
@@ -51,21 +52,26 @@ _models: WeakValueDictionary[str, nn.Module] = WeakValueDictionary()
 
 
 class TransformersHook(Hook):
-    """A function installed in a transformers model."""
+    """A function installed in a transformers model, which keeps it: what is here goes when the model goes."""
 
     def __init__(self, model: nn.Module, function: Callable[[Request], Tensor], *, means: bool = False) -> None:
-        self._model = _check_model(model)
+        checked = _check_model(model)
         self._name = next(_names)
         self._configs = _configs(model)
+        self._parts = [weakref.ref(part) for part in _pretrained(model)]
         _models[self._name] = model
         _stood_for[self._name] = {type(config).__name__: own for config, own in self._configs}
         self._means: list[RemovableHandle] = []
-        _register(self._name, _Attention(function, {module: name for name, module in model.named_modules()}))
+        attention = _Attention(function, {module: name for name, module in model.named_modules()})
+        _register(self._name, _Weak(attention))
+        weakref.finalize(attention, _restore, self._name, self._configs).atexit = False
         try:
-            self._model.set_attn_implementation(self._name)
+            checked.set_attn_implementation(self._name)
             kept = [type(config).__name__ for config, _ in self._configs if config._attn_implementation != self._name]
             if kept:
                 raise UnsupportedError(f"{type(model).__name__} does not take an attention function (for {kept})")
+            for part in _pretrained(model):
+                part.__dict__[f"_{self._name}"] = _Kept(attention)
             if means:
                 self._means = _keep_means(model)
         except BaseException:
@@ -74,12 +80,12 @@ class TransformersHook(Hook):
 
     def remove(self) -> None:
         """Restore the attention that was there before; safe to call twice."""
-        for config, implementation in self._configs:
-            if config._attn_implementation == self._name:
-                config._attn_implementation_internal = implementation
+        _restore(self._name, self._configs)
         for handle in self._means:
             handle.remove()
-        _unregister(self._name)
+        for part in self._parts:
+            if (module := part()) is not None:
+                module.__dict__.pop(f"_{self._name}", None)
 
 
 class NamedHook(Hook):
@@ -98,7 +104,15 @@ class NamedHook(Hook):
         _unregister(self._name)
 
 
-def _register(name: str, attention: _Attention) -> None:
+def _restore(name: str, configs: list[tuple[Any, str]]) -> None:
+    """Give configurations back what they asked for, and forget a name."""
+    for config, implementation in configs:
+        if config._attn_implementation == name:
+            config._attn_implementation_internal = implementation
+    _unregister(name)
+
+
+def _register(name: str, attention: _Attention | _Weak) -> None:
     from transformers import AttentionInterface, AttentionMaskInterface
 
     AttentionInterface.register(name, attention)
@@ -113,12 +127,37 @@ def _unregister(name: str) -> None:
 
 
 def _keep_means(model: nn.Module) -> list[RemovableHandle]:
-    from transformers import PreTrainedModel
-
     from tamis.integrations.cache import keep_means
 
-    modules = [module for module in model.modules() if isinstance(module, PreTrainedModel)]
-    return [module.register_forward_pre_hook(keep_means, with_kwargs=True) for module in modules]
+    return [module.register_forward_pre_hook(keep_means, with_kwargs=True) for module in _pretrained(model)]
+
+
+def _pretrained(model: nn.Module) -> list[nn.Module]:
+    from transformers import PreTrainedModel
+
+    return [module for module in model.modules() if isinstance(module, PreTrainedModel)]
+
+
+class _Kept:
+    """What a model keeps of ours; copies of the model, and files of it, have None in its place."""
+
+    def __init__(self, attention: _Attention) -> None:
+        self.attention = attention
+
+    def __reduce__(self) -> Any:
+        return type(None), ()
+
+
+class _Weak:
+    """What the registries of transformers hold, so that they keep no model alive."""
+
+    def __init__(self, attention: _Attention) -> None:
+        self._attention = weakref.ref(attention)
+
+    def __call__(self, *args: Any, **kwargs: Any) -> tuple[Tensor, None]:
+        attention = self._attention()
+        assert attention is not None, "its name goes when it goes"
+        return attention(*args, **kwargs)
 
 
 class _Attention:
@@ -337,10 +376,8 @@ def _read_mask(
 
 def _configs(model: nn.Module) -> list[tuple[Any, str]]:
     """Every configuration inside a model once, with its present attention implementation."""
-    from transformers import PreTrainedModel
-
     found: dict[int, Any] = {}
-    pending = [module.config for module in model.modules() if isinstance(module, PreTrainedModel)]
+    pending: list[Any] = [module.config for module in _pretrained(model)]
     while pending:
         config = pending.pop()
         if id(config) not in found:

@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import copy
 import inspect
+import threading
 import weakref
 from collections.abc import Callable
 from dataclasses import replace
@@ -46,21 +47,21 @@ class ModelHook(Hook):
         self._adapter = adapters.find(model)
         modules = _attention_modules(model)
         _check(model, modules, self._adapter, order)
-        self._model, self._function, self._order = model, function, order
+        self._function, self._order = function, order
         self._named = named
         self._names = list(inspect.signature(type(model).forward).parameters)[1:]
-        self._layout: Layout | None = None
+        self._run_now = threading.local()
         self._on = True
-        self._undo: list[Callable[[], None]] = []
+        self._undo: list[Callable[[], None]] = [partial(_hooked.discard, model)]
         _hooked.add(model)
         try:
             images = image_layers(model)
             for name, module in modules.items():
                 answer = partial(self._answer, prefix + name, name in images, module)
                 self._replace(module, partial(self._attention, Interception(answer)))
-            self._replace(model, self._run)
+            self._replace(model, partial(self._run, model))
             if order is not None and self._adapter is not None:
-                self._change_order(self._adapter)
+                self._change_order(model, self._adapter)
         except BaseException:
             self.remove()
             raise
@@ -71,7 +72,12 @@ class ModelHook(Hook):
             self._on = False
             for undo in self._undo:
                 undo()
-            _hooked.discard(self._model)
+            self._undo.clear()  # a handle that is done with holds no weights
+
+    @property
+    def _layout(self) -> Layout | None:
+        """Of the run that this thread is in."""
+        return getattr(self._run_now, "layout", None)
 
     def _replace(self, module: nn.Module, function: Callable[..., Any]) -> None:
         """Put a function in place of a module's forward, which it is given first."""
@@ -107,22 +113,21 @@ class ModelHook(Hook):
         with mode:
             return before(*args, **kwargs)
 
-    def _run(self, before: Callable[..., Any], args: Any, kwargs: Any) -> Any:
-        checkpoints = torch.is_grad_enabled() and getattr(self._model, "is_gradient_checkpointing", False)
+    def _run(self, model: nn.Module, before: Callable[..., Any], args: Any, kwargs: Any) -> Any:
+        checkpoints = torch.is_grad_enabled() and getattr(model, "is_gradient_checkpointing", False)
         if self._order is not None and checkpoints:
             raise UnsupportedError("order must be None with gradient checkpointing, which runs blocks again without it")
         given = {**dict(zip(self._names, args, strict=False)), **kwargs}
-        self._layout = self._layout_of(given)
+        self._run_now.layout = self._layout_of(model.config, given)
         try:
             return before(*self._arguments(given, args), **{name: given[name] for name in kwargs})
         finally:
-            self._layout = None
+            self._run_now.layout = None
 
-    def _layout_of(self, given: dict[str, Any]) -> Layout | None:
+    def _layout_of(self, config: Any, given: dict[str, Any]) -> Layout | None:
         adapter = self._adapter
         if adapter is None or "hidden_states" not in given or (self._order is None and adapter.text is None):
             return None
-        config: Any = self._model.config
         tokens = adapter.tokens(config, given)
         indices = None if self._order is None else indices_of(self._order, tokens, given["hidden_states"].device)
         return Layout(count(tokens), adapter.text, indices, outside=not adapter.around(config, given))
@@ -153,13 +158,13 @@ class ModelHook(Hook):
         output = self._function(_reordered(request, around))
         return as_asked(output.index_select(2, around[1]), asked)
 
-    def _change_order(self, adapter: adapters.Adapter) -> None:
-        self._hook(self._model.get_submodule(adapter.block).register_forward_pre_hook(self._enter, with_kwargs=True))
+    def _change_order(self, model: nn.Module, adapter: adapters.Adapter) -> None:
+        self._hook(model.get_submodule(adapter.block).register_forward_pre_hook(self._enter, with_kwargs=True))
         for rotary in adapter.rotary:
             if rotary.place not in self._names:
-                module = self._model.get_submodule(rotary.place)
+                module = model.get_submodule(rotary.place)
                 self._hook(module.register_forward_hook(partial(self._turn, rotary)))
-        self._hook(self._model.get_submodule("proj_out").register_forward_hook(self._leave))
+        self._hook(model.get_submodule("proj_out").register_forward_hook(self._leave))
 
     def _hook(self, handle: RemovableHandle) -> None:
         self._undo.append(handle.remove)
