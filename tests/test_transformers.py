@@ -140,7 +140,7 @@ def test_compensate_reaches_attention() -> None:
         run(model, input_ids=ids(1, 512))
 
 
-def test_static_cache_and_packed_sequences_take_complete_masks() -> None:
+def test_static_caches_and_packed_sequences() -> None:
     model = MODELS["qwen3"]()
     tokens = ids()
     cache = transformers.StaticCache(config=model.config, max_cache_len=256)

@@ -200,7 +200,7 @@ def beyond(request: Request) -> str | None:
         return request.obstacle
     asked = {
         "a mask": request.mask,
-        "padding": request.segments,
+        "packed documents" if request.packed else "padding": request.segments,
         "softcap": request.softcap,
         "sink logits": request.sink_logits,
     }

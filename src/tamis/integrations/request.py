@@ -30,6 +30,7 @@ class Request:
         mask: a complete mask, bool or additive, broadcastable to `[batch, heads, q_len, kv_len]`, or None.
         causal: row i sees keys up to its own, both sequences aligned at their ends. False with a complete mask.
         segments: 0 for tokens and -1 for padding, `[batch, q_len]` and `[batch, kv_len]`, or None.
+        packed: segments number documents instead, none of which sees another.
         obstacle: why this call can only run dense, or None.
         library: dense attention as the model's own library runs it, given the request, a mask and whether it is causal.
         means: of the key's blocks, where the cache keeps them (`Decode`).
@@ -55,10 +56,11 @@ class Request:
     means: KeyMeans | None = None
     original: Callable[[], Tensor] | None = None
     keep: Keep | None = None
+    packed: bool = False
 
 
 def complete_mask(request: Request) -> Tensor | None:
-    """The mask that says what causal, window and padding say, bool `[batch, 1, q_len, kv_len]`."""
+    """The mask that says what causal, window, padding and documents say, bool `[batch, 1, q_len, kv_len]`."""
     if request.mask is not None:
         return request.mask
     queries, keys = request.query.shape[2], request.key.shape[2]
@@ -69,7 +71,11 @@ def complete_mask(request: Request) -> Tensor | None:
         visible = visible & (distance.abs() < request.window)
     visible = visible[None, None]
     if request.segments is not None:
-        visible = visible & (request.segments[1] >= 0)[:, None, None, :]
+        rows, columns = (numbers[:, None] for numbers in request.segments)
+        # Rows of padding are nobody's: they see what the others see, as in the models, and are not NaN.
+        visible = (
+            visible & (columns >= 0)[:, :, None] & ((rows[..., None] == columns[:, :, None]) | (rows < 0)[..., None])
+        )
     return visible
 
 

@@ -42,6 +42,8 @@ class Spread:
 
         kinds = {"a complete mask": request.mask, "tokens that must be kept": request.keep}
         reason = request.obstacle or next((name for name, given in kinds.items() if given is not None), None)
+        if reason is None and request.packed:
+            reason = "packed documents"  # every rank numbers its own
         if reason is None and request.key.shape[2] != request.query.shape[2]:
             reason = "keys of a cache"  # every rank's would stand where the next rank's tokens belong
         if reason is not None:

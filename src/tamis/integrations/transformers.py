@@ -1,7 +1,7 @@
 """The place where a transformers model lets an attention function in.
 
 `TransformersHook` hands every attention call of a model to a function of ours, as one `Request` in which masks have
-been reduced to what they mean (causal, window, padding).
+been reduced to what they mean (causal, window, padding, packed documents).
 
 transformers has two registries, one for attention functions and one for mask functions. Both are needed: without the
 second, masks silently become None, padding included.
@@ -25,6 +25,7 @@ from tamis.call import DTYPES
 from tamis.errors import UnsupportedError
 from tamis.integrations.hook import Hook
 from tamis.integrations.request import Request, dense
+from tamis.integrations.transformers_masks import OFFSETS, Sight, mask_function, packed, read_mask
 
 # Arguments that reach attention functions and say nothing about what attention computes.
 _HARMLESS = frozenset(
@@ -43,7 +44,6 @@ _HARMLESS = frozenset(
     ]
 )
 _HONOURED = frozenset(("sliding_window", "softcap", "s_aux"))
-_NO_WINDOW = 2**31 - 1
 _names = (f"tamis_{number}" for number in itertools.count())
 # For every name that was ever ours what it stood in for, by the class of the configuration: configurations are copied
 # and shared, and may hold a name that nobody answers to any more.
@@ -116,7 +116,7 @@ def _register(name: str, attention: _Attention | _Weak) -> None:
     from transformers import AttentionInterface, AttentionMaskInterface
 
     AttentionInterface.register(name, attention)
-    AttentionMaskInterface.register(name, _mask_function)
+    AttentionMaskInterface.register(name, mask_function)
 
 
 def _unregister(name: str) -> None:
@@ -181,9 +181,11 @@ class _Attention:
     ) -> tuple[Tensor, None]:
         causal = getattr(module, "is_causal", True) if is_causal is None else is_causal
         strange = bool(self._layers) and module not in self._layers
-        mask, window, segments = _read_mask(attention_mask, query.shape[2], key.shape[2])
-        if attention_mask is None and causal:
-            window = extra.get("sliding_window")
+        sight = read_mask(attention_mask, query.shape[2], key.shape[2])
+        window = extra.get("sliding_window") if attention_mask is None and causal else sight.window
+        if (documents := packed(sight, query, key, extra)) is not None:
+            sight = Sight(None, window, (documents, documents), packed=True)
+            extra = {name: item for name, item in extra.items() if name not in OFFSETS}
         sinks = extra.get("s_aux")
         request = Request(
             layer=self._layers.get(module) or _layer_name(module),
@@ -191,15 +193,16 @@ class _Attention:
             query=query,
             key=key,
             value=value,
-            mask=mask,
-            causal=causal and mask is None,
+            mask=sight.mask,
+            causal=causal and sight.mask is None,
             window=window,
-            segments=segments,
+            segments=sight.segments,
+            packed=sight.packed,
             scale=scaling,
             softcap=extra.get("softcap"),
             sink_logits=None if sinks is None else sinks.reshape(-1).float(),
             dropout=dropout,
-            obstacle=_obstacle(query, key, value, mask, dropout, extra),
+            obstacle=_obstacle(query, key, value, sight.mask, dropout, extra),
             library=partial(_library, {name: item for name, item in extra.items() if name not in _HONOURED}),
             means=getattr(key, "tamis_means", None),
         )
@@ -278,100 +281,6 @@ def _obstacle(
         if name not in _HONOURED and name not in _HARMLESS and item is not None and item is not False:
             return f"argument {name}"
     return "additive mask" if mask is not None and mask.dtype != torch.bool else None
-
-
-def _mask_function(
-    batch_size: int,
-    q_length: int,
-    kv_length: int,
-    q_offset: int | Tensor = 0,
-    kv_offset: int = 0,
-    mask_function: Callable[..., Tensor] | None = None,
-    attention_mask: Tensor | None = None,
-    local_size: int | None = None,
-    allow_is_causal_skip: bool = True,
-    device: torch.device | str = "cpu",
-    **kwargs: Any,
-) -> Tensor | None:
-    """What transformers asks for before a forward pass: None for plain causal, key codes for causal with a window or
-    padding, and the complete bool mask for everything else.
-
-    Key codes are int32 `[batch, 1, 1, kv_len]`: 0 for padding, else the window (`_NO_WINDOW` without one). Their dtype
-    tells them from masks, whose dtypes are bool or floating.
-    """
-    from transformers.masking_utils import causal_mask_function, prepare_padding_mask, sdpa_mask
-
-    pattern: Callable[..., Any] = causal_mask_function if mask_function is None else mask_function
-    aligned = not isinstance(q_offset, Tensor) and q_offset + q_length == kv_offset + kv_length
-    window = local_size if local_size is not None and kv_length > local_size else None
-    if torch.compiler.is_compiling():
-        if allow_is_causal_skip and aligned and attention_mask is None and local_size is None:
-            return None
-    elif (
-        allow_is_causal_skip
-        and aligned
-        and _is_causal(pattern, (batch_size, q_length, kv_length), kv_offset, window, device)
-    ):
-        padding = prepare_padding_mask(attention_mask, kv_length, kv_offset)
-        tokens = None if padding is None else padding[:, kv_offset : kv_offset + kv_length].to(torch.bool)
-        if tokens is None or bool(tokens.all()):
-            if window is None:
-                return None
-            tokens = torch.ones(batch_size, kv_length, dtype=torch.bool, device=device)
-        codes = tokens.to(torch.int32) * (_NO_WINDOW if window is None else window)
-        return codes[:, None, None, :]
-    return sdpa_mask(
-        batch_size=batch_size,
-        q_length=q_length,
-        kv_length=kv_length,
-        q_offset=q_offset,  # type: ignore[arg-type]  # a tensor with static caches
-        kv_offset=kv_offset,
-        mask_function=pattern,
-        attention_mask=attention_mask,
-        local_size=local_size,
-        allow_is_causal_skip=False,
-        device=device,
-        **kwargs,
-    )
-
-
-def _is_causal(
-    pattern: Callable[..., Tensor],
-    sizes: tuple[int, int, int],
-    offset: int,
-    window: int | None,
-    device: torch.device | str,
-) -> bool:
-    """Whether a pattern is causal, with a window if one is given, judged by its last two rows of every text.
-
-    The other pattern with a local size, attention in chunks, agrees with a window in at most one of two adjacent rows.
-    """
-    batch, queries, keys = sizes
-    last = offset + keys - 1
-    texts = torch.arange(batch, device=device)[:, None, None]
-    zero = torch.zeros((), dtype=torch.long, device=device)
-    rows = torch.arange(last - min(queries, 2) + 1, last + 1, device=device)[:, None]
-    columns = torch.arange(offset, offset + keys, device=device)[None, :]
-    distance = rows - columns
-    expected = (distance >= 0) & (distance < (keys + 1 if window is None else window))
-    return bool((pattern(texts, zero, rows, columns) == expected).all())
-
-
-def _read_mask(
-    mask: Tensor | None, queries: int, keys: int
-) -> tuple[Tensor | None, int | None, tuple[Tensor, Tensor] | None]:
-    """Split what `_mask_function` returned into a complete mask, a window and segments."""
-    if mask is None or mask.dtype != torch.int32:
-        return mask, None, None
-    codes = mask[:, 0, 0, :keys]
-    window = int(codes.max())
-    segments = (codes > 0).to(torch.int32) - 1
-    padded = bool((segments < 0).any())
-    return (
-        None,
-        None if window in (0, _NO_WINDOW) else window,
-        (segments[:, keys - queries :], segments) if padded else None,
-    )
 
 
 def _configs(model: nn.Module) -> list[tuple[Any, str]]:
