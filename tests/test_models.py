@@ -6,6 +6,7 @@ The bound is 1e-5 on outputs of a few units: twice what eager and sdpa themselve
 from __future__ import annotations
 
 import copy
+import weakref
 from typing import Any
 
 import pytest
@@ -442,3 +443,35 @@ def test_a_cache_outlives_inference_mode_gradients_and_copies() -> None:
         both = [model(ids[:, start : start + 100], past_key_values=fresh).logits.sum() for start in (0, 100)]
         (both[0] + both[1]).backward()
     assert all(parameter.grad is not None for parameter in model.parameters())
+
+
+def test_an_offloaded_cache_leaves_nothing_on_the_device(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Where there is one device alone, copies stand for moves: what is left of the others would be left there."""
+    from transformers.cache_utils import CacheLayerMixin, DynamicLayer
+
+    from tamis.integrations.cache import MeansLayer
+
+    def move(layer: Any) -> None:
+        layer.keys, layer.values = layer.keys.clone(), layer.values.clone()
+
+    monkeypatch.setattr(CacheLayerMixin, "offload", move)
+    monkeypatch.setattr(CacheLayerMixin, "prefetch", move)
+    generator = torch.Generator().manual_seed(0)
+    key, value = (torch.randn(1, 2, 400, 16, generator=generator) for _ in range(2))
+    layer, plain = MeansLayer(), DynamicLayer()
+    for start, end in ((0, 300), (300, 301), (301, 400)):
+        layer.prefetch() if start else None
+        held, _ = layer.update(key[:, :, start:end], value[:, :, start:end])
+        plain.update(key[:, :, start:end], value[:, :, start:end])
+        of_call = held.tamis_means
+        room = weakref.ref(held.untyped_storage())
+        layer.offload()
+        assert layer.means is not of_call  # attention of this call comes after, and reads the means where they were
+        del held
+        assert room() is None
+        assert layer.means is not None
+        assert layer.means.length == end
+    expected = KeyMeans.of(plain.keys)
+    torch.testing.assert_close(layer.means.means[:, :, :7], expected.means[:, :, :7], atol=1e-6, rtol=0)
+    assert layer.keys.equal(plain.keys)
+    assert layer.values.equal(plain.values)

@@ -9,11 +9,13 @@ from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
+import hypothesis
 import pytest
 import torch
 import torch.nn.functional as F
 from guides import run_guide
-from torch import Tensor
+from hypothesis import strategies as st
+from torch import Tensor, overrides
 from torch.nn.attention.bias import causal_lower_right, causal_upper_left
 
 import tamis
@@ -289,3 +291,119 @@ def test_what_has_no_data_or_is_transformed_is_torchs() -> None:
         torch.vmap(lambda x: F.scaled_dot_product_attention(x, x, x))(query[None])
     assert handle.calls == {"sparse": 1, "dense": 2}
     assert set(handle.dense_reasons) == {"tensors without data", "forward-mode derivatives or torch.func"}
+
+
+LEADS = ((), (1,), (2,), (1, 1), (1, 2), (2, 1), (2, 2), (2, 4), (3, 1, 2))
+MASKS = (None, (20, 24), (1, 24), (2, 20, 24), (1, 1, 20, 24), (2, 1, 1, 24))
+lead = st.sampled_from(LEADS)
+
+
+@hypothesis.settings(max_examples=400)
+@hypothesis.given(lead, lead, lead, st.booleans(), st.sampled_from(MASKS), st.booleans())
+def test_every_rank_and_batch_that_torch_takes(
+    query: tuple[int, ...],
+    key: tuple[int, ...],
+    value: tuple[int, ...],
+    alike: bool,
+    mask: tuple[int, ...] | None,
+    grouped: bool,
+) -> None:
+    """The same numbers in the same shape as torch, or an error where torch has one; all calls are counted."""
+    generator = torch.Generator().manual_seed(0)
+    leads = (query, query, query) if alike else (query, key, value)
+    tensors = [
+        torch.randn(*lead, length, 8, generator=generator) for lead, length in zip(leads, (20, 24, 24), strict=True)
+    ]
+    visible = None if mask is None else torch.rand(mask, generator=generator) > 0.3
+    if visible is not None:
+        visible[..., 0] = True  # a row that sees nothing is not a number in torch
+    options: dict[str, Any] = {"attn_mask": visible, "enable_gqa": grouped}
+    try:
+        expected = attention(*tensors, **options)
+    except (RuntimeError, IndexError) as error:
+        with tamis.sdpa(EVERYTHING, min_queries=1, **EXACT), pytest.raises(type(error)):
+            attention(*tensors, **options)
+        return
+    with tamis.sdpa(EVERYTHING, min_queries=1, **EXACT) as handle:
+        found = attention(*tensors, **options)
+    torch.testing.assert_close(found, expected, **CLOSE)
+    assert found.shape == expected.shape
+    assert sum(handle.calls.values()) == 1
+    if alike and len(query) < 3 and mask is None and not (grouped and not query):
+        assert handle.calls["sparse"] == 1
+
+
+def modes() -> list[Any]:
+    return overrides._get_current_function_mode_stack()  # type: ignore[no-untyped-call]
+
+
+def test_blocks_may_end_in_any_order() -> None:
+    """Neither a block's own end nor its absence reaches another block, or a mode of somebody else's."""
+    given = tensors(heads=4)
+    dense = attention(*given)
+    outer, inner = tamis.sdpa(SOME, **EXACT), tamis.sdpa(EVERYTHING, **EXACT)
+    before = modes()
+    outer.__enter__()
+    other = torch.device("cpu")
+    with other:
+        theirs = modes()[-1]
+        inner.__enter__()
+        outer.remove()
+        assert [mode is theirs for mode in modes()] == [*(False for _ in before), True, False]
+        torch.testing.assert_close(attention(*given), dense, **CLOSE)
+        assert (outer.calls["sparse"], inner.calls["sparse"]) == (0, 1)
+        inner.remove()
+        assert modes()[-1] is theirs
+    assert modes() == before
+    assert torch.equal(attention(*given), dense)
+
+
+def test_a_block_in_a_generator_ends_alone() -> None:
+    given = tensors(heads=4)
+    dense = attention(*given)
+
+    def steps() -> Iterator[None]:
+        with tamis.sdpa(SOME, **EXACT):
+            yield
+
+    going = steps()
+    next(going)
+    with tamis.sdpa(EVERYTHING, **EXACT) as handle:
+        next(going, None)  # ends while the later block is on
+        torch.testing.assert_close(attention(*given), dense, **CLOSE)
+        assert handle.calls["sparse"] == 1
+    assert torch.equal(attention(*given), dense)
+    assert modes() == []
+
+
+def test_a_block_that_another_thread_ends_is_off_everywhere() -> None:
+    given = tensors(heads=4)
+    dense = attention(*given)
+    handle, steps = tamis.sdpa(SOME, **EXACT), [threading.Event() for _ in range(3)]
+    found: list[Any] = []
+
+    def enter() -> None:
+        with torch.device("cpu"):
+            handle.__enter__()
+            steps[0].set()
+            steps[1].wait(60)
+            found.append(attention(*given))
+            with tamis.sdpa(SOME):
+                pass  # sweeps
+            found.append(len(modes()))
+        found.append(modes())
+
+    thread = threading.Thread(target=enter)
+    thread.start()
+    steps[0].wait(60)
+    with torch.device("cpu"):
+        theirs = modes()
+        handle.remove()
+        assert modes() == theirs
+        with handle:  # again, here: not there
+            steps[1].set()
+            thread.join()
+            assert not torch.equal(attention(*given), dense)
+    assert torch.equal(found[0], dense)
+    assert found[1:] == [1, []]
+    assert modes() == []

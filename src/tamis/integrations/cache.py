@@ -14,8 +14,8 @@ from tamis.integrations.decoding import KeyMeans
 class MeansLayer(DynamicLayer):  # type: ignore[no-untyped-call]  # transformers' own, as below
     """One layer's growing keys and values, written into room that is kept, with the mean key of every block of 64.
 
-    Whatever replaces `keys` from outside (beam search, cropping, offloading) is noticed at the next update, which then
-    makes room and means anew.
+    Whatever replaces `keys` from outside (beam search, cropping) is noticed at the next update, which then makes room
+    and means anew. Offloading takes the means along and gives the room up.
     """
 
     def __init__(self, layer: DynamicLayer | None = None) -> None:
@@ -58,6 +58,31 @@ class MeansLayer(DynamicLayer):  # type: ignore[no-untyped-call]  # transformers
 
     def _recorded(self) -> bool:
         return self.keys is not None and self.keys.requires_grad
+
+    def offload(self) -> None:
+        """Move keys, values and means to the host; the device keeps nothing."""
+        before = self.keys
+        super().offload()  # type: ignore[no-untyped-call]
+        self._followed(before)
+
+    def prefetch(self) -> None:
+        """Move keys, values and means back to their device."""
+        before = self.keys
+        super().prefetch()  # type: ignore[no-untyped-call]
+        self._followed(before)
+
+    def _followed(self, before: Tensor | None) -> None:
+        """Be where the keys went, if they went anywhere."""
+        if self.keys is before or self.keys is None or self.values is None:
+            return
+        current = self._seen is not None and self._seen[0] is before
+        self._room = self._seen = None
+        if current and self.means is not None:
+            # Another one: attention of the call that is under way still reads the means where they were.
+            self.means = KeyMeans(self.means.means.to(self.keys.device, non_blocking=True), self.means.length)
+            self._seen = (self.keys, self.values)
+        else:
+            self.means = None
 
     def __copy__(self) -> MeansLayer:
         """Another layer of the same keys, with room of its own."""

@@ -12,7 +12,7 @@ from typing import Any
 
 import torch
 import torch.nn.functional as F
-from torch import Tensor, nn
+from torch import Tensor, nn, overrides
 from torch.autograd import forward_ad
 from torch.nn.attention.bias import CausalBias, CausalVariant
 from torch.overrides import TorchFunctionMode
@@ -63,9 +63,24 @@ class Interception(TorchFunctionMode):
         super().__init__()
         self._answer = answer
         self._miss = miss
+        self.on = True
+
+    def leave(self) -> None:
+        """Turn the mode off, wherever it stands among the modes that are on.
+
+        torch takes the latest mode off, whichever was meant: that may be somebody else's. In another thread than the
+        one that turned it on, the mode stays among that thread's, where it hands every call on, until `sweep`.
+        """
+        if torch.compiler.is_compiling():
+            self.__exit__(None, None, None)  # type: ignore[no-untyped-call]  # a graph has no other order
+            return
+        self.on = False
+        sweep()
 
     def __torch_function__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
         kwargs = {} if kwargs is None else kwargs
+        if not self.on:
+            return func(*args, **kwargs)
         if func is F.scaled_dot_product_attention:
             return self._answer(Asked(*args, **kwargs))
         if func is F.multi_head_attention_forward and self._miss is not None and not kwargs.get("need_weights", True):
@@ -74,6 +89,20 @@ class Interception(TorchFunctionMode):
             # torch.compile cannot trace the method under a mode (it calls super()), and can this function.
             func = torch.unflatten
         return func(*args, **kwargs)
+
+
+def sweep() -> None:
+    """Take the interceptions that are off out of this thread's modes; all others stay as they stood."""
+    modes = overrides._get_current_function_mode_stack()  # type: ignore[no-untyped-call]
+    left = [isinstance(mode, Interception) and not mode.on for mode in modes]
+    if not any(left):
+        return
+    first = left.index(True)
+    for _ in modes[first:]:
+        overrides._pop_mode()  # type: ignore[no-untyped-call]
+    for mode, gone in zip(modes[first:], left[first:], strict=True):
+        if not gone:
+            overrides._push_mode(mode)  # type: ignore[no-untyped-call]
 
 
 def request_of(asked: Asked, layer: str, module: nn.Module | None = None) -> Request:
@@ -109,8 +138,8 @@ def request_of(asked: Asked, layer: str, module: nn.Module | None = None) -> Req
 
 
 def as_asked(output: Tensor, asked: Asked) -> Tensor:
-    """An output with as many dimensions as the query had."""
-    extra = output.dim() - asked.query.dim()
+    """An output with as many dimensions as torch's: as the query, the key or the value, whichever has most."""
+    extra = output.dim() - max(asked.query.dim(), asked.key.dim(), asked.value.dim())
     return output[(0,) * extra] if extra > 0 else output
 
 
@@ -136,8 +165,11 @@ def _obstacle(asked: Asked, query: Tensor, key: Tensor, value: Tensor) -> str | 
     tensors, mask = (query, key, value), asked.attn_mask
     if query.device.type == "meta":
         return "tensors without data"
+    dims = [tensor.dim() for tensor in (asked.query, asked.key, asked.value)]
     if any(tensor.layout != torch.strided or tensor.dim() != 4 for tensor in tensors):
-        return f"tensors of {asked.query.dim()} dimensions, layout {asked.query.layout}"
+        return f"tensors of {' and '.join(map(str, sorted(set(dims))))} dimensions, layout {asked.query.layout}"
+    if len(set(dims)) > 1 or dims[0] < (3 if asked.enable_gqa else 2):
+        return "shapes that torch broadcasts or refuses"
     if query.dtype not in DTYPES or key.dtype != query.dtype or value.dtype != query.dtype:
         return f"dtypes {query.dtype}, {key.dtype}, {value.dtype}"
     if asked.dropout_p > 0:
@@ -160,7 +192,7 @@ def _obstacle(asked: Asked, query: Tensor, key: Tensor, value: Tensor) -> str | 
             return "shapes that torch broadcasts or refuses"
     else:
         top_left = asked.is_causal
-        if mask is not None and (asked.is_causal or not _fits(mask, query, key)):
+        if mask is not None and (asked.is_causal or mask.dim() > dims[0] or not _fits(mask, query, key)):
             return "shapes that torch broadcasts or refuses"
         if mask is not None and mask.dtype != torch.bool:
             return "additive mask"

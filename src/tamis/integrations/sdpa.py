@@ -2,8 +2,8 @@
 
 from __future__ import annotations
 
-from contextlib import AbstractContextManager
-from typing import Any, Literal
+from collections.abc import Callable
+from typing import Literal
 
 import torch
 from torch import Tensor
@@ -12,31 +12,39 @@ from tamis.call import PerHead
 from tamis.integrations.applied import Applied, LayerCalls
 from tamis.integrations.audit import Audit
 from tamis.integrations.hook import Hook
-from tamis.integrations.intercept import Asked, Interception, as_asked, request_of
+from tamis.integrations.intercept import Asked, Interception, as_asked, request_of, sweep
 from tamis.integrations.schedule import Chooser
 from tamis.integrations.settings import check_min_queries, uniform
 from tamis.predictors.base import Predictor
 
 
 class Block(Hook):
-    """A mode that is on in a `with` block, which may be entered again once it was left."""
+    """A mode that is on in a `with` block, which may be entered again once it was left.
 
-    def __init__(self, mode: AbstractContextManager[Any]) -> None:
-        self._mode = mode
-        self._on = False
+    Blocks may be left in any order, and by other threads: each turns off its own mode and no other.
+
+    Args:
+        make: makes the mode, a new one for each time that the block is entered.
+    """
+
+    def __init__(self, make: Callable[[], Interception]) -> None:
+        self._make = make
+        self._mode: Interception | None = None
 
     def begin(self) -> None:
         """Enter the block."""
-        if self._on:
+        if self._mode is not None:
             raise ValueError("sdpa: this block is entered already; make another with tamis.sdpa()")
-        self._on = True
-        self._mode.__enter__()
+        if not torch.compiler.is_compiling():
+            sweep()
+        self._mode = self._make()
+        self._mode.__enter__()  # type: ignore[no-untyped-call]
 
     def remove(self) -> None:
         """Leave the block; safe to call twice."""
-        if self._on:
-            self._on = False
-            self._mode.__exit__(None, None, None)
+        mode, self._mode = self._mode, None
+        if mode is not None:
+            mode.leave()
 
 
 class Intercepted(Applied):
@@ -45,7 +53,7 @@ class Intercepted(Applied):
     def __init__(
         self, chooser: Chooser, *, backend: str | None, min_queries: int | Literal["auto"], audit: Audit | None
     ) -> None:
-        self._block = Block(Interception(self._answer, self._missed))
+        self._block = Block(lambda: Interception(self._answer, self._missed))
         super().__init__(lambda attend: self._block, chooser, backend=backend, min_queries=min_queries, audit=audit)
 
     def __enter__(self) -> Intercepted:
@@ -79,8 +87,8 @@ def sdpa(
 
     Calls with at least `min_queries` queries run sparse. Calls that ask for something sparse attention does not do
     (dropout, gradients, additive masks, ..) run as torch runs them, and `dense_reasons` counts why. Nothing is patched:
-    other threads are left alone, and torch.compile traces through it, inside or outside of the block. Calls that
-    `nn.MultiheadAttention` makes are hidden by torch and stay dense.
+    other threads are left alone, blocks may end in any order, and torch.compile traces through it, inside or outside of
+    the block. Calls that `nn.MultiheadAttention` makes are hidden by torch and stay dense.
 
     Args:
         predictor: which blocks to keep, by default `Sparge()`. Tokens that matter to all, such as the text of an image
