@@ -285,3 +285,26 @@ def test_compiles_in_one_graph() -> None:
         with torch.no_grad():
             logits = compiled(input_ids=tokens, use_cache=False).logits
     torch.testing.assert_close(logits, expected, **TOLERANCE)
+
+
+@pytest.mark.parametrize("way", ["wrapped", "in place"])
+def test_a_compiled_model_takes_a_handle_and_gives_it_back(way: str) -> None:
+    """Compiled and run before: graphs of the model's own attention are neither kept nor lost. One graph each time."""
+    model, tokens = MODELS["llama"](), ids(1, 256)
+    expected = run(model, "eager", input_ids=tokens)
+    options: dict[str, Any] = {"fullgraph": True, "backend": "aot_eager"}
+    compiled = torch.compile(model, **options) if way == "wrapped" else model
+    if way == "in place":
+        model.compile(**options)
+    with torch.no_grad():
+        own = compiled(input_ids=tokens).logits
+        with apply(compiled, tamis.Window(16, sink=0), precision="full") as handle:
+            with pytest.raises(ValueError, match="runs through tamis already"):
+                apply(model)
+            sparse = compiled(input_ids=tokens).logits
+            wanted = model.forward(input_ids=tokens).logits  # not compiled, and so counted
+        assert list(handle.stats()) == ["model.layers.0.self_attn", "model.layers.1.self_attn"]
+        assert compiled(input_ids=tokens).logits.equal(own)
+    torch.testing.assert_close(own, expected, **TOLERANCE)
+    torch.testing.assert_close(sparse, wanted, **TOLERANCE)
+    assert (sparse - own).abs().max() > 0.1

@@ -54,7 +54,7 @@ def apply(
 
     Args:
         model: a `PreTrainedModel` whose attention goes through `AttentionInterface` (Llama, Mistral, Qwen, DINOv2, ..),
-            a transformer of diffusers (Wan, Flux, ..), or a pipeline that has one (docs/diffusers.md).
+            a transformer of diffusers (Wan, Flux, ..), or a pipeline that has one (docs/diffusers.md); compiled or not.
         predictor: which blocks to keep, in all layers, by default `Sparge()`; or a `Profile` with the settings of every
             layer, by its exact name. Layers that the profile does not name run dense.
         precision: "int8" or "full", as in `attend`; "int8" by default. Not with a profile, which has its own.

@@ -54,8 +54,8 @@ _models: WeakValueDictionary[str, nn.Module] = WeakValueDictionary()
 class TransformersHook(Hook):
     """A function installed in a transformers model, which keeps it: what is here goes when the model goes."""
 
-    def __init__(self, model: nn.Module, function: Callable[[Request], Tensor], *, means: bool = False) -> None:
-        checked = _check_model(model)
+    def __init__(self, model: Any, function: Callable[[Request], Tensor], *, means: bool = False) -> None:
+        model = _check_model(model)
         self._name = next(_names)
         self._configs = _configs(model)
         self._parts = [weakref.ref(part) for part in _pretrained(model)]
@@ -66,7 +66,7 @@ class TransformersHook(Hook):
         _register(self._name, _Weak(attention))
         weakref.finalize(attention, _restore, self._name, self._configs).atexit = False
         try:
-            checked.set_attn_implementation(self._name)
+            model.set_attn_implementation(self._name)
             kept = [type(config).__name__ for config, _ in self._configs if config._attn_implementation != self._name]
             if kept:
                 raise UnsupportedError(f"{type(model).__name__} does not take an attention function (for {kept})")
@@ -244,7 +244,7 @@ def attention_layers(model: nn.Module) -> list[str]:
     """
     from transformers import PreTrainedModel
 
-    _check_model(model)
+    model = _check_model(model)
     found: dict[type, bool] = {}
     for module in model.modules():
         kind = type(module)
@@ -258,8 +258,10 @@ def attention_layers(model: nn.Module) -> list[str]:
 
 
 def _check_model(model: Any) -> Any:
+    """The model itself, of a compiled one what was compiled."""
     from transformers import PreTrainedModel
 
+    model = getattr(model, "_orig_mod", model)
     if not isinstance(model, PreTrainedModel):
         raise TypeError(
             f"model must be a transformers PreTrainedModel, got {type(model).__name__} (which is no diffusers model "
@@ -307,6 +309,7 @@ def _own(config: Any) -> str:
 
 def shares_a_hook(model: nn.Module) -> bool:
     """Whether a configuration of a model asks for a function that is installed in another model, no part of it."""
+    model = getattr(model, "_orig_mod", model)
     parts = set(model.modules())
     others = [other for _, own in _configs(model) if (other := _models.get(own)) is not None]
     return any(other not in parts and model not in set(other.modules()) for other in others)
