@@ -302,6 +302,104 @@ def applied(group: dist.ProcessGroup, mode: str, profiled: bool) -> tuple[float,
     return float((found - expected[:, part]).abs().max()), float((expected - dense).abs().max()), handle.calls
 
 
+def packed(
+    group: dist.ProcessGroup, ends: Sequence[int], cuts: Sequence[int], **settings: Any
+) -> tuple[float, float, float]:
+    """Packed documents that end at `ends`, on ranks whose tokens end at `cuts`.
+
+    How far a tiny model's logits are from those of one rank, these from those of one document, and dense ones of all
+    ranks from the library's own.
+    """
+    import tiny_models
+
+    torch.manual_seed(0)
+    model = tiny_models.language(settings.pop("kind", "Llama"), num_key_value_heads=2, **settings)
+    ids = tiny_models.tokens(1, ends[-1])
+    positions = torch.cat([torch.arange(b - a) for a, b in zip((0, *ends), ends, strict=False)])[None]
+    rank = dist.get_rank(group)
+    part, itself = slice((0, *cuts)[rank], cuts[rank]), dist.new_group([rank], use_local_synchronization=True)
+
+    def logits(part: slice, positions: Tensor, topk: float, ranks: Any) -> Tensor:
+        predictor = tamis.Sparge(topk=topk, similarity=-1.0)
+        with tamis.apply(model, predictor, precision="full", pv_threshold=None, mesh=ranks):
+            return model(ids[:, part], position_ids=positions[:, part], use_cache=False).logits
+
+    with torch.no_grad():
+        exact = model(ids, position_ids=positions, use_cache=False).logits[:, part]
+        dense = logits(part, positions, 1.0, group)
+        found = logits(part, positions, 0.5, group)
+        expected = logits(slice(None), positions, 0.5, itself)
+        mixed = logits(slice(None), torch.arange(ends[-1])[None], 0.5, itself)
+    return tuple(
+        float((one - two).abs().max()) for one, two in ((found, expected[:, part]), (expected, mixed), (dense, exact))
+    )
+
+
+def strange(group: dist.ProcessGroup) -> tuple[float, list[str]]:
+    """A Mistral with padding on the last rank only and a window that no shard is long enough for.
+
+    How far its logits of tokens are from those of one process, and what the ranks say to calls that cannot be right.
+    """
+    import tiny_models
+
+    torch.manual_seed(0)
+    model = tiny_models.language("Mistral", num_key_value_heads=2, sliding_window=200)
+    rank, size = dist.get_rank(group), dist.get_world_size(group)
+    ids, positions = tiny_models.tokens(1, 150 * size), torch.arange(150 * size)[None]
+    part, tokens = slice(150 * rank, 150 * rank + 150), positions < 150 * size - 40
+    complete = torch.ones(1, 1, 150, 150, dtype=torch.bool).tril()
+    calls: list[dict[str, Any]] = [
+        {},
+        {"position_ids": positions[:, part] if rank else None},
+        {"position_ids": positions[:, part], "attention_mask": tokens[:, part] if rank else None},
+        {"position_ids": positions[:, part], "use_cache": rank == 0},
+        {"position_ids": positions[:, part], "attention_mask": tokens[:, part] if rank else complete},
+    ]
+    said = []
+    with torch.no_grad():
+        exact = model(ids, position_ids=positions, attention_mask=tokens, use_cache=False).logits
+        with tamis.apply(model, tamis.Sparge(topk=1.0), precision="full", pv_threshold=None, mesh=group):
+            for arguments in calls:
+                try:
+                    model(ids[:, part], **{"use_cache": False, **arguments})
+                    said.append("nothing")
+                except ValueError as error:
+                    said.append(str(error))
+            try:
+                with torch.set_grad_enabled(rank == 1):
+                    model(ids[:, part], position_ids=positions[:, part], use_cache=False)
+            except ValueError as error:
+                said.append(str(error))
+            found = model(
+                ids[:, part], position_ids=positions[:, part], attention_mask=tokens[:, part], use_cache=False
+            ).logits
+    apart = (found - exact[:, part]).abs().amax(2)
+    return float(apart[tokens[:, part]].max()), said
+
+
+def declined(group: dist.ProcessGroup) -> list[str]:
+    """What the ranks say if one of them cannot do a call; and that the group goes on."""
+    rank, said = dist.get_rank(group), []
+    tensor = torch.randn(1, 4, 64, 16)
+    wrong: list[dict[str, Any]] = [
+        {"query": tensor.requires_grad_()},
+        {"query": tensor.detach()[:, :, :0, :8]},
+        {"mode": "tree"},
+        {"parts": (3, 4)},
+        {"segments": (torch.zeros(63, dtype=torch.long),) * 2},
+    ]
+    for arguments in wrong:
+        given = {"query": tensor.detach(), "key": tensor.detach(), "value": tensor.detach()}
+        given |= arguments if rank == 1 else {}
+        try:
+            tamis.parallel.attend(**given, group=group)
+            said.append("nothing")
+        except (ValueError, TypeError) as error:
+            said.append(str(error))
+    assert tamis.parallel.attend(*[tensor.detach()] * 3, group=group).output.isfinite().all()
+    return said
+
+
 def _wan() -> tuple[Any, dict[str, Any], int]:
     from diffusers import WanTransformer3DModel
 

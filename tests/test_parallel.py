@@ -9,7 +9,7 @@ import os
 import re
 import signal
 import time
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from dataclasses import replace
 from pathlib import Path
 
@@ -238,6 +238,45 @@ def test_apply_with_a_mesh(ranks: Ranks, size: int, mode: str, profiled: bool) -
     for apart, from_dense, calls in ranks.run(size, rank_jobs.applied, mode, profiled):
         assert apart < 1e-5 < 1e-2 < from_dense  # logits of two layers, sums in another order; and it was sparse
         assert calls == ({"sparse": 1, "dense": 1} if profiled else {"sparse": 2, "dense": 0})
+
+
+@pytest.mark.parametrize(
+    ("ends", "cuts"),
+    [
+        ((100, 230, 300), (100, 300)),  # a document ends where a rank ends: no rank has two of them but the last
+        ((150, 300), (150, 300)),  # no rank has two
+        ((40, 180, 300), (110, 300)),  # one goes on over the boundary
+        ((150, 300), (70, 150, 220, 300)),
+        ((90, 300), (70, 150, 220, 300)),  # ranks 2 and 3 see none of the boundaries
+    ],
+)
+def test_packed_documents(ranks: Ranks, ends: Sequence[int], cuts: Sequence[int]) -> None:
+    """A rank cannot see that a document ended on another one, or where its own began."""
+    pytest.importorskip("transformers")
+    for apart, from_mixed, from_exact in ranks.run(len(cuts), rank_jobs.packed, ends, cuts):
+        assert max(apart, from_exact) < 1e-5 < 1e-2 < from_mixed  # logits of two layers, sums in another order
+
+
+def test_what_shards_do_not_show(ranks: Ranks) -> None:
+    """Padding of other ranks, a window longer than a shard; and what cannot be right is an error everywhere."""
+    pytest.importorskip("transformers")
+    answers = ranks.run(2, rank_jobs.strange)
+    patterns = [*["position_ids must be given on every rank"] * 2, *["ranks disagree: all must call"] * 3]
+    for own, (apart, said) in zip(("rank 1 cannot take part in this call", "gradients"), answers, strict=True):
+        assert own in said.pop()
+        assert apart < 1e-5  # logits of two layers, sums in another order
+        assert len(said) == len(patterns)
+        for text, pattern in zip(said, patterns, strict=True):
+            assert re.search(pattern, text), text
+
+
+def test_what_one_rank_cannot_do_no_rank_waits_for(ranks: Ranks) -> None:
+    start = time.monotonic()
+    others, own = ranks.run(2, rank_jobs.declined)
+    assert time.monotonic() - start < 30  # half of the group's timeout
+    assert others == ["rank 1 cannot take part in this call: its own error says why"] * 5
+    for text, pattern in zip(own, ("grad", "head_dim", "mode must be", "must add up", "segments"), strict=True):
+        assert pattern in text, own
 
 
 def test_what_the_page_shows_runs(ranks: Ranks) -> None:

@@ -107,6 +107,7 @@ def apply(
         raise ValueError("audit, decode and order must be None with a mesh: they look at the whole sequence")
     if mode not in ("heads", "ring"):
         raise ValueError(f"mode must be 'heads' or 'ring', got {mode!r}")
+    spread = None if mesh is None else Spread(mesh, mode)
     chooser = Chooser(source, schedule, attention_layers(model))
     if applied(model) is not None:
         raise ValueError(
@@ -118,13 +119,13 @@ def apply(
             f"{type(model).__name__} shares its configuration with a model that runs through tamis: give it a copy"
         )
     handle = Applied(
-        partial(install, model, means=decode is not None, order=order, named=chooser.by_layer),
+        partial(install, model, means=decode is not None, order=order, named=chooser.by_layer, spread=spread),
         chooser,
         backend=backend,
         min_queries=min_queries,
         audit=audit if audit is None or isinstance(audit, Audit) else Audit(share=audit),
         decode=None if decode is None else decode if isinstance(decode, Decode) else Decode(share=decode),
-        spread=None if mesh is None else Spread(mesh, mode),
+        spread=spread,
     )
     _applied.update((module, weakref.ref(handle)) for module in _modules(model))
     return handle

@@ -11,6 +11,7 @@ from torch import Tensor, nn
 
 from tamis.errors import UnsupportedError
 from tamis.integrations.request import Request
+from tamis.integrations.spread import Spread
 from tamis.order import KINDS
 
 _Self = TypeVar("_Self", bound="Hook")
@@ -42,6 +43,7 @@ def install(
     means: bool = False,
     order: str | None = None,
     named: bool = True,
+    spread: Spread | None = None,
 ) -> Hook:
     """Hand every attention call of a model to a function until `.remove()`, or inside a `with` block.
 
@@ -50,6 +52,7 @@ def install(
         means: let the caches that a transformers model is called with keep the mean key of every block, for `Decode`.
         order: a token order for the model of an image or video, as in `tamis.apply`.
         named: whether the function has to know a call's layer in compiled graphs too.
+        spread: where the ranks are that hold the other tokens.
 
     Raises:
         TypeError: the model comes from no library that tamis knows.
@@ -68,7 +71,7 @@ def install(
 
     if order is not None:
         raise UnsupportedError(f"order must be None with {type(model).__name__}: only tokens of diffusers have another")
-    return TransformersHook(model, function, means=means)
+    return TransformersHook(model, function, means=means, shards=None if spread is None else spread.shards)
 
 
 def shares_a_hook(model: Any) -> bool:

@@ -2,43 +2,66 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from functools import cached_property
 from typing import TYPE_CHECKING
 
 from torch import Tensor
 
 from tamis.errors import UnsupportedError
 from tamis.integrations.request import Request
+from tamis.integrations.shards import Shards
 from tamis.profile import LayerSettings
 
 if TYPE_CHECKING:
     from torch.distributed import ProcessGroup
     from torch.distributed.device_mesh import DeviceMesh
 
+    from tamis.parallel.wire import Peers
 
-@dataclass(frozen=True)
+
 class Spread:
     """Every rank calls the model with its part of the sequence, in the order of the ranks.
 
-    What a call asks for is done for the whole sequence or refused: dense attention of a part alone would be wrong.
+    What a call asks for is done for the whole sequence or refused, on all ranks: dense attention of a part alone would
+    be wrong.
 
-    Attributes:
+    Args:
         mesh: of one dimension, over the ranks; or their process group.
         mode: "heads" or "ring", as in `tamis.parallel.attend`.
+
+    Raises:
+        TypeError: mesh is neither.
+        ValueError: the mesh has several dimensions, or there is no process group.
     """
 
-    mesh: DeviceMesh | ProcessGroup
-    mode: str = "heads"
+    def __init__(self, mesh: DeviceMesh | ProcessGroup, mode: str) -> None:
+        from torch.distributed import ProcessGroup
+        from torch.distributed.device_mesh import DeviceMesh
+
+        if not isinstance(mesh, (DeviceMesh, ProcessGroup)):
+            raise TypeError(f"mesh must be a DeviceMesh, a ProcessGroup or None, got {type(mesh).__name__}")
+        self.mode = mode
+        self._mesh = mesh if isinstance(mesh, DeviceMesh) else None
+        self._group = None if isinstance(mesh, DeviceMesh) else mesh
+        self.shards = Shards(lambda: self.peers)
+        assert self.peers.size > 0
+
+    @cached_property
+    def peers(self) -> Peers:
+        """The ranks as this one sees them."""
+        from tamis.parallel.wire import peers
+
+        return peers(self._mesh, self._group)
 
     def attend(self, request: Request, settings: LayerSettings, backend: str | None) -> Tensor:
         """The rank's rows of attention over the whole sequence.
 
         Raises:
-            UnsupportedError: the call has a mask, or asks for what runs dense without a mesh.
+            UnsupportedError: the call has a mask, or asks for what runs dense without a mesh. The other ranks get a
+                `ValueError`, if they ask for nothing of the kind.
         """
-        from torch.distributed.device_mesh import DeviceMesh
-
         from tamis.parallel import layer_attention
+        from tamis.parallel.dispatch import decline
 
         kinds = {"a complete mask": request.mask, "tokens that must be kept": request.keep}
         reason = request.obstacle or next((name for name, given in kinds.items() if given is not None), None)
@@ -47,20 +70,20 @@ class Spread:
         if reason is None and request.key.shape[2] != request.query.shape[2]:
             reason = "keys of a cache"  # every rank's would stand where the next rank's tokens belong
         if reason is not None:
+            decline(self.peers)
             raise UnsupportedError(f"{request.layer}: {reason}: attention over a mesh does not do that")
-        whole = isinstance(self.mesh, DeviceMesh)
+        own = self.shards.segments if request.causal else None
         return layer_attention(
             request.query,
             request.key,
             request.value,
             settings,
-            mesh=self.mesh if whole else None,  # type: ignore[arg-type]
-            group=None if whole else self.mesh,  # type: ignore[arg-type]
+            group=self.peers.group,
             mode=self.mode,
             causal=request.causal,
             window=request.window,
             scale=request.scale,
-            segments=request.segments,
+            segments=request.segments if own is None else (own, own),
             softcap=request.softcap,
             sink_logits=request.sink_logits,
             backend=backend,

@@ -25,6 +25,7 @@ from tamis.call import DTYPES
 from tamis.errors import UnsupportedError
 from tamis.integrations.hook import Hook
 from tamis.integrations.request import Request, dense
+from tamis.integrations.shards import Shards
 from tamis.integrations.transformers_masks import OFFSETS, Sight, mask_function, packed, read_mask
 
 # Arguments that reach attention functions and say nothing about what attention computes.
@@ -54,16 +55,24 @@ _models: WeakValueDictionary[str, nn.Module] = WeakValueDictionary()
 class TransformersHook(Hook):
     """A function installed in a transformers model, which keeps it: what is here goes when the model goes."""
 
-    def __init__(self, model: Any, function: Callable[[Request], Tensor], *, means: bool = False) -> None:
+    def __init__(
+        self,
+        model: Any,
+        function: Callable[[Request], Tensor],
+        *,
+        means: bool = False,
+        shards: Shards | None = None,
+    ) -> None:
         model = _check_model(model)
         self._name = next(_names)
         self._configs = _configs(model)
         self._parts = [weakref.ref(part) for part in _pretrained(model)]
         _models[self._name] = model
         _stood_for[self._name] = {type(config).__name__: own for config, own in self._configs}
-        self._means: list[RemovableHandle] = []
+        self._handles: list[RemovableHandle] = []
         attention = _Attention(function, {module: name for name, module in model.named_modules()})
-        _register(self._name, _Weak(attention))
+        masks = mask_function if shards is None else partial(mask_function, shards=True)
+        _register(self._name, _Weak(attention), masks)
         weakref.finalize(attention, _restore, self._name, self._configs).atexit = False
         try:
             model.set_attn_implementation(self._name)
@@ -73,7 +82,9 @@ class TransformersHook(Hook):
             for part in _pretrained(model):
                 part.__dict__[f"_{self._name}"] = _Kept(attention)
             if means:
-                self._means = _keep_means(model)
+                self._handles += _keep_means(model)
+            if shards is not None:
+                self._handles += shards.follow(model)
         except BaseException:
             self.remove()
             raise
@@ -81,7 +92,7 @@ class TransformersHook(Hook):
     def remove(self) -> None:
         """Restore the attention that was there before; safe to call twice."""
         _restore(self._name, self._configs)
-        for handle in self._means:
+        for handle in self._handles:
             handle.remove()
         for part in self._parts:
             if (module := part()) is not None:
@@ -97,7 +108,7 @@ class NamedHook(Hook):
         if name in AttentionInterface._global_mapping or name in AttentionMaskInterface._global_mapping:
             raise ValueError(f"name must be new to transformers, {name!r} is registered already")
         self._name = name
-        _register(name, _Attention(function, {}))
+        _register(name, _Attention(function, {}), mask_function)
 
     def remove(self) -> None:
         """Forget the name; models that still ask for it cannot run. Safe to call twice."""
@@ -112,11 +123,11 @@ def _restore(name: str, configs: list[tuple[Any, str]]) -> None:
     _unregister(name)
 
 
-def _register(name: str, attention: _Attention | _Weak) -> None:
+def _register(name: str, attention: _Attention | _Weak, masks: Callable[..., Tensor | None]) -> None:
     from transformers import AttentionInterface, AttentionMaskInterface
 
     AttentionInterface.register(name, attention)
-    AttentionMaskInterface.register(name, mask_function)
+    AttentionMaskInterface.register(name, masks)
 
 
 def _unregister(name: str) -> None:

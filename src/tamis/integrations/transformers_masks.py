@@ -44,22 +44,27 @@ def mask_function(
     local_size: int | None = None,
     allow_is_causal_skip: bool = True,
     device: torch.device | str = "cpu",
+    shards: bool = False,
     **kwargs: Any,
 ) -> Tensor | None:
     """What transformers asks for before a forward pass: None for plain causal, key codes for causal with a window,
     padding or packed documents, and the complete bool mask for everything else.
+
+    `shards`: the tokens are a part of longer texts, whose padding and documents are known elsewhere (`Shards`).
     """
     from transformers.masking_utils import causal_mask_function, sdpa_mask
 
     pattern: Pattern = causal_mask_function if mask_function is None else mask_function
     aligned = not isinstance(q_offset, Tensor) and q_offset + q_length == kv_offset + kv_length
-    window = local_size if local_size is not None and kv_length > local_size else None
-    sizes = (batch_size, q_length, kv_length)
+    window = local_size if local_size is not None and (shards or kv_length > local_size) else None
+    # A pattern of indices goes on beyond a shard: attention in chunks and a window differ from there on only.
+    length = max(kv_length, window + 2) if shards and window is not None else kv_length
+    sizes = (batch_size, q_length, length)
     if torch.compiler.is_compiling():
         if allow_is_causal_skip and aligned and attention_mask is None and local_size is None:
             return None
     elif allow_is_causal_skip and aligned and _is_causal(pattern, sizes, kv_offset, window, device):
-        return _causal_codes(sizes, kv_offset, attention_mask, window, device)
+        return _causal_codes(batch_size, kv_length, kv_offset, None if shards else attention_mask, window, device)
     elif q_length == kv_length and attention_mask is None and (found := _packing(pattern)) is not None:
         inside, documents = found
         if _is_causal(inside, sizes, 0, window, device):
@@ -81,7 +86,8 @@ def mask_function(
 
 
 def _causal_codes(
-    sizes: tuple[int, int, int],
+    batch: int,
+    keys: int,
     kv_offset: int,
     attention_mask: Tensor | None,
     window: int | None,
@@ -90,7 +96,6 @@ def _causal_codes(
     """Codes of a causal mask; None if there is neither window nor padding."""
     from transformers.masking_utils import prepare_padding_mask
 
-    batch, _, keys = sizes
     padding = prepare_padding_mask(attention_mask, keys, kv_offset)
     tokens = None if padding is None else padding[:, kv_offset : kv_offset + keys].to(torch.bool)
     if tokens is None or bool(tokens.all()):

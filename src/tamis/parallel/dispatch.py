@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import zlib
 from collections.abc import Sequence
 from typing import TYPE_CHECKING, Any, TypeAlias
@@ -26,6 +27,8 @@ if TYPE_CHECKING:
 Layouts: TypeAlias = "Layout | tuple[Layout, Layout]"
 MODES = ("heads", "ring")
 _MOST_PARTS = 8
+_ALIKE = 8  # numbers of `_layouts` that must be alike
+_DECLINED = -1  # in the place of a checksum, which is never negative
 Where: TypeAlias = "tuple[Peers, str, Layouts | None, Sequence[int] | None]"
 Inputs: TypeAlias = "tuple[Tensor, Tensor, Tensor]"
 
@@ -41,11 +44,15 @@ def run(
 ) -> AttentionOutput:
     """The call in its mode, on this rank's tokens; `made` are arguments of `Request`."""
     at, mode, layout, parts = where
-    if mode not in MODES:
-        raise ValueError(f"mode must be one of {', '.join(MODES)}, got {mode!r}")
     if any(_is_sharded(tensor) for tensor in inputs):
         return _run_sharded(inputs, made, segments, where, lse=lse, stats=stats)
-    _check(inputs)
+    try:
+        _check(inputs, segments, mode)
+        _check_parts(inputs, layout, parts)
+    except (TypeError, ValueError):
+        if layout is None and at.size > 1:
+            decline(at)
+        raise
     alone = at.size == 1 and layout is None and parts is None
     if alone and not (mode == "ring" and made["precision"] != "full"):
         given = (Layout.contiguous([inputs[0].shape[2]]), Layout.contiguous([inputs[1].shape[2]]))
@@ -54,7 +61,7 @@ def run(
             refuse(request)
         result = request.here(*inputs)
         return result if stats else result._replace(stats=None)
-    told = checksum({**made, "segments": segments is not None, "lse": lse, "stats": stats})
+    told = checksum({**made, "segments": _rows(segments), "lse": lse, "stats": stats})
     layouts = _layouts(inputs, mode, layout, parts, at, told)
     _check_request(made, inputs, layouts)
     request = Request(layouts, segments=_whole_segments(segments, layouts, at), **made)
@@ -72,8 +79,11 @@ def run(
     return result._replace(stats=result.stats.with_counts(at.all_reduce(counts, "stats")))
 
 
-def _check(inputs: Inputs) -> None:
+def _check(inputs: Inputs, segments: tuple[Tensor, Tensor] | None, mode: str) -> None:
+    """What a rank can see of its own arguments."""
     query = inputs[0]
+    if mode not in MODES:
+        raise ValueError(f"mode must be one of {', '.join(MODES)}, got {mode!r}")
     for name, tensor in zip(("query", "key", "value"), inputs, strict=True):
         check_tensor(tensor, name)
         if tensor.dim() != 4:
@@ -92,11 +102,34 @@ def _check(inputs: Inputs) -> None:
     if key.shape[3] != query.shape[3]:
         raise ValueError(f"key has head_dim {key.shape[3]} and query {query.shape[3]}: they must agree")
     refuse_gradients(query=query, key=key, value=value)
+    for index, own in enumerate(segments or ()):
+        if own.dtype.is_floating_point or own.dtype == torch.bool:
+            raise TypeError(f"segments[{index}] must be integers, got {own.dtype}")
+        tokens = inputs[index].shape[2]
+        if own.dim() not in (1, 2) or own.shape[-1] != tokens:
+            raise ValueError(f"segments[{index}] must be [tokens] or [batch | 1, {tokens}], got {tuple(own.shape)}")
+
+
+def _check_parts(inputs: Inputs, layout: Layouts | None, parts: Sequence[int] | None) -> None:
+    if parts is None:
+        return
+    if layout is not None:
+        raise ValueError("parts and layout name the same thing: give one of the two")
+    lengths = (inputs[0].shape[2], inputs[1].shape[2])
+    if sum(parts) != lengths[0] or sum(parts) != lengths[1]:
+        raise ValueError(f"parts {tuple(parts)} must add up to the tokens of query and key, {lengths}")
+    if len(parts) > _MOST_PARTS or any(tokens < 0 for tokens in parts):
+        raise ValueError(f"parts must be at most {_MOST_PARTS} numbers of tokens, got {tuple(parts)}")
 
 
 def checksum(arguments: dict[str, Any]) -> int:
     """What must be alike on all ranks, as a number: values, and of tensors and masks their shapes."""
     return zlib.crc32(repr(sorted((name, _shown(value)) for name, value in arguments.items())).encode())
+
+
+def _rows(segments: tuple[Tensor, Tensor] | None) -> list[int]:
+    """Texts for which segments are given: 1 for all alike."""
+    return [1 if own.dim() == 1 else own.shape[0] for own in segments or ()]
 
 
 def _shown(value: Any) -> str:
@@ -127,8 +160,6 @@ def _layouts(
     """Where the tokens are: as given, or as the ranks tell each other, together with what must be alike."""
     lengths = (inputs[0].shape[2], inputs[1].shape[2])
     if layout is not None:
-        if parts is not None:
-            raise ValueError("parts and layout name the same thing: give one of the two")
         pair = (layout, layout) if isinstance(layout, Layout) else layout
         for name, one, length in zip(("query", "key"), pair, lengths, strict=True):
             if len(one.ranks) != at.size or one.lengths[at.rank] != length:
@@ -137,8 +168,6 @@ def _layouts(
                     f"{at.size} has {length}"
                 )
         return pair
-    if parts is not None and (sum(parts) != lengths[0] or sum(parts) != lengths[1]):
-        raise ValueError(f"parts {tuple(parts)} must add up to the tokens of query and key, {lengths}")
     own = (lengths[0],) if parts is None else tuple(parts)
     query, key, value = inputs
     alike = (
@@ -164,12 +193,11 @@ def exchange(
     for some in (own, keys):
         message += [*some, *[0] * (_MOST_PARTS - len(some))]
     message += alike
-    device = torch.device("cpu")
-    if torch.distributed.get_backend(at.group) == "nccl":
-        device = torch.device("cuda", torch.cuda.current_device())
-    sent = torch.tensor(message, dtype=torch.int64, device=device)
-    rows = [row.tolist() for row in at.all_gather(sent, [len(message)] * at.size, "lengths")]
+    rows = at.tell(message)
     first = 2 + 2 * _MOST_PARTS
+    declined = [rank for rank, row in enumerate(rows) if alike and row[-1] == _DECLINED]
+    if declined:
+        raise ValueError(f"rank {declined[0]} cannot take part in this call: its own error says why")
     if any(row[:2] != message[:2] or row[first:] != message[first:] for row in rows):
         fields = "batch, heads, head_dim, key heads, value_dim, dtype, mode, checksum of all other arguments"
         shown = [(row[:2], row[first:]) for row in rows]
@@ -179,6 +207,12 @@ def exchange(
     return q_layout, q_layout if parts[0] == parts[1] else Layout.parts(parts[1])
 
 
+def decline(at: Peers) -> None:
+    """Take part in the exchange that begins a call, so that the other ranks get an error and do not wait."""
+    with contextlib.suppress(ValueError):
+        exchange((0,), (0,), (*[0] * (_ALIKE - 1), _DECLINED), at)
+
+
 def _whole_segments(
     segments: tuple[Tensor, Tensor] | None, layouts: tuple[Layout, Layout], at: Peers
 ) -> tuple[Tensor, Tensor] | None:
@@ -186,14 +220,8 @@ def _whole_segments(
     if segments is None:
         return None
     whole = []
-    for index, (own, layout) in enumerate(zip(segments, layouts, strict=True)):
-        if own.dtype.is_floating_point or own.dtype == torch.bool:
-            raise TypeError(f"segments[{index}] must be integers, got {own.dtype}")
+    for own, layout in zip(segments, layouts, strict=True):
         own = (own[None] if own.dim() == 1 else own).to(torch.int64)
-        if own.dim() != 2 or own.shape[1] != layout.lengths[at.rank]:
-            raise ValueError(
-                f"segments[{index}] must be [batch | 1, {layout.lengths[at.rank]}], got {tuple(own.shape)}"
-            )
         batch = own.shape[0]
         shards = at.all_gather(own.reshape(-1), [batch * tokens for tokens in layout.lengths], "lengths")
         whole.append(layout.put([shard.view(batch, -1) for shard in shards], dim=-1))

@@ -85,6 +85,14 @@ class Peers:
             )
         return received
 
+    def tell(self, numbers: Sequence[int]) -> list[list[int]]:
+        """What every rank tells every other: equally many integers each."""
+        device = torch.device("cpu")
+        if dist.get_backend(self.group) == "nccl":
+            device = torch.device("cuda", torch.cuda.current_device())
+        sent = torch.tensor(numbers, dtype=torch.int64, device=device)
+        return [row.tolist() for row in self.all_gather(sent, [len(numbers)] * self.size, "lengths")]
+
     def all_gather(self, tensor: Tensor, sizes: Sequence[int], kind: str) -> list[Tensor]:
         """The flat tensors of all ranks, which have so many elements."""
         padded = tensor.new_zeros(max(sizes))
@@ -129,13 +137,20 @@ def peers(mesh: DeviceMesh | None, group: ProcessGroup | None) -> Peers:
     """The ranks of a mesh or a group; of all processes if neither is given.
 
     Raises:
+        TypeError: one of them is something else.
         ValueError: both are given, the mesh has several dimensions, or no process group was made.
     """
     if mesh is not None and group is not None:
         raise ValueError("mesh and group name the same thing: give one of the two")
     if not (dist.is_available() and dist.is_initialized()):
         raise ValueError("no process group: call torch.distributed.init_process_group first, on every rank")
+    if group is not None and not isinstance(group, dist.ProcessGroup):
+        raise TypeError(f"group must be a torch.distributed.ProcessGroup or None, got {type(group).__name__}")
     if mesh is not None:
+        from torch.distributed.device_mesh import DeviceMesh
+
+        if not isinstance(mesh, DeviceMesh):
+            raise TypeError(f"mesh must be a DeviceMesh or None, got {type(mesh).__name__}: a group is group=")
         if mesh.ndim != 1:
             raise ValueError(f"mesh must have one dimension, got {mesh.mesh_dim_names or mesh.ndim}: take mesh['name']")
         group = mesh.get_group()
