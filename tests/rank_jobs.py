@@ -249,6 +249,45 @@ def diffusion(group: dist.ProcessGroup, name: str, degrees: dict[str, int]) -> t
     return float((spread - alone).abs().max()), float((spread - exact).abs().max()), len(calls)
 
 
+def cut(group: dist.ProcessGroup, name: str, mode: str, own: bool) -> tuple[float, float, dict[str, int], float]:
+    """A tiny diffusers model whose tokens are cut among ranks, by `apply` or (`own`) by diffusers.
+
+    Largest difference of its output from one process's with tamis, and of this from that with torch; the calls; and
+    how far it is from the model's own when all is undone.
+    """
+    from diffusers import ContextParallelConfig
+    from diffusion import TINY
+
+    if name in ("wan", "flux"):
+        model, inputs, _ = {"wan": _wan, "flux": _flux}[name]()
+    else:
+        torch.manual_seed(3)
+        model, inputs = TINY[name].make(), TINY[name].given()
+    if name == "wan":  # as many tokens of text as a rank has of the video: lengths do not tell what is cut
+        inputs["encoder_hidden_states"] = torch.randn(1, 384 // dist.get_world_size(group), 16)
+    settings: dict[str, Any] = {"precision": "full", "pv_threshold": None, "min_queries": 1}
+    predictor = tamis.Sparge(topk=0.5, similarity=-1)
+    degree = {"ulysses_degree" if mode == "heads" else "ring_degree": dist.get_world_size(group)}
+
+    def run() -> Tensor:
+        output: Tensor = model(**inputs, return_dict=False)[0]
+        return output
+
+    with torch.no_grad():
+        exact = run()
+        with tamis.apply(model, predictor, **settings):
+            alone = run()
+        if own:
+            with patch("torch.accelerator.device_count", return_value=1):  # as above
+                model.enable_parallelism(config=ContextParallelConfig(**degree))
+            settings.pop("min_queries")
+        with tamis.apply(model, predictor, **settings, **({} if own else {"mesh": group, "mode": mode})) as handle:
+            found = run()
+        left = torch.zeros(()) if own and mode == "ring" else run() - exact  # gloo has no ring of diffusers' own
+    apart, sparse = (found - alone).abs().max(), (alone - exact).abs().max()
+    return float(apart), float(sparse), handle.calls, float(left.abs().max())
+
+
 def refused(group: dist.ProcessGroup) -> list[str]:
     """What every rank says to arguments that are wrong or differ, and that the group goes on after each."""
     rank = dist.get_rank(group)

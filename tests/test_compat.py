@@ -21,7 +21,7 @@ import tamis
 from tamis import compat
 from tamis.compat import arguments, plugin, search
 from tamis.compat.__main__ import main
-from tamis.compat.search import CANDIDATES, Search
+from tamis.compat.search import CANDIDATES, Bounds, Search
 from tamis.compat.utils import get_vanilla_qk_quant
 from tamis.tuning.calls import LayerCall
 from tamis.tuning.candidates import DENSE
@@ -439,12 +439,12 @@ def test_what_failed_once_is_not_taken_again(monkeypatch: pytest.MonkeyPatch) ->
         return outcome._replace(l1=torch.ones_like(outcome.l1))
 
     q, k, v = planted(0, "s")
-    found = Search(0.05, 0.06)
+    found, bounds = Search(), Bounds(0.05, 0.06)
     monkeypatch.setattr(search, "evaluate", unlucky)
-    (first,) = found.add(LayerCall("", 0, 0, 0, q, k, v, False, None, None))
+    (first,) = found.add(LayerCall("", 0, 0, 0, q, k, v, False, None, None), bounds)
     monkeypatch.undo()
-    (second,) = found.add(LayerCall("", 1, 0, 0, q, k, v, False, None, None))
-    (fresh,) = Search(0.05, 0.06).add(LayerCall("", 1, 0, 0, q, k, v, False, None, None))
+    (second,) = found.add(LayerCall("", 1, 0, 0, q, k, v, False, None, None), bounds)
+    (fresh,) = Search().add(LayerCall("", 1, 0, 0, q, k, v, False, None, None), bounds)
     assert first.candidate == second.candidate == DENSE != fresh.candidate
 
 
@@ -511,6 +511,49 @@ def test_the_files_of_the_authors_tuner() -> None:
         ValueError, match=r"the settings of blocks\.1 are incomplete: is_sparse, cdfthreshd, simthreshd1"
     ):
         compat.load_sparse_attention_state_dict(Blocks(), {"blocks.1.pvthreshd": torch.ones(2)})
+
+
+@pytest.mark.parametrize("by", ["data", "new data", "numpy", "inference"])
+def test_what_is_written_to_a_live_module_is_read(by: str) -> None:
+    """However it is written: torch counts none of these."""
+    q, k, v = qkv(1, 2, 512, 64)
+    with torch.inference_mode(by == "inference"):
+        module = compat.load_sparse_attention_state_dict(Blocks(), {f"blocks.0.{n}": t for n, t in theirs(0.3).items()})
+        assert isinstance(module, Blocks)
+        attention = module.blocks[0]
+        before = attention(q, k, v)
+        if by == "data":
+            attention.is_sparse.data[0] = False
+        elif by == "new data":
+            attention.is_sparse.data = torch.tensor([False, False])
+        elif by == "numpy":
+            attention.is_sparse.data.numpy()[0] = False
+        else:
+            attention.is_sparse[0] = False
+        after = attention(q, k, v)
+    dense = tamis.sparse_attention(q, k, v, predictor=tamis.Sparge(topk=1.0, similarity=-1), pv_threshold=(1e4, 20 * LN2))
+    assert not torch.equal(before[:, 0], after[:, 0])
+    assert torch.equal(before[:, 1], after[:, 1])
+    assert (after[:, 0] - dense[:, 0]).abs().max() < 1e-3  # 2^-12 of a weight is skipped
+
+
+def test_attributes_of_a_live_module_are_read() -> None:
+    """A budget that becomes smaller, or is wrong, between two calls; what was tried before stays known."""
+    q, k, v = planted(0, "sd")
+    attention = compat.SparseAttentionMeansim(l1=0.05, pv_l1=0.06)
+    attention(q, k, v, tune_mode=True)
+    assert attention.is_sparse.tolist() == [True, False]
+    attention.l1, attention.pv_l1 = 1e-6, 2e-6
+    attention(q, k, v, tune_mode=True)
+    assert attention.is_sparse.tolist() == [False, False], "rounding alone is more than that"
+    attention.l1, attention.pv_l1, attention.tune_pv = 0.05, 0.06, False
+    attention(q, k, v, tune_mode=True)
+    assert attention.is_sparse.tolist() == [True, False]
+    assert attention.pvthreshd.tolist()[0] == pytest.approx(20)
+    for name, wrong, says in (("l1", 0.5, "pv_l1 above l1"), ("sim_rule", "rmse", "sim_rule must be 'l1'")):
+        setattr(attention, name, wrong)
+        with pytest.raises(ValueError, match=says):
+            attention(q, k, v, tune_mode=True)
 
 
 def test_rounding_by_blocks() -> None:

@@ -216,6 +216,29 @@ def test_diffusers_context_parallelism(ranks: Ranks, name: str, degree: str) -> 
         assert apart < 1e-5 < 1e-3 < from_dense  # sums in another order, through two layers; and it did run sparse
 
 
+@pytest.mark.parametrize(
+    ("name", "size", "mode", "own"),
+    [
+        ("wan", 2, "heads", False),
+        ("wan", 3, "ring", False),
+        ("wan", 4, "heads", True),
+        ("wan", 4, "ring", True),
+        ("flux", 3, "heads", False),
+        ("flux", 4, "ring", False),
+        ("flux", 4, "heads", True),
+        ("ltx", 2, "heads", False),
+    ],
+)
+def test_apply_cuts_a_diffusers_model(ranks: Ranks, name: str, size: int, mode: str, own: bool) -> None:
+    """Or takes it as `enable_parallelism` has cut it; cross-attention sees its whole text, joint attention all of it."""
+    pytest.importorskip("diffusers")
+    cross = 0 if name == "flux" else 2
+    for apart, from_dense, calls, left in ranks.run(size, rank_jobs.cut, name, mode, own):
+        assert apart < 1e-5 < 1e-3 < from_dense  # sums in another order, through two layers; and it did run sparse
+        assert calls == {"sparse": 2, "dense": cross}
+        assert left < 1e-5
+
+
 def test_wrong_and_different_arguments_are_refused_by_all_ranks(ranks: Ranks) -> None:
     """And the group's next call is right: nothing that was posted is left behind."""
     patterns = [

@@ -12,7 +12,7 @@ from torch import Tensor, nn
 from tamis.call import refuse_gradients
 from tamis.compat.arguments import LN2, check_smooth_k, to_heads_first
 from tamis.compat.functions import Result, spas_sage2_attn_meansim_cuda
-from tamis.compat.search import Found, Search
+from tamis.compat.search import Bounds, Found, Search
 from tamis.errors import UnsupportedError
 from tamis.tuning.calls import LayerCall, exact_output
 from tamis.tuning.candidates import DENSE
@@ -34,6 +34,7 @@ class SparseAttentionMeansim(nn.Module):
     dense attention; afterwards calls run sparse with the settings found. They are kept as the authors keep them, in
     parameters of one number per head: `is_sparse`, `cdfthreshd`, `simthreshd1`, `pvthreshd` (units of log2). A head
     that cannot be sparse within the budget has `is_sparse` False and keeps all blocks, in int8 all the same.
+    Attributes and parameters may be changed at any time: every call reads them, which waits for a device that has them.
 
     Args:
         sim_rule: "l1".
@@ -76,19 +77,15 @@ class SparseAttentionMeansim(nn.Module):
         tune_pv: bool = True,
     ) -> None:
         super().__init__()
-        if sim_rule != "l1":
-            raise UnsupportedError(f"sim_rule must be 'l1': tamis judges by the relative L1, got {sim_rule!r}")
         if rearrange_kwargs:
             raise UnsupportedError(f"rearrange_kwargs must be empty, got {dict(rearrange_kwargs)}")
-        if not 0 < l1 < pv_l1:
-            raise ValueError(f"l1 must be above 0 and pv_l1 above l1, got {l1} and {pv_l1}")
         self.sim_rule, self.l1, self.pv_l1, self.cos_sim, self.rmse = sim_rule, l1, pv_l1, cos_sim, rmse
         self.tune_pv = tune_pv
+        self._bounds()
         self.head_num: int | None = None
         self.tuning_sparsity: Tensor | None = None
         self.num_data_passed = 0
-        self._search: Search | None = None
-        self._copied: tuple[list[Tensor], list[int | None], dict[str, Tensor]] = ([], [], {})
+        self._search = Search()
         for name in FIELDS:
             setattr(self, name, None)
 
@@ -142,17 +139,28 @@ class SparseAttentionMeansim(nn.Module):
         if query.dim() != 4:
             raise ValueError(f"q must have 4 dimensions, got shape {tuple(query.shape)}")
         refuse_gradients(q=query, k=key, v=value)
-        if self._search is None:
-            self._search = Search(self.l1, self.pv_l1, THRESHOLDS if self.tune_pv else (_UNTUNED_PV * LN2,))
+        bounds = self._bounds()
         found: list[Found] = []
         with torch.inference_mode():
             for number in range(query.shape[0]):
                 one, two, three = (tensor[number : number + 1] for tensor in qkv)
                 place = ("", self.num_data_passed, 0, number)
-                found = self._search.add(LayerCall(*place, one, two, three, is_causal, None, scale))
+                found = self._search.add(LayerCall(*place, one, two, three, is_causal, None, scale), bounds)
         self._keep(found, query.device)
         self.num_data_passed += 1
         return exact_output(LayerCall("", 0, 0, 0, query, key, value, is_causal, None, scale)).to(query.dtype)
+
+    def _bounds(self) -> Bounds:
+        """What the attributes ask for at this moment.
+
+        Raises:
+            ValueError, UnsupportedError: as the constructor.
+        """
+        if self.sim_rule != "l1":
+            raise UnsupportedError(f"sim_rule must be 'l1': tamis judges by the relative L1, got {self.sim_rule!r}")
+        if not 0 < self.l1 < self.pv_l1:
+            raise ValueError(f"l1 must be above 0 and pv_l1 above l1, got {self.l1} and {self.pv_l1}")
+        return Bounds(self.l1, self.pv_l1, THRESHOLDS if self.tune_pv else (_UNTUNED_PV * LN2,))
 
     def _keep(self, found: Sequence[Found], device: torch.device) -> None:
         sparse = [head.candidate != DENSE for head in found]
@@ -171,20 +179,14 @@ class SparseAttentionMeansim(nn.Module):
         self.head_num = len(found)
 
     def _settings(self) -> dict[str, Tensor]:
-        """The parameters on the CPU, copied from a device once: reading them waits for it."""
-        found = [getattr(self, name) for name in _NEEDED]
-        if any(tensor is None for tensor in found):
+        """The parameters on the CPU, read in every call: torch does not count what is written through `.data`."""
+        found = {name: getattr(self, name) for name in _NEEDED}
+        if any(tensor is None for tensor in found.values()):
             raise RuntimeError(
                 "attention has no settings: call it with tune_mode=True first, or load what the authors' tuner saved "
                 "with load_sparse_attention_state_dict"
             )
-        versions = [None if tensor.is_inference() else tensor._version for tensor in found]
-        known, known_versions, copies = self._copied
-        same = all(one is two for one, two in zip(known, found, strict=False)) and known_versions == versions
-        if not same or not copies or None in versions:
-            copies = {name: tensor.detach().to("cpu", copy=True) for name, tensor in zip(_NEEDED, found, strict=True)}
-            self._copied = (found, versions, copies)
-        return copies
+        return {name: tensor.detach().cpu() for name, tensor in found.items()}
 
     def _load_from_state_dict(self, state_dict: Mapping[str, Any], prefix: str, *rest: Any) -> None:
         """Take what a file has for a module that has nothing yet; torch's own loading only copies into parameters."""

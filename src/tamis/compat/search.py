@@ -39,20 +39,26 @@ class Found(NamedTuple):
     density: float
 
 
+class Bounds(NamedTuple):
+    """Largest relative L1 of a head by its mask, the same with stage 2, and which thresholds of it are tried."""
+
+    l1: float
+    pv_l1: float
+    thresholds: tuple[float, ...] = THRESHOLDS
+
+    def of(self, threshold: float) -> float:
+        """The bound of a trial with this threshold."""
+        return self.l1 if threshold == math.inf or math.inf not in self.thresholds else self.pv_l1
+
+
 class Search:
-    """The state of a search.
+    """What is known of the calls so far; bounds may change from one to the next."""
 
-    Args:
-        l1: largest relative L1 of a head by its mask, and pv_l1 with stage 2.
-        thresholds: of stage 2 that are tried, natural units.
-    """
-
-    def __init__(self, l1: float, pv_l1: float, thresholds: Sequence[float] = THRESHOLDS) -> None:
-        self._l1, self._pv_l1, self._thresholds = l1, pv_l1, tuple(thresholds)
+    def __init__(self) -> None:
         self._worst: Tensor | None = None
-        self._failed: list[set[tuple[Candidate, float]]] = []
+        self._tried: list[dict[tuple[Candidate, float], float]] = []
 
-    def add(self, call: LayerCall) -> list[Found]:
+    def add(self, call: LayerCall, bounds: Bounds) -> list[Found]:
         """Look at a call and settle every head.
 
         Raises:
@@ -62,41 +68,40 @@ class Search:
         survey = frontier(call, masks(call, CANDIDATES, rows, None), rows)
         heads = survey.l1.shape[1]
         if self._worst is None:
-            self._worst, self._failed = survey.l1, [set() for _ in range(heads)]
+            self._worst, self._tried = survey.l1, [{} for _ in range(heads)]
         elif self._worst.shape[1] != heads:
             raise ValueError(f"this call has {heads} heads, those before had {self._worst.shape[1]}")
         self._worst = torch.maximum(self._worst, survey.l1)
-        rungs = [self._rungs(self._worst[:, head], survey.density[:, head]) for head in range(heads)]
-        return self._try(call, rungs)
+        rungs = [_rungs(self._worst[:, head], survey.density[:, head], bounds.l1) for head in range(heads)]
+        return self._try(call, rungs, bounds)
 
-    def _rungs(self, worst: Tensor, density: Tensor) -> list[Candidate]:
-        """The sparsest candidate within each share of the bound, and DENSE."""
-        found = []
-        for share in _SHARES:
-            held = worst <= self._l1 * share
-            held[-1] = True
-            found.append(CANDIDATES[int(torch.where(held, density, torch.inf).argmin())])
-        return [*found, DENSE]
-
-    def _try(self, call: LayerCall, rungs: Sequence[Sequence[Candidate]]) -> list[Found]:
-        alone = math.inf in self._thresholds
+    def _try(self, call: LayerCall, rungs: Sequence[Sequence[Candidate]], bounds: Bounds) -> list[Found]:
         trials = [
             Trial(tuple(rung), (threshold,) * len(rung))
             for rung in zip(*rungs, strict=True)
-            for threshold in self._thresholds
+            for threshold in bounds.thresholds
         ]
         outcome = evaluate(call, trials, "int8", None)
         found = []
-        for head, failed in enumerate(self._failed):
+        for head, worst in enumerate(self._tried):
             best = Found(DENSE, math.inf, 1.0)
             for trial, l1, density in zip(
                 trials, outcome.l1[:, head].tolist(), outcome.density[:, head].tolist(), strict=True
             ):
                 candidate, threshold = trial.heads[head], trial.thresholds[head]
-                if l1 > (self._l1 if threshold == math.inf or not alone else self._pv_l1):
-                    failed.add((candidate, threshold))
-                ok = not failed & {(candidate, threshold), (candidate, math.inf)}
+                worst[candidate, threshold] = max(l1, worst.get((candidate, threshold), 0.0))
+                ok = all(worst.get((candidate, some), 0.0) <= bounds.of(some) for some in (threshold, math.inf))
                 if ok and density < best.density:
                     best = Found(candidate, threshold, density)
             found.append(best)
         return found
+
+
+def _rungs(worst: Tensor, density: Tensor, l1: float) -> list[Candidate]:
+    """The sparsest candidate within each share of the bound, and DENSE."""
+    found = []
+    for share in _SHARES:
+        held = worst <= l1 * share
+        held[-1] = True
+        found.append(CANDIDATES[int(torch.where(held, density, torch.inf).argmin())])
+    return [*found, DENSE]

@@ -126,7 +126,7 @@ class Applied(Hook):
             # Whatever this rank's part looks like: all ranks must do the same.
             settings = choice.settings if choice.dense is None else LayerSettings(None, precision="full")
             output = self._spread.attend(request, settings, self.backend)
-            self._count(request, choice.dense, None)
+            self._count(request, "all keys on every rank" if request.whole else choice.dense, None)
             return output
         result = self.sparse(request)
         return dense(request) if result is None else result.output

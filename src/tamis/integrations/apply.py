@@ -14,7 +14,7 @@ from tamis.call import PerHead
 from tamis.integrations.applied import Applied
 from tamis.integrations.audit import Audit
 from tamis.integrations.decoding import Decode
-from tamis.integrations.hook import attention_layers, install, models_of, shares_a_hook
+from tamis.integrations.hook import attention_layers, cut_by, install, models_of, shares_a_hook
 from tamis.integrations.schedule import Chooser, Schedule
 from tamis.integrations.settings import check_min_queries, uniform
 from tamis.integrations.spread import Spread
@@ -103,6 +103,11 @@ def apply(
     check_min_queries(min_queries)
     if isinstance(source, Profile):
         _check_profile(source, model)
+    by_itself = cut_by(model)
+    if by_itself is not None:
+        if mesh is not None:
+            raise ValueError(f"mesh must be None: enable_parallelism has cut {type(model).__name__} already")
+        mesh, mode = by_itself
     if mesh is not None and (audit is not None or decode is not None or order is not None):
         raise ValueError("audit, decode and order must be None with a mesh: they look at the whole sequence")
     if mode not in ("heads", "ring"):

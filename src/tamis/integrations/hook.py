@@ -66,12 +66,34 @@ def install(
 
         if means:
             raise UnsupportedError(f"decode must be None with {type(model).__name__}, which has no cache of keys")
-        return diffusers.install(model, function, order, named)
+        return diffusers.install(model, function, order, named, spread)
     from tamis.integrations.transformers import TransformersHook
 
     if order is not None:
         raise UnsupportedError(f"order must be None with {type(model).__name__}: only tokens of diffusers have another")
     return TransformersHook(model, function, means=means, shards=None if spread is None else spread.shards)
+
+
+def cut_by(model: Any) -> tuple[Any, str] | None:
+    """Mesh and mode of a diffusers model, or of a pipeline's models, that `enable_parallelism` has cut; else None.
+
+    Raises:
+        ValueError: a pipeline's models are not all cut alike.
+        UnsupportedError: they are cut in both ways at once.
+    """
+    if not _from_diffusers(model):
+        return None
+    from tamis.integrations.diffusers import cut
+    from tamis.parallel import from_diffusers
+
+    configs = [cut.cut_by(part) for part in models_of(model).values()]
+    if all(config is None for config in configs):
+        return None
+    ways = [None if config is None else from_diffusers(config, 0) for config in configs]
+    found = [None if way is None else (way["mesh"], way["mode"]) for way in ways]
+    if any(one != found[0] for one in found) or found[0] is None:
+        raise ValueError(f"{type(model).__name__} has models that enable_parallelism has cut in other ways, or not")
+    return found[0]
 
 
 def shares_a_hook(model: Any) -> bool:

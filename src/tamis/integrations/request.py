@@ -36,6 +36,8 @@ class Request:
         means: of the key's blocks, where the cache keeps them (`Decode`).
         original: the very call that the model made, where that is known; None if not.
         keep: tokens that sparse attention must keep, such as the text of an image model.
+        parts: where tokens are spread over ranks, how many of this rank's belong to each part of the whole sequence.
+        whole: where tokens are spread over ranks, whether this call's keys are all here, as those of cross-attention.
     """
 
     layer: str
@@ -57,6 +59,8 @@ class Request:
     original: Callable[[], Tensor] | None = None
     keep: Keep | None = None
     packed: bool = False
+    parts: tuple[int, ...] | None = None
+    whole: bool = False
 
 
 def complete_mask(request: Request) -> Tensor | None:

@@ -2,14 +2,16 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
 from functools import cached_property
 from typing import TYPE_CHECKING
 
 from torch import Tensor
 
 from tamis.errors import UnsupportedError
-from tamis.integrations.request import Request
+from tamis.integrations.request import Request, dense
 from tamis.integrations.shards import Shards
+from tamis.predictors.base import also_keep
 from tamis.profile import LayerSettings
 
 if TYPE_CHECKING:
@@ -20,7 +22,7 @@ if TYPE_CHECKING:
 
 
 class Spread:
-    """Every rank calls the model with its part of the sequence, in the order of the ranks.
+    """Every rank has its part of the sequence, in the order of the ranks.
 
     What a call asks for is done for the whole sequence or refused, on all ranks: dense attention of a part alone would
     be wrong.
@@ -54,7 +56,7 @@ class Spread:
         return peers(self._mesh, self._group)
 
     def attend(self, request: Request, settings: LayerSettings, backend: str | None) -> Tensor:
-        """The rank's rows of attention over the whole sequence.
+        """The rank's rows of attention over the whole sequence, or over the keys that all are here.
 
         Raises:
             UnsupportedError: the call has a mask, or asks for what runs dense without a mesh. The other ranks get a
@@ -63,15 +65,18 @@ class Spread:
         from tamis.parallel import layer_attention
         from tamis.parallel.dispatch import decline
 
-        kinds = {"a complete mask": request.mask, "tokens that must be kept": request.keep}
-        reason = request.obstacle or next((name for name, given in kinds.items() if given is not None), None)
+        if request.whole:
+            return dense(request)
+        reason = request.obstacle or (None if request.mask is None else "a complete mask")
         if reason is None and request.packed:
-            reason = "packed documents"  # every rank numbers its own
+            reason = "offsets of packed documents"  # every rank numbers its own; positions tell all of them
         if reason is None and request.key.shape[2] != request.query.shape[2]:
             reason = "keys of a cache"  # every rank's would stand where the next rank's tokens belong
         if reason is not None:
             decline(self.peers)
             raise UnsupportedError(f"{request.layer}: {reason}: attention over a mesh does not do that")
+        if request.keep is not None and settings.predictor is not None:
+            settings = replace(settings, predictor=also_keep(settings.predictor, request.keep))
         own = self.shards.segments if request.causal else None
         return layer_attention(
             request.query,
@@ -80,6 +85,7 @@ class Spread:
             settings,
             group=self.peers.group,
             mode=self.mode,
+            parts=request.parts,
             causal=request.causal,
             window=request.window,
             scale=request.scale,

@@ -174,6 +174,7 @@ def layer_attention(
     group: ProcessGroup | None = None,
     mode: str = "heads",
     layout: Layouts | None = None,
+    parts: Sequence[int] | None = None,
     causal: bool = False,
     window: int | None = None,
     scale: float | None = None,
@@ -184,7 +185,7 @@ def layer_attention(
 ) -> Tensor:
     """One layer of a model with its settings of a `Profile`, whose numbers per head go to the ranks of the heads.
 
-    The arguments are those of `attend`. A layer without a predictor runs dense.
+    The arguments are those of `sparse_attention` and `attend`. A layer without a predictor runs dense.
 
     Raises:
         As `sparse_attention`.
@@ -201,7 +202,7 @@ def layer_attention(
         "sink_logits": sink_logits,
         "backend": backend,
     }
-    where = (peers_of(query, mesh, group), mode, layout, None)
+    where = (peers_of(query, mesh, group), mode, layout, parts)
     return run((query, key, value), made, segments, where, lse=False, stats=False).output
 
 

@@ -11,9 +11,12 @@ from tamis.integrations.diffusers.model import ModelHook, image_layers
 from tamis.integrations.diffusers.pipeline import PipelineHook, pipeline_layers
 from tamis.integrations.hook import Hook
 from tamis.integrations.request import Request
+from tamis.integrations.spread import Spread
 
 
-def install(model: Any, function: Callable[[Request], Tensor], order: str | None, named: bool) -> Hook:
+def install(
+    model: Any, function: Callable[[Request], Tensor], order: str | None, named: bool, spread: Spread | None
+) -> Hook:
     """Hand every attention call of a model, or of all transformers of a pipeline, to a function.
 
     Raises:
@@ -23,8 +26,8 @@ def install(model: Any, function: Callable[[Request], Tensor], order: str | None
     """
     model = getattr(model, "_orig_mod", model)
     if isinstance(model, nn.Module):
-        return ModelHook(model, function, order, named)
-    return PipelineHook(model, function, order, named)
+        return ModelHook(model, function, order, named, spread=spread)
+    return PipelineHook(model, function, order, named, spread)
 
 
 def attention_layers(model: Any) -> list[str]:

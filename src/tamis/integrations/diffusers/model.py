@@ -23,10 +23,12 @@ from torch.utils.hooks import RemovableHandle
 
 from tamis.errors import UnsupportedError
 from tamis.integrations.diffusers import adapters
+from tamis.integrations.diffusers.cut import Cut
 from tamis.integrations.diffusers.layout import Indices, Layout, count, indices_of
 from tamis.integrations.hook import Hook
 from tamis.integrations.intercept import Asked, Interception, as_asked, request_of
 from tamis.integrations.request import Request
+from tamis.integrations.spread import Spread
 
 # Backends of diffusers that call scaled_dot_product_attention.
 _TORCHS = frozenset(("native", "_native_cudnn", "_native_efficient", "_native_flash", "_native_math"))
@@ -43,10 +45,12 @@ class ModelHook(Hook):
         order: str | None,
         named: bool,
         prefix: str = "",
+        spread: Spread | None = None,
     ) -> None:
         self._adapter = adapters.find(model)
         modules = _attention_modules(model)
-        _check(model, modules, self._adapter, order)
+        _check(model, modules, self._adapter, order, parallel=spread is not None)
+        self._cut = None if spread is None else Cut(model, self._adapter, spread)
         self._function, self._order = function, order
         self._named = named
         self._names = list(inspect.signature(type(model).forward).parameters)[1:]
@@ -73,6 +77,9 @@ class ModelHook(Hook):
             for undo in self._undo:
                 undo()
             self._undo.clear()  # a handle that is done with holds no weights
+            if self._cut is not None:
+                self._cut.remove()
+                self._cut = None
 
     @property
     def _layout(self) -> Layout | None:
@@ -145,6 +152,8 @@ class ModelHook(Hook):
         # A graph that asks for no name serves all blocks, where they are compiled one by one.
         request = request_of(asked, name if self._named or not torch.compiler.is_compiling() else "", module)
         length, layout = request.query.shape[2], self._layout
+        if self._cut is not None:
+            return as_asked(self._function(self._cut.request(request, among_images, layout)), asked)
         if length != request.key.shape[2]:
             request = replace(request, obstacle="cross-attention")
         elif not among_images:
@@ -203,7 +212,12 @@ def _attention_modules(model: nn.Module) -> dict[str, nn.Module]:
 
 
 def _check(
-    model: nn.Module, modules: dict[str, nn.Module], adapter: adapters.Adapter | None, order: str | None
+    model: nn.Module,
+    modules: dict[str, nn.Module],
+    adapter: adapters.Adapter | None,
+    order: str | None,
+    *,
+    parallel: bool,
 ) -> None:
     kind = type(model).__name__
     if model in _hooked:
@@ -221,7 +235,7 @@ def _check(
                 f"{name} of {kind} uses the attention backend {backend!r}, which does not call "
                 "scaled_dot_product_attention: call model.set_attention_backend('native') first"
             )
-        if getattr(getattr(module, "processor", None), "_parallel_config", None) is not None:
+        if not parallel and getattr(getattr(module, "processor", None), "_parallel_config", None) is not None:
             raise UnsupportedError(f"{name} of {kind} runs in parallel, which tamis does not take over")
 
 

@@ -12,6 +12,7 @@ from tamis.errors import UnsupportedError
 from tamis.integrations.diffusers.model import ModelHook, image_layers
 from tamis.integrations.hook import Hook
 from tamis.integrations.request import Request
+from tamis.integrations.spread import Spread
 
 _PARTS = ("transformer", "transformer_2", "transformer_3", "unet")
 
@@ -19,13 +20,20 @@ _PARTS = ("transformer", "transformer_2", "transformer_3", "unet")
 class PipelineHook(Hook):
     """A function installed in all transformers of a pipeline."""
 
-    def __init__(self, pipeline: Any, function: Callable[[Request], Tensor], order: str | None, named: bool) -> None:
+    def __init__(
+        self,
+        pipeline: Any,
+        function: Callable[[Request], Tensor],
+        order: str | None,
+        named: bool,
+        spread: Spread | None,
+    ) -> None:
         self._scheduler = pipeline.scheduler if hasattr(pipeline, "scheduler") else None
         self._watched: list[Watched] = []
         self._hooks: list[ModelHook] = []
         try:
             for prefix, model in parts(pipeline).items():
-                self._hooks.append(ModelHook(model, function, order, named, prefix))
+                self._hooks.append(ModelHook(model, function, order, named, prefix, spread))
         except BaseException:
             self.remove()
             raise
