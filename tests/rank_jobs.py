@@ -164,6 +164,36 @@ def sharded(group: dist.ProcessGroup, length: int, mode: str) -> tuple[Any, tupl
     return output.full_tensor().numpy(), tuple(output.shape), list(output.to_local().shape)
 
 
+def cut_by_hand(group: dist.ProcessGroup, lengths: Sequence[int], mode: str) -> Any:
+    """The call on DTensors whose shards are not those that torch would make: this rank's rows."""
+    from torch.distributed.device_mesh import DeviceMesh
+    from torch.distributed.tensor import DTensor, Shard
+
+    mesh, rank = DeviceMesh.from_group(group, "cpu"), dist.get_rank(group)
+    job = Job(4, 2, 32, lengths)
+
+    def made(whole: Tensor) -> Tensor:
+        own = job.layouts()[0].take(whole, rank)
+        return DTensor.from_local(own, mesh, [Shard(2)], shape=whole.shape, stride=whole.stride())
+
+    output = tamis.parallel.attend(*map(made, job.inputs()), mode=mode, causal=True).output
+    return output.to_local().numpy()  # type: ignore[attr-defined]
+
+
+def empty(group: dist.ProcessGroup, mode: str, precision: str) -> list[tuple[int, ...]]:
+    """Shapes of what calls on a batch of nothing return, and on no tokens at all."""
+    shapes = []
+    for batch, tokens in ((0, 100), (1, 0)):
+        query, key = torch.zeros(batch, 4, tokens, 32), torch.zeros(batch, 2, tokens, 32)
+        options: dict[str, Any] = {"mode": mode, "precision": precision, "group": group, "causal": True}
+        shapes.append(tuple(tamis.parallel.attend(query, key, key, **options).output.shape))
+        options |= {"predictor": tamis.Sparge(topk=0.5), "pv_threshold": None}
+        output = tamis.parallel.sparse_attention(query, key, key, **options)
+        assert isinstance(output, Tensor)
+        shapes.append(tuple(output.shape))
+    return shapes
+
+
 def mapped(group: dist.ProcessGroup, length: int) -> Any:
     """The call inside torch's `local_map`."""
     from torch.distributed.device_mesh import DeviceMesh
@@ -187,6 +217,17 @@ def disagree(group: dist.ProcessGroup) -> str:
     try:
         tamis.parallel.attend(tensor, tensor, tensor, group=group)
     except ValueError as error:
+        return str(error)
+    return "no error"
+
+
+def misnamed(group: dist.ProcessGroup, name: str) -> str:
+    """What is said to a string in the place of a mesh or a group."""
+    tensor = torch.zeros(1, 2, 64, 32)
+    wrong: dict[str, Any] = {name: "foo"}
+    try:
+        tamis.parallel.attend(tensor, tensor, tensor, **wrong)
+    except TypeError as error:
         return str(error)
     return "no error"
 
@@ -480,6 +521,15 @@ def _flux() -> tuple[Any, dict[str, Any], int]:
 def bench(group: dist.ProcessGroup, options: scale.ScaleOptions) -> dict[str, Any]:
     """What a rank of `tamis bench scale` does."""
     return scale.measure(options)
+
+
+def bench_alone(group: dist.ProcessGroup, options: scale.ScaleOptions) -> dict[str, Any]:
+    """What the only rank of `tamis bench scale` does, though there are others here."""
+    everyone, dist.group.WORLD = dist.group.WORLD, group
+    try:
+        return scale.measure(options)
+    finally:
+        dist.group.WORLD = everyone
 
 
 def read_along(group: dist.ProcessGroup, code: str) -> tuple[int, ...]:

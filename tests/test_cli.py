@@ -72,7 +72,6 @@ def test_info_says_why_a_better_target_is_not_used(
         (["bench", "compensate", "--tokens", "0"], "expected a whole number above 0, got '0'"),
         (["bench", "limits", "--roofline", "/nowhere/a.svg"], "--roofline: the folder of /nowhere/a.svg is not there"),
         (["bench", "cpu", "--density", "2"], r"expected a number in (0, 1], got '2'"),
-        (["bench", "scale", "--tokens", "64", "128"], "several --tokens are for --plan"),
         (["bench", "scale", "--precision", "int8"], "--precision is for --plan"),
     ],
 )

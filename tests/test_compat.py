@@ -531,7 +531,9 @@ def test_what_is_written_to_a_live_module_is_read(by: str) -> None:
         else:
             attention.is_sparse[0] = False
         after = attention(q, k, v)
-    dense = tamis.sparse_attention(q, k, v, predictor=tamis.Sparge(topk=1.0, similarity=-1), pv_threshold=(1e4, 20 * LN2))
+    dense = tamis.sparse_attention(
+        q, k, v, predictor=tamis.Sparge(topk=1.0, similarity=-1), pv_threshold=(1e4, 20 * LN2)
+    )
     assert not torch.equal(before[:, 0], after[:, 0])
     assert torch.equal(before[:, 1], after[:, 1])
     assert (after[:, 0] - dense[:, 0]).abs().max() < 1e-3  # 2^-12 of a weight is skipped
@@ -576,6 +578,29 @@ def test_modules_refuse_what_they_have_not() -> None:
             compat.SparseAttentionMeansim(**given)
     with pytest.raises(ValueError, match="pv_l1 above l1"):
         compat.SparseAttentionMeansim(l1=0.07, pv_l1=0.07)
+
+
+def test_flags_are_flags() -> None:
+    """A string in the place of one, perhaps of the argument after it, would else be taken for True."""
+    q, k, v = qkv(1, 2, 130, 32)
+    for name in ("is_causal", "smooth_k", "attention_sink", "return_sparsity", "return_lse"):
+        for wrong in ("HND", None, 2):
+            with pytest.raises(TypeError, match=f"{name} must be True or False"):
+                compat.spas_sage2_attn_meansim_cuda(q, k, v, **{name: wrong})
+    for name in ("smooth_k", "attention_sink", "return_sparsity", "return_lse"):
+        with pytest.raises(TypeError, match=f"{name} must be True or False"):
+            compat.block_sparse_sage2_attn_cuda(q, k, v, **{name: "HND"})
+    with pytest.raises(TypeError, match="tune_mode must be True or False"):
+        compat.SparseAttentionMeansim()(q, k, v, tune_mode="HND")
+    with pytest.raises(TypeError, match="tune_pv must be True or False"):
+        compat.SparseAttentionMeansim(tune_pv="no")
+    for wrong in ({"BLKQ": 0}, {"BLKK": -64}, {"BLKK": 64.0}, {"km": torch.zeros(1, 2, 32)}, {"km": torch.zeros(32)}):
+        with pytest.raises(ValueError, match=f"{next(iter(wrong))} must be"):
+            get_vanilla_qk_quant(q, k, **wrong)
+    with pytest.raises(TypeError, match=r"blocks\.0\.cdfthreshd must be a tensor"):
+        compat.load_sparse_attention_state_dict(
+            Blocks(), {f"blocks.0.{name}": value for name, value in theirs(0.3).items()} | {"blocks.0.cdfthreshd": 0.3}
+        )
 
 
 def test_candidates_have_a_form_in_the_authors_state() -> None:

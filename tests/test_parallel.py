@@ -5,6 +5,7 @@ In full precision and fp32 the results may differ by the order of fp32 sums only
 
 from __future__ import annotations
 
+import json
 import os
 import re
 import signal
@@ -167,6 +168,23 @@ def test_dtensors(ranks: Ranks, length: int, mode: str) -> None:
         torch.testing.assert_close(torch.from_numpy(output), expected, rtol=1e-6, atol=1e-6)
 
 
+@pytest.mark.parametrize("mode", ["heads", "ring"])
+def test_dtensors_cut_by_hand(ranks: Ranks, mode: str) -> None:
+    """The first rank has what torch would give it, the others have not."""
+    lengths = (150, 100, 200)
+    expected = rank_jobs.alone(Job(4, 2, 32, lengths, options={"causal": True})).output
+    found = torch.cat([torch.from_numpy(own) for own in ranks.run(3, rank_jobs.cut_by_hand, lengths, mode)], 2)
+    torch.testing.assert_close(found, expected, rtol=1e-6, atol=1e-6)
+
+
+@pytest.mark.parametrize("mode", ["heads", "ring"])
+def test_nothing_to_do(ranks: Ranks, mode: str) -> None:
+    for precision in ("full", "int8"):
+        for size in (1, 2):
+            for shapes in ranks.run(size, rank_jobs.empty, mode, precision):
+                assert shapes == [(0, 4, 100, 32)] * 2 + [(1, 4, 0, 32)] * 2
+
+
 def test_inside_local_map(ranks: Ranks) -> None:
     expected = rank_jobs.alone(Job(4, 2, 32, [512])).output
     for output in ranks.run(2, rank_jobs.mapped, 512):
@@ -200,6 +218,9 @@ def test_refusals(ranks: Ranks) -> None:
             ranks.run(len(wrong.shares), rank_jobs.spread, wrong)
     for text in ranks.run(2, rank_jobs.disagree):
         assert "ranks disagree" in text and "[1, 2, 32" in text and "[1, 3, 32" in text
+    for name, says in (("mesh", "mesh must be a DeviceMesh or None, got str"), ("group", "group must be a torch")):
+        for text in ranks.run(2, rank_jobs.misnamed, name):
+            assert says in text
     with pytest.raises(ValueError, match="init_process_group"):
         tamis.parallel.attend(*(torch.zeros(1, 1, 8, 8) for _ in range(3)))
 
@@ -230,7 +251,7 @@ def test_diffusers_context_parallelism(ranks: Ranks, name: str, degree: str) -> 
     ],
 )
 def test_apply_cuts_a_diffusers_model(ranks: Ranks, name: str, size: int, mode: str, own: bool) -> None:
-    """Or takes it as `enable_parallelism` has cut it; cross-attention sees its whole text, joint attention all of it."""
+    """Or takes it as `enable_parallelism` has cut it; cross-attention and joint attention see all text."""
     pytest.importorskip("diffusers")
     cross = 0 if name == "flux" else 2
     for apart, from_dense, calls, left in ranks.run(size, rank_jobs.cut, name, mode, own):
@@ -327,6 +348,31 @@ def test_bench_scale(ranks: Ranks, capsys: pytest.CaptureFixture[str]) -> None:
     assert [line.split()[:3] for line in printed.out.splitlines()[2:]] == [
         [tokens, "8", mode] for tokens in ("1,000,000", "100,000,000") for mode in ("heads", "ring")
     ]
+    assert cli.main(["bench", "scale", "--heads", "4", "--kv-heads", "3"]) == 2
+    assert "heads must be a multiple of kv_heads, got 4 and 3" in capsys.readouterr().err
+
+
+def test_bench_scale_at_every_length(ranks: Ranks, monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+    """One process here, in the place of those that it would start; and on one rank pairs in turn, with quartiles."""
+
+    def measured(options: scale.ScaleOptions, size: int) -> list[dict[str, object]]:
+        return scale.rows_of(ranks.run(size, rank_jobs.bench_alone, replace(options, pairs=5)), options)
+
+    monkeypatch.setattr(scale, "_measured", measured)
+    out = tmp_path / "scale.json"
+    arguments = ["--tokens", "256", "300", "--ranks", "1", "--heads", "2", "--head-dim", "16", "--json", str(out)]
+    assert cli.main(["bench", "scale", *arguments]) == 0
+    rows = json.loads(out.read_text(encoding="utf-8"))["rows"]
+    assert [(row["tokens"], row["mode"]) for row in rows] == [(n, m) for n in (256, 300) for m in ("heads", "ring")]
+    for row in rows:
+        overhead = row["overhead"]
+        assert overhead["pairs"] == 5 and 0 < overhead["low"] <= overhead["median"] <= overhead["high"]
+        assert row["seconds_modelled"] == row["seconds"]["median"]
+    calls: list[str] = []
+    scale.paired(lambda: calls.append("one"), lambda: calls.append("other"), 3)
+    assert calls == ["one", "other", "other", "one", "one", "other"]
+    with pytest.raises(ValueError, match="lengths must be different"):
+        scale.run(scale.ScaleOptions(), [300, 300])
 
 
 @pytest.mark.parametrize("way", ["killed", "stopped"])
@@ -389,3 +435,24 @@ def test_plans() -> None:
     assert far.memory["ring"] < far.memory["blocks"]  # lists of blocks are what ends first
     with pytest.raises(ValueError, match="mode"):
         plan(work, 8, "tree")
+    sizes = ("tokens", "heads", "head_dim", "kv_heads", "value_dim", "batch", "item")
+    wrong: list[tuple[dict[str, object], str]] = [
+        ({name: n}, f"{name} must be at least 1") for name in sizes for n in (0, -2)
+    ]
+    wrong += [({name: 1.5}, f"{name} must be an integer") for name in sizes]
+    wrong += [({"kv_heads": 7}, "multiple of kv_heads"), ({"precision": "int4"}, "precision must be one of")]
+    wrong += [({"density": share}, r"density must be in \(0, 1\]") for share in (0.0, -0.1, 1.1, float("nan"))]
+    for settings, says in wrong:
+        with pytest.raises((ValueError, TypeError), match=says):
+            replace(work, **settings)  # type: ignore[arg-type]
+    for ranks in (0, -1, 2.0):
+        with pytest.raises((ValueError, TypeError), match="ranks must be a"):
+            plan(work, ranks)  # type: ignore[arg-type]
+    for name, number in (("rate", 0.0), ("near", -1.0), ("far", float("nan")), ("node", 0), ("wait", -1e-6)):
+        with pytest.raises(ValueError, match=f"{name} must be"):
+            replace(scale.STATED, **{name: number})
+    with pytest.raises(ValueError, match="fp8"):
+        plan(replace(work, precision="fp8"), 8, "ring")
+    for option in ("repeats", "pairs"):
+        with pytest.raises(ValueError, match=f"{option} must be at least 1"):
+            scale.ScaleOptions(**{option: 0})

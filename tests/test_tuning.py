@@ -14,6 +14,7 @@ from pathlib import Path
 from statistics import fmean as mean
 from typing import Any
 
+import mortal
 import oracle
 import pytest
 import torch
@@ -312,6 +313,23 @@ def test_two_workers_find_the_same_though_one_is_killed(
     doomed.close()
     if isinstance(two_workers, str):
         captured_calls_on(two_workers.partition("@")[2], marker.parent)
+
+
+@pytest.mark.filterwarnings("default")
+def test_a_lost_worker_is_charged_to_its_own_job(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+    """Two jobs lose a worker each, as a job may; one that runs beside them has lost none, and runs once."""
+    monkeypatch.setattr(pool, "MOST_LOSSES", 1)
+    found: dict[str, Any] = {}
+    workers = pool.open_pool(2, found.__setitem__)
+    markers = [tmp_path / "first", tmp_path / "second"]
+    try:
+        workers.submit("patient", mortal.waits_for, tmp_path / "log", markers)
+        for marker in markers:
+            workers.submit(marker.name, mortal.dies_once, marker)
+        workers.drain()
+    finally:
+        workers.close()
+    assert found == {"patient": 1, "first": "found", "second": "found"}
 
 
 def captured_calls_on(address: str, folder: Path) -> None:

@@ -29,7 +29,7 @@ from torch import Tensor
 from tamis.bench.cpu import spread
 from tamis.bench.record import commit
 from tamis.demo.machine import machine
-from tamis.demo.measure import interleaved, relative_l1
+from tamis.demo.measure import relative_l1, seconds
 from tamis.demo.progress import Progress
 from tamis.parallel import Speeds, Workload, plan
 from tamis.parallel.planning import MODES, balance, traffic_of
@@ -59,18 +59,36 @@ class ScaleOptions:
     causal: bool = False
     ranks: tuple[int, ...] = (1, 2, 4)
     repeats: int = 7
+    pairs: int = 41  # on one rank, where the overhead is a few thousandths and single ratios scatter by hundredths
     timeout: float = 120.0
 
+    def __post_init__(self) -> None:
+        work_of(self)  # refuses sizes that do not fit together
+        for name, numbers in (("repeats", (self.repeats,)), ("pairs", (self.pairs,)), ("ranks", self.ranks)):
+            if not numbers or min(numbers) < 1:
+                raise ValueError(f"{name} must be at least 1, got {numbers}")
 
-def run(options: ScaleOptions | None = None) -> dict[str, Any]:
-    """Measurements of this machine, and the model of clusters, as plain values."""
+
+def run(options: ScaleOptions | None = None, lengths: Sequence[int] | None = None) -> dict[str, Any]:
+    """Measurements of this machine at every length (by default that of the options), and the model of clusters.
+
+    Raises:
+        ValueError: sizes do not fit together, before anything is measured; or a length is given twice.
+    """
     options = ScaleOptions() if options is None else options
+    lengths = (options.tokens,) if lengths is None else tuple(lengths)
+    if len(set(lengths)) < len(lengths):
+        raise ValueError(f"lengths must be different ones, got {lengths}")
+    each = [replace(options, tokens=length) for length in lengths]
     rows: list[dict[str, Any]] = []
-    with Progress(len(options.ranks), "bench scale") as progress:
-        for size in options.ranks:
-            rows += _measured(options, size)
-            progress.advance()
-    beside(rows, options)
+    with Progress(len(options.ranks) * len(each), "bench scale") as progress:
+        for one in each:
+            found: list[dict[str, Any]] = []
+            for size in options.ranks:
+                found += _measured(one, size)
+                progress.advance()
+            beside(found, one)
+            rows += found
     model = clusters(CLUSTER_WORK)
     return {"options": asdict(options), "rows": rows, "model": model, "machine": machine(), "commit": commit()}
 
@@ -107,9 +125,10 @@ def rows_of(found: Sequence[dict[str, Any]], options: ScaleOptions) -> list[dict
         own = [answer[mode] for answer in found]
         # A call ends when its last rank ends.
         times = [max(pair) for pair in zip(*(row["seconds"] for row in own), strict=True)]
-        overhead = spread(own[0]["overhead"]) if size == 1 else None
+        overhead = quartiles(own[0]["overhead"]) if size == 1 else None
         rows.append(
             {
+                "tokens": options.tokens,
                 "mode": mode,
                 "ranks": size,
                 "seconds": spread(times),
@@ -153,15 +172,16 @@ def _mode(rank: int, size: int, options: ScaleOptions, mode: str) -> dict[str, A
     """One mode: checked against one process, then timed; on one rank beside the call that knows of none."""
     import torch.distributed as dist
 
-    from tamis.attend import attend
-    from tamis.parallel import Layout, Traffic, sparse_attention
+    from tamis.attend import sparse_attention
+    from tamis.parallel import Layout, Traffic
+    from tamis.parallel import sparse_attention as spread_attention
 
     whole, layout = _inputs(options), Layout.even(options.tokens, size)
     query, key, value = (layout.take(tensor, rank).contiguous() for tensor in whole)
     predictor = Sparge(topk=options.density, similarity=-1)
 
     def spread_call() -> Tensor:
-        output = sparse_attention(
+        output = spread_attention(
             query,
             key,
             value,
@@ -175,8 +195,18 @@ def _mode(rank: int, size: int, options: ScaleOptions, mode: str) -> dict[str, A
         return output
 
     def alone() -> Tensor:
-        mask = predictor(whole[0], whole[1], causal=options.causal)
-        return attend(whole[0], whole[1], whole[2], mask, causal=options.causal).output
+        output = sparse_attention(
+            whole[0],
+            whole[1],
+            whole[2],
+            is_causal=options.causal,
+            enable_gqa=True,
+            predictor=predictor,
+            precision="full",
+            pv_threshold=None,
+        )
+        assert isinstance(output, Tensor)
+        return output
 
     with Traffic() as traffic:
         output = spread_call()
@@ -184,7 +214,7 @@ def _mode(rank: int, size: int, options: ScaleOptions, mode: str) -> dict[str, A
     if not gate <= GATE:
         raise RuntimeError(f"mode {mode} on {size} ranks differs from one process by {gate:.1e}")
     if size == 1:
-        times, plain = interleaved([spread_call, alone], options.repeats)
+        times, plain = paired(spread_call, alone, options.pairs)
         overhead = [own / other for own, other in zip(times, plain, strict=True)]
     else:
         times, overhead = [_timed(spread_call, dist.barrier) for _ in range(options.repeats)], []
@@ -197,6 +227,21 @@ def _inputs(options: ScaleOptions) -> list[Tensor]:
     generator = torch.Generator().manual_seed(0)
     heads = (options.heads, options.kv_heads, options.kv_heads)
     return [torch.randn(1, number, options.tokens, options.head_dim, generator=generator) for number in heads]
+
+
+def paired(one: Callable[[], object], other: Callable[[], object], pairs: int) -> tuple[list[float], list[float]]:
+    """Seconds of both, pair by pair; they take turns at being first, for the second finds warmer caches."""
+    times: tuple[list[float], list[float]] = ([], [])
+    for pair in range(pairs):
+        for which in (0, 1) if pair % 2 == 0 else (1, 0):
+            times[which].append(seconds((one, other)[which]))
+    return times
+
+
+def quartiles(values: Sequence[float]) -> dict[str, float]:
+    """Median and quartiles, and of how many numbers."""
+    low, median, high = statistics.quantiles(values, n=4) if len(values) > 1 else [values[0]] * 3
+    return {"median": median, "low": low, "high": high, "pairs": len(values)}
 
 
 def _timed(call: Callable[[], object], barrier: Callable[[], object]) -> float:
@@ -299,21 +344,25 @@ def plan_table(result: dict[str, Any]) -> str:
 def table(result: dict[str, Any]) -> str:
     """The result as text."""
     lines = [
-        f"{'mode':6}{'ranks':>6}{'ms':>9}{'model ms':>10}{'sent MB':>9}{'planned':>9}{'MB/s':>8}"
-        f"{'exchanges':>11}{'ms each':>9}{'gate L1':>9}"
-        f"{'overhead':>10}"
+        f"{'tokens':>9} {'mode':6}{'ranks':>6}{'ms':>9}{'model ms':>10}{'sent MB':>9}{'planned':>9}{'MB/s':>8}"
+        f"{'exchanges':>11}{'ms each':>9}{'gate L1':>9}  overhead: median (quartiles)"
     ]
     for row in result["rows"]:
         modelled, overhead, wait = row["seconds_modelled"], row["overhead"], row["seconds_of_an_exchange"]
         lines.append(
-            f"{row['mode']:6}{row['ranks']:6}{row['seconds']['median'] * 1e3:9.1f}"
+            f"{row['tokens']:9,} {row['mode']:6}{row['ranks']:6}{row['seconds']['median'] * 1e3:9.1f}"
             f"{'-' if modelled is None else f'{modelled * 1e3:.1f}':>10}"
             f"{sum(row['bytes_sent']) / 1e6:9.1f}{sum(row['bytes_planned']) / 1e6:9.1f}"
             f"{'-' if row['bandwidth'] is None else format(row['bandwidth'] / 1e6, '.0f'):>8}{row['exchanges']:11}"
             f"{'-' if wait is None else format(wait * 1e3, '.2f'):>9}{row['gate_l1']:9.0e}"
-            f"{'-' if overhead is None else format(overhead['median'] - 1, '+.1%'):>10}"
+            f"  {'-' if overhead is None else _percent(overhead)}"
         )
     return "\n".join([*lines, "", *_model_lines(result["model"])])
+
+
+def _percent(overhead: dict[str, float]) -> str:
+    median, low, high = (format(overhead[name] - 1, "+.1%") for name in ("median", "low", "high"))
+    return f"{median} ({low} .. {high}, {overhead['pairs']} pairs)"
 
 
 def _model_lines(model: dict[str, Any]) -> list[str]:

@@ -32,11 +32,16 @@ def to_heads_first(tensor_layout: str, *tensors: Tensor) -> tuple[Tensor, ...]:
     return tensors if tensor_layout == "HND" else tuple(tensor.transpose(-2, -3) for tensor in tensors)
 
 
+def flag(value: bool, name: str) -> bool:
+    """A bool, or 0 or 1: anything else, a string perhaps, stands in another argument's place."""
+    if not isinstance(value, (bool, int)) or value not in (0, 1):
+        raise TypeError(f"{name} must be True or False, got {value!r}")
+    return bool(value)
+
+
 def check_smooth_k(smooth_k: bool) -> None:
     """Refuse what int8 has not: keys are always rounded less their mean, which leaves the softmax as it is."""
-    if not isinstance(smooth_k, bool):
-        raise TypeError(f"smooth_k must be True or False, got {type(smooth_k).__name__}")
-    if not smooth_k:
+    if not flag(smooth_k, "smooth_k"):
         raise UnsupportedError("smooth_k must be True: tamis always subtracts the mean key before rounding")
 
 

@@ -10,7 +10,7 @@ import torch
 from torch import Tensor, nn
 
 from tamis.call import refuse_gradients
-from tamis.compat.arguments import LN2, check_smooth_k, to_heads_first
+from tamis.compat.arguments import LN2, check_smooth_k, flag, to_heads_first
 from tamis.compat.functions import Result, spas_sage2_attn_meansim_cuda
 from tamis.compat.search import Bounds, Found, Search
 from tamis.errors import UnsupportedError
@@ -111,7 +111,8 @@ class SparseAttentionMeansim(nn.Module):
             UnsupportedError: a mask in tune mode, or what the functions refuse.
         """
         check_smooth_k(smooth_k)
-        if tune_mode or os.environ.get("TUNE_MODE", "") != "":
+        return_sparsity = flag(return_sparsity, "return_sparsity")
+        if flag(tune_mode, "tune_mode") or os.environ.get("TUNE_MODE", "") != "":
             output = self._tune(to_heads_first(tensor_layout, q, k, v), mask, is_causal, scale)
             output = output if tensor_layout == "HND" else output.transpose(-2, -3)
             return (output, 0.0) if return_sparsity else output
@@ -160,7 +161,7 @@ class SparseAttentionMeansim(nn.Module):
             raise UnsupportedError(f"sim_rule must be 'l1': tamis judges by the relative L1, got {self.sim_rule!r}")
         if not 0 < self.l1 < self.pv_l1:
             raise ValueError(f"l1 must be above 0 and pv_l1 above l1, got {self.l1} and {self.pv_l1}")
-        return Bounds(self.l1, self.pv_l1, THRESHOLDS if self.tune_pv else (_UNTUNED_PV * LN2,))
+        return Bounds(self.l1, self.pv_l1, THRESHOLDS if flag(self.tune_pv, "tune_pv") else (_UNTUNED_PV * LN2,))
 
     def _keep(self, found: Sequence[Found], device: torch.device) -> None:
         sparse = [head.candidate != DENSE for head in found]
@@ -234,6 +235,7 @@ def load_sparse_attention_state_dict(
         The model.
 
     Raises:
+        TypeError: a setting is no tensor.
         ValueError: it names a module that the model does not have, or leaves one of a module's settings out.
     """
     places = {place: module for place, module in model.named_modules() if isinstance(module, SparseAttentionMeansim)}
@@ -249,6 +251,9 @@ def load_sparse_attention_state_dict(
         missing = [name for name in _NEEDED if (place, name) not in given]
         if missing:
             raise ValueError(f"the settings of {place} are incomplete: {', '.join(missing)} missing")
+    for name, saved in saved_state_dict.items():
+        if not isinstance(saved, Tensor):
+            raise TypeError(f"{name} must be a tensor with one number per head, got {type(saved).__name__}")
     for name, saved in saved_state_dict.items():
         place, field = known[name]
         setattr(places[place], field, nn.Parameter(saved.detach().clone(), requires_grad=False))

@@ -10,7 +10,6 @@ What differs from theirs, on purpose:
 
 from __future__ import annotations
 
-from collections.abc import Callable
 from typing import TypeAlias
 
 import torch
@@ -21,13 +20,13 @@ from tamis.compat.arguments import (
     Number,
     block_mask_of,
     check_smooth_k,
+    flag,
     natural_threshold,
     output_type,
     predictor_of,
     to_heads_first,
 )
 from tamis.errors import UnsupportedError
-from tamis.predictors import Sparge
 from tamis.stats import AttentionOutput
 
 Result: TypeAlias = "Tensor | tuple[Tensor, float] | tuple[Tensor, Tensor]"
@@ -94,19 +93,29 @@ def spas_sage2_attn_meansim_topk_cuda(
         >>> output.shape, sparsity
         (torch.Size([1, 512, 4, 64]), 0.5)
     """
-    return _predicted(
-        (q, k, v),
-        lambda heads: predictor_of(simthreshd1, cdfthreshd, topk, attention_sink, heads),
-        attn_mask=attn_mask,
-        dropout_p=dropout_p,
-        is_causal=is_causal,
-        scale=scale,
-        smooth_k=smooth_k,
-        pvthreshd=pvthreshd,
-        tensor_layout=tensor_layout,
-        output_dtype=output_dtype,
-        wanted=(return_sparsity, return_lse),
+    wanted = _wanted(dropout_p, smooth_k, return_sparsity, return_lse)
+    if isinstance(attn_mask, str):
+        if attn_mask != "HND" or tensor_layout != "HND":
+            raise TypeError(f"attn_mask must be a tensor or None, got {attn_mask!r}: name tensor_layout")
+        attn_mask = None
+    query, key, value = to_heads_first(tensor_layout, q, k, v)
+    dtype, heads = output_type(output_dtype, query), query.shape[-3]
+    result = predict_and_attend(
+        query,
+        key,
+        value,
+        predictor_of(simthreshd1, cdfthreshd, topk, flag(attention_sink, "attention_sink"), heads),
+        {
+            "causal": flag(is_causal, "is_causal"),
+            "attn_mask": attn_mask,
+            "scale": scale,
+            "positions": None,
+            "backend": None,
+        },
+        precision=_PRECISION,
+        pv_threshold=natural_threshold(pvthreshd, heads),
     )
+    return _finish(result, tensor_layout, dtype, wanted)
 
 
 def spas_sage2_attn_meansim_cuda(
@@ -138,19 +147,10 @@ def spas_sage2_attn_meansim_cuda(
         >>> spas_sage2_attn_meansim_cuda(q, k, v, is_causal=True).shape
         torch.Size([1, 4, 512, 64])
     """
-    return _predicted(
-        (q, k, v),
-        lambda heads: predictor_of(simthreshd1, cdfthreshd, None, attention_sink, heads),
-        attn_mask=attn_mask,
-        dropout_p=dropout_p,
-        is_causal=is_causal,
-        scale=scale,
-        smooth_k=smooth_k,
-        pvthreshd=pvthreshd,
-        tensor_layout=tensor_layout,
-        output_dtype=output_dtype,
-        wanted=(return_sparsity, return_lse),
-    )
+    return spas_sage2_attn_meansim_topk_cuda(
+        q, k, v, attn_mask, dropout_p, is_causal, scale, smooth_k, simthreshd1, cdfthreshd, None, pvthreshd,
+        attention_sink, tensor_layout, output_dtype, return_sparsity, return_lse,
+    )  # fmt: skip
 
 
 def block_sparse_sage2_attn_cuda(
@@ -187,63 +187,31 @@ def block_sparse_sage2_attn_cuda(
         >>> block_sparse_sage2_attn_cuda(q, k, v, mask, return_sparsity=True)[1]
         0.75
     """
-    _check(dropout_p, smooth_k, (return_sparsity, return_lse))
+    wanted = _wanted(dropout_p, smooth_k, return_sparsity, return_lse)
     query, key, value = to_heads_first(tensor_layout, q, k, v)
-    dtype = output_type(output_dtype, q)
+    dtype, sink = output_type(output_dtype, q), flag(attention_sink, "attention_sink")
     lengths = (query.shape[-2], key.shape[-2])
     result = attend(
         query,
         key,
         value,
-        None if mask_id is None else block_mask_of(mask_id, lengths, attention_sink),
+        None if mask_id is None else block_mask_of(mask_id, lengths, sink),
         scale=scale,
         precision=_PRECISION,
         pv_threshold=natural_threshold(pvthreshd, query.shape[-3]),
     )
-    return _finish(result, tensor_layout, dtype, (return_sparsity, return_lse))
-
-
-def _predicted(
-    qkv: tuple[Tensor, Tensor, Tensor],
-    predictor: Callable[[int], Sparge],
-    *,
-    attn_mask: Tensor | str | None,
-    dropout_p: float,
-    is_causal: bool,
-    scale: float | None,
-    smooth_k: bool,
-    pvthreshd: Number,
-    tensor_layout: str,
-    output_dtype: torch.dtype | None,
-    wanted: tuple[bool, bool],
-) -> Result:
-    """predictor: makes a `Sparge` for a number of query heads."""
-    _check(dropout_p, smooth_k, wanted)
-    if isinstance(attn_mask, str):
-        if attn_mask != "HND" or tensor_layout != "HND":
-            raise TypeError(f"attn_mask must be a tensor or None, got {attn_mask!r}: name tensor_layout")
-        attn_mask = None
-    query, key, value = to_heads_first(tensor_layout, *qkv)
-    dtype = output_type(output_dtype, query)
-    heads = query.shape[-3]
-    result = predict_and_attend(
-        query,
-        key,
-        value,
-        predictor(heads),
-        {"causal": is_causal, "attn_mask": attn_mask, "scale": scale, "positions": None, "backend": None},
-        precision=_PRECISION,
-        pv_threshold=natural_threshold(pvthreshd, heads),
-    )
     return _finish(result, tensor_layout, dtype, wanted)
 
 
-def _check(dropout_p: float, smooth_k: bool, wanted: tuple[bool, bool]) -> None:
+def _wanted(dropout_p: float, smooth_k: bool, return_sparsity: bool, return_lse: bool) -> tuple[bool, bool]:
+    """What is returned beside the output, (sparsity, log-sum-exp), after checks that all functions have."""
     if dropout_p != 0.0:
         raise UnsupportedError(f"dropout_p must be 0: no backend drops attention at random, got {dropout_p}")
     check_smooth_k(smooth_k)
+    wanted = (flag(return_sparsity, "return_sparsity"), flag(return_lse, "return_lse"))
     if all(wanted):
         raise ValueError("return_sparsity and return_lse exclude each other, as in the authors' code: ask for one")
+    return wanted
 
 
 def _finish(result: AttentionOutput, tensor_layout: str, dtype: torch.dtype, wanted: tuple[bool, bool]) -> Result:

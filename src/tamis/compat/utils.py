@@ -23,6 +23,9 @@ def get_vanilla_qk_quant(
         (q_int8, q_scale, k_int8, k_scale): int8 of the inputs' shapes, and fp32 `[batch, heads, blocks]`, the largest
         size in a block / 127.
 
+    Raises:
+        ValueError: a block has no rows, or km is not one mean for every head of k.
+
     Source: SageAttention (arXiv 2410.02367), section 4.3.
 
     Example:
@@ -32,6 +35,11 @@ def get_vanilla_qk_quant(
         >>> q_int8.unique().item(), q_scale.shape
         (127, torch.Size([1, 1, 2]))
     """
+    for name, rows in (("BLKQ", BLKQ), ("BLKK", BLKK)):
+        if isinstance(rows, bool) or not isinstance(rows, int) or rows < 1:
+            raise ValueError(f"{name} must be a number of rows above 0, got {rows!r}")
+    if km is not None and km.shape != (*k.shape[:-2], 1, k.shape[-1]):
+        raise ValueError(f"km must be {[*k.shape[:-2], 1, k.shape[-1]]} for k of {list(k.shape)}, got {list(km.shape)}")
     return (*_rounded(q.float(), BLKQ), *_rounded(k.float() if km is None else k.float() - km.float(), BLKK))
 
 

@@ -68,9 +68,11 @@ def apply(
         decode: what one query at a time reads of a long cache: the share of its key blocks whose mean key scores most,
             e.g. .25, or a `Decode` (`tamis.integrations.decoding`). None: everything, densely. For
             decoders of transformers with growing caches, without padding.
-        mesh: every rank of this mesh of one dimension (or process group) calls the model with its part of the sequence,
-            in the order of the ranks, and gets its part of the output; without padding, caches and `min_queries`. Calls
-            that cannot run spread raise.
+        mesh: the ranks, a mesh of one dimension or a process group. Of transformers, every rank calls the model with its
+            part of the tokens and their `position_ids`, in the order of the ranks, and gets its part of the output;
+            without a cache. A model of diffusers is cut inside: every rank gives and gets the whole. `min_queries` does
+            not count, and calls that cannot run spread raise on all ranks. A diffusers model that `enable_parallelism`
+            has cut runs on the ranks of that.
         mode: with a mesh: "heads" or "ring", as in `tamis.parallel.attend`.
         audit: check so large a share of the work against dense attention while the model runs, e.g. .005, or an
             `Audit` (`tamis.integrations.audit`). It changes no output; `handle.audit()` reports.
@@ -103,16 +105,16 @@ def apply(
     check_min_queries(min_queries)
     if isinstance(source, Profile):
         _check_profile(source, model)
-    by_itself = cut_by(model)
+    by_itself, way = cut_by(model), str(mode)
     if by_itself is not None:
         if mesh is not None:
             raise ValueError(f"mesh must be None: enable_parallelism has cut {type(model).__name__} already")
-        mesh, mode = by_itself
+        mesh, way = by_itself
     if mesh is not None and (audit is not None or decode is not None or order is not None):
         raise ValueError("audit, decode and order must be None with a mesh: they look at the whole sequence")
     if mode not in ("heads", "ring"):
         raise ValueError(f"mode must be 'heads' or 'ring', got {mode!r}")
-    spread = None if mesh is None else Spread(mesh, mode)
+    spread = None if mesh is None else Spread(mesh, way)
     chooser = Chooser(source, schedule, attention_layers(model))
     if applied(model) is not None:
         raise ValueError(

@@ -252,7 +252,7 @@ def _run_sharded(
     lse: bool,
     stats: bool,
 ) -> AttentionOutput:
-    """The call on the shards of DTensors, which know where their tokens are: nothing is exchanged for that."""
+    """The call on the shards of DTensors, however they are cut: what torch cuts is a case of what a caller may."""
     from torch.distributed.tensor import DTensor, Shard
 
     at, mode, layout, parts = where
@@ -265,10 +265,9 @@ def _run_sharded(
             raise ValueError(f"{name} is on the mesh {tensor.device_mesh}: it must be one of {at.size} ranks in a row")
         if tensor.placements != (Shard(2),):
             raise ValueError(f"{name} must be sharded over the sequence, (Shard(2),), got {tensor.placements}")
-    query, key, _ = inputs
-    layouts = (Layout.even(query.shape[2], at.size), Layout.even(key.shape[2], at.size))
+    query = inputs[0]
     shards = tuple(tensor.to_local() for tensor in inputs)  # type: ignore[attr-defined]
-    result = run(shards, made, segments, (at, mode, layouts, None), lse=lse, stats=stats)
+    result = run(shards, made, segments, (at, mode, None, None), lse=lse, stats=stats)
 
     def sharded(shard: Tensor, *last: int) -> Tensor:
         # The whole shape is named: from shards of unequal lengths it cannot be guessed.

@@ -17,6 +17,7 @@ from tamis.parallel.ring import overlaps, ring_layouts
 from tamis.parallel.smoothing import TILE
 
 MODES = ("heads", "ring")
+PRECISIONS = ("full", "int8", "fp8")
 _LENGTHS_MESSAGE = 26 * 8  # bytes in which a rank tells what it holds and asks for
 _BLOCK_Q, _BLOCK_KV = geometry.DEFAULT_BLOCK_SIZE
 
@@ -29,6 +30,9 @@ class Workload:
         tokens: of the whole sequence. heads, kv_heads (heads by default), head_dim, value_dim (head_dim by default).
         item: bytes of a number, 4 for fp32, 2 for bf16.
         density: share of the visible blocks that is computed; `predicted`: by `Sparge`, else by no mask.
+
+    Raises:
+        TypeError, ValueError: a size is no integer above 0, heads is no multiple of kv_heads, density is not in (0, 1].
     """
 
     tokens: int
@@ -45,8 +49,11 @@ class Workload:
 
     def __post_init__(self) -> None:
         for name in ("tokens", "heads", "head_dim", "batch", "item"):
-            if getattr(self, name) < 1:
-                raise ValueError(f"{name} must be at least 1, got {getattr(self, name)}")
+            _check_count(name, getattr(self, name))
+        _check_count("kv_heads", self.keys)
+        _check_count("value_dim", self.values)
+        if self.precision not in PRECISIONS:
+            raise ValueError(f"precision must be one of {', '.join(PRECISIONS)}, got {self.precision!r}")
         if self.heads % self.keys:
             raise ValueError(f"heads must be a multiple of kv_heads, got {self.heads} and {self.keys}")
         if not 0 < self.density <= 1:
@@ -85,6 +92,14 @@ class Speeds:
     far: float
     node: int = 8
     wait: float = 2e-5
+
+    def __post_init__(self) -> None:
+        _check_count("node", self.node)
+        for name in ("rate", "near", "far"):
+            if not getattr(self, name) > 0:
+                raise ValueError(f"{name} must be above 0, got {getattr(self, name)}")
+        if not self.wait >= 0:
+            raise ValueError(f"wait must be at least 0 seconds, got {self.wait}")
 
 
 @dataclass(frozen=True)
@@ -134,7 +149,7 @@ def plan(work: Workload, ranks: int, mode: str = "heads") -> Plan:
     """Traffic and memory of one attention call on so many ranks.
 
     Raises:
-        ValueError: ranks is below 1, or the mode is not known.
+        TypeError, ValueError: ranks is no integer above 0, or the mode is not known or cannot do the precision.
 
     Example:
         >>> from tamis.parallel import Workload, plan
@@ -142,8 +157,11 @@ def plan(work: Workload, ranks: int, mode: str = "heads") -> Plan:
         >>> made.sent < 2**30 < made.held
         True
     """
-    if ranks < 1 or mode not in MODES:
-        raise ValueError(f"ranks must be at least 1 and mode one of {', '.join(MODES)}, got {ranks} and {mode!r}")
+    _check_count("ranks", ranks)
+    if mode not in MODES:
+        raise ValueError(f"mode must be one of {', '.join(MODES)}, got {mode!r}")
+    if mode == "ring" and work.precision == "fp8":
+        raise ValueError("precision 'fp8' has scales of all keys, which no rank of a ring sees: use mode='heads'")
     places = range(ranks)
     traffic = max((traffic_of(work, ranks, mode, rank) for rank in places), key=lambda sent: sum(sent.values()))
     memory = max((memory_of(work, ranks, mode, rank) for rank in places), key=lambda held: sum(held.values()))
@@ -243,6 +261,13 @@ def balance(work: Workload, ranks: int, mode: str) -> float:
 def _pairs(runs: Sequence[tuple[int, int]], causal: bool) -> float:
     """Keys that the queries of these runs see, together."""
     return sum(length * (start + length / 2) if causal else length for start, length in runs)
+
+
+def _check_count(name: str, number: object) -> None:
+    if isinstance(number, bool) or not isinstance(number, int):
+        raise TypeError(f"{name} must be an integer, got {number!r}")
+    if number < 1:
+        raise ValueError(f"{name} must be at least 1, got {number}")
 
 
 def _share(work: Workload, ranks: int, rank: int) -> Share:

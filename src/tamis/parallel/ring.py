@@ -109,9 +109,10 @@ def move(x: Tensor, source: Layout, target: Layout, peers: Peers) -> Tensor:
     leaving, coming = _routes(source, target, peers.rank)
     parts = [rows[piece.source : piece.source + piece.length].reshape(-1) for some in leaving for piece in some]
     sizes = [[width * sum(piece.length for piece in some) for some in pieces] for pieces in (leaving, coming)]
+    tokens = target.lengths[peers.rank]
     send = torch.cat(parts) if parts else x.new_zeros(0)
-    received = peers.all_to_all(send, (sizes[0], sizes[1]), "order").view(-1, batch, heads, dim)
-    out = x.new_empty(target.lengths[peers.rank], batch, heads, dim)
+    received = peers.all_to_all(send, (sizes[0], sizes[1]), "order").view(tokens, batch, heads, dim)
+    out = x.new_empty(tokens, batch, heads, dim)
     start = 0
     for piece in (piece for some in coming for piece in some):
         out[piece.target : piece.target + piece.length] = received[start : start + piece.length]

@@ -143,7 +143,7 @@ def _gathered(summary: tuple[Tensor, Tensor], layout: Layout, block: int, peers:
     width = math.prod(both.shape[1:])
     numbers = [geometry.num_blocks(tokens, block) for tokens in layout.lengths]
     shards = peers.all_gather(both.view(-1), [number * width for number in numbers], "summaries")
-    blocks = torch.cat([shard.view(-1, *both.shape[1:]) for shard in shards])
+    blocks = torch.cat([shard.view(number, *both.shape[1:]) for number, shard in zip(numbers, shards, strict=True)])
     at = torch.cat([layout.positions(rank, both.device)[::block] // block for rank in range(peers.size)])
     ordered = torch.empty_like(blocks)
     ordered[at] = blocks

@@ -8,7 +8,9 @@ from __future__ import annotations
 
 import importlib
 import os
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Callable, Sequence
+from concurrent.futures import FIRST_COMPLETED, Future, ThreadPoolExecutor, wait
+from queue import SimpleQueue
 from typing import Any, NamedTuple, Protocol
 
 import torch
@@ -87,84 +89,72 @@ class Inline:
 
 
 class Processes:
-    """Several processes, which share the machine's cores; a few calls wait in memory at a time."""
+    """Several processes, which share the machine's cores; a few calls wait in memory at a time.
+
+    Every process is a pool of its own, so that a lost one is charged to the job that it ran and to no other.
+    """
 
     def __init__(self, workers: int, done: Done) -> None:
         import torch.multiprocessing as processes
 
-        self._workers, self._most, self._done = workers, 2 * workers, done
-        self._threads = max(1, torch.get_num_threads() // workers)
+        self._most, self._done = 2 * workers, done
+        self._share = max(1, torch.get_num_threads() // workers)
         self._context = processes.get_context("spawn")
         self._started = self._context.Event()
-        self._pool = self._open()
-        self._waiting: dict[Any, Job] = {}
+        self._free: SimpleQueue[Any] = SimpleQueue()
+        for _ in range(workers):
+            self._free.put(self._open())
+        self._threads = ThreadPoolExecutor(workers)
+        self._waiting: dict[Future[Any], str] = {}
 
     def _open(self) -> Any:
         from concurrent.futures import ProcessPoolExecutor
 
-        return ProcessPoolExecutor(self._workers, self._context, _start, (self._threads, self._started))
+        return ProcessPoolExecutor(1, self._context, _start, (self._share, self._started))
 
     def submit(self, key: str, function: Callable[..., Any], *arguments: Any) -> None:
-        from concurrent.futures.process import BrokenProcessPool
-
         while len(self._waiting) >= self._most:
             self._collect()
-        job = Job(key, function, arguments)
-        try:
-            self._give(job)
-        except BrokenProcessPool:  # no fault of this job: a worker was lost since the others were looked at
-            self._renew([])
-            self._give(job)
+        self._waiting[self._threads.submit(self._run, Job(key, function, arguments))] = key
 
-    def _give(self, job: Job) -> None:
-        self._waiting[self._pool.submit(job.function, *job.arguments)] = job
-
-    def _collect(self) -> None:
-        from concurrent.futures import FIRST_COMPLETED, wait
-
-        self._settle(wait(self._waiting, return_when=FIRST_COMPLETED).done)
-
-    def _settle(self, futures: Iterable[Any]) -> None:
-        """Hand over what was found; if a worker was lost, start anew."""
-        lost = self._take(futures)
-        if lost:
-            self._renew(lost)
-
-    def _renew(self, lost: list[Job]) -> None:
-        """New workers, for what was lost and for what waits: with one worker a pool loses all.
+    def _run(self, job: Job) -> Any:
+        """What a job finds, in a process that is free.
 
         Raises:
-            RuntimeError: no worker ever began, or a job has cost too many.
+            RuntimeError: no worker ever began, or the job has cost too many.
         """
-        if not self._started.is_set():
-            raise RuntimeError(GUARD)
-        lost += self._take(list(self._waiting))
-        self._pool.shutdown()
-        self._pool = self._open()
-        for job in lost:
-            self._give(job.again())
-
-    def _take(self, futures: Iterable[Any]) -> list[Job]:
-        """Hand over what was found; the jobs whose worker was lost."""
         from concurrent.futures.process import BrokenProcessPool
 
-        lost = []
-        for future in futures:
-            job = self._waiting.pop(future)
-            try:
-                found = future.result()
-            except BrokenProcessPool:
-                lost.append(job)
-            else:
-                self._done(job.key, found)
-        return lost
+        process = self._free.get()
+        try:
+            while True:
+                running = False
+                try:
+                    found = process.submit(job.function, *job.arguments)
+                    running = True
+                    return found.result()
+                except BrokenProcessPool:
+                    if not self._started.is_set():
+                        raise RuntimeError(GUARD) from None
+                    process.shutdown()
+                    process = self._open()
+                    if running:  # or it was lost before, with nothing to do
+                        job = job.again()
+        finally:
+            self._free.put(process)
+
+    def _collect(self) -> None:
+        for future in wait(self._waiting, return_when=FIRST_COMPLETED).done:
+            self._done(self._waiting.pop(future), future.result())
 
     def drain(self) -> None:
         while self._waiting:
             self._collect()
 
     def close(self) -> None:
-        self._pool.shutdown(cancel_futures=True)
+        self._threads.shutdown(cancel_futures=True)
+        while not self._free.empty():
+            self._free.get().shutdown()
 
 
 def _start(threads: int, started: Any) -> None:

@@ -191,14 +191,11 @@ def _scale(options: argparse.Namespace) -> None:
         return
     if options.precision != "full":
         raise UsageError("--precision is for --plan: what is measured is compared with one process in full precision")
-    if len(options.tokens or ()) > 1:
-        raise UsageError("several --tokens are for --plan: measure one length at a time")
     from tamis.bench import scale
 
     plain = scale.ScaleOptions()
-    result = scale.run(
-        scale.ScaleOptions(
-            tokens=(options.tokens or (plain.tokens,))[0],
+    try:
+        asked = scale.ScaleOptions(
             heads=options.heads or plain.heads,
             kv_heads=options.kv_heads or options.heads or plain.kv_heads,
             head_dim=options.head_dim or plain.head_dim,
@@ -206,7 +203,9 @@ def _scale(options: argparse.Namespace) -> None:
             causal=options.causal,
             ranks=tuple(options.ranks or plain.ranks),
         )
-    )
+    except ValueError as error:
+        raise UsageError(str(error)) from error
+    result = scale.run(asked, options.tokens)
     print(scale.table(result))
     write(options.json, "scale", result)
 

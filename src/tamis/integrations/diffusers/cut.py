@@ -61,13 +61,13 @@ class Cut:
             )
         # The library's own exchange around attention is left out: ours is in its place.
         for module in model.modules():
-            processor = getattr(module, "processor", None)
+            processor: Any = getattr(module, "processor", None)
             if getattr(processor, "_parallel_config", None) is not None:
                 self._processors.append((processor, processor._parallel_config))
                 processor._parallel_config = None
 
     def _cut(self, plan: dict[str, Any], peers: Peers) -> None:
-        """Shards where the plan has inputs, the whole where it has outputs: diffusers' own needs equal shards on gloo."""
+        """Shards where the plan has inputs, the whole where it has outputs: diffusers' needs equal shards on gloo."""
         self._plan = {place: entry for place, entry in plan.items() if isinstance(entry, dict)}
         mesh = SimpleNamespace(get_group=lambda: peers.group, size=lambda: peers.size)
         config: Any = SimpleNamespace(ulysses_anything=True, ring_anything=False, _mesh=mesh, _flattened_mesh=mesh)
@@ -108,9 +108,10 @@ def _gathered(peers: Peers, dim: int, module: nn.Module, args: Any, output: Tens
     """The tokens of all ranks, which run along `dim`."""
     own = output.movedim(dim, 0).contiguous()
     width = math.prod(own.shape[1:])
-    sizes = [row[0] * width for row in peers.tell([own.shape[0]])]
-    shards = peers.all_gather(own.view(-1), sizes, "output")
-    return torch.cat([shard.view(-1, *own.shape[1:]) for shard in shards]).movedim(0, dim)
+    lengths = [row[0] for row in peers.tell([own.shape[0]])]
+    shards = peers.all_gather(own.view(-1), [length * width for length in lengths], "output")
+    whole = [shard.view(length, *own.shape[1:]) for length, shard in zip(lengths, shards, strict=True)]
+    return torch.cat(whole).movedim(0, dim)
 
 
 def _hooks() -> Any:
