@@ -69,10 +69,10 @@ def apply(
             e.g. .25, or a `Decode` (`tamis.integrations.decoding`). None: everything, densely. For
             decoders of transformers with growing caches, without padding.
         mesh: the ranks, a mesh of one dimension or a process group. Every rank calls a model of transformers with its
-            part of the tokens and their `position_ids`, in the order of the ranks and without a cache, and gets its part
-            of the output. A model of diffusers is cut inside: every rank gives and gets the whole; one that
-            `enable_parallelism` has cut runs on the ranks of that. `min_queries` does not count, and calls that cannot
-            run spread raise on all ranks.
+            part of the tokens and their `position_ids`, in the order of the ranks and without a cache, and gets its
+            part of the output. A model of diffusers is cut inside: every rank gives and gets the whole; one that
+            `enable_parallelism` has cut runs on the ranks of that. `min_queries` does not count, and calls that
+            cannot run spread raise on all ranks.
         mode: with a mesh: "heads" or "ring", as in `tamis.parallel.attend`.
         audit: check so large a share of the work against dense attention while the model runs, e.g. .005, or an
             `Audit` (`tamis.integrations.audit`). It changes no output; `handle.audit()` reports.
