@@ -8,6 +8,7 @@ from typing import Any
 
 import pytest
 import torch
+import torch.distributed as dist
 from tiny_models import LANGUAGE, tokens
 from torch import Tensor
 
@@ -168,12 +169,17 @@ def test_patterns_that_are_not_known_get_the_complete_mask() -> None:
 
 
 def test_documents_are_refused_over_a_mesh() -> None:
-    """Every rank would number its own."""
+    """Offsets say where documents end in a shard, not in the text."""
     tensors = torch.zeros(1, 2, 8, 4), torch.zeros(1, 2, 8, 4), torch.zeros(1, 2, 8, 4)
     numbers = torch.zeros(1, 8, dtype=torch.int32)
     plain: dict[str, Any] = dict.fromkeys(("mask", "window", "scale", "softcap", "sink_logits", "obstacle"))
     request = Request(
         "layer", None, *tensors, causal=True, segments=(numbers, numbers), dropout=0.0, packed=True, **plain
     )
-    with pytest.raises(tamis.UnsupportedError, match="layer: packed documents: attention over a mesh does not do that"):
-        Spread(None).attend(request, None, None)  # type: ignore[arg-type]  # refused before it looks at them
+    dist.init_process_group("gloo", store=dist.HashStore(), rank=0, world_size=1)
+    try:
+        spread = Spread(dist.group.WORLD, "heads")
+        with pytest.raises(tamis.UnsupportedError, match="layer: offsets of packed documents: attention over a mesh"):
+            spread.attend(request, None, None)  # type: ignore[arg-type]  # refused before it looks at them
+    finally:
+        dist.destroy_process_group()
