@@ -480,6 +480,37 @@ def declined(group: dist.ProcessGroup) -> list[str]:
     return said
 
 
+def one_goes_on(group: dist.ProcessGroup, way: str) -> list[str]:
+    """What three requests end with if rank 1 alone fails in the first one, behind an attention call of it."""
+    import tiny_models
+
+    rank, said = dist.get_rank(group), []
+    fresh = dist.new_group(dist.get_process_group_ranks(group), use_local_synchronization=True)
+    tensor, ids, at = torch.randn(1, 4, 64, 16), tiny_models.tokens(1, 200), torch.arange(200)[None] + 200 * rank
+    model = tiny_models.language("Llama", num_key_value_heads=2)
+
+    def fail(*_: object) -> None:
+        raise OSError("broken")
+
+    with torch.no_grad(), tamis.apply(model, mesh=fresh):
+        for number in range(3):
+            broken = model.model.layers[0].mlp.register_forward_pre_hook(fail)
+            if rank == 0 or number > 0 or way == "call":
+                broken.remove()
+            try:
+                if way == "model":
+                    model(ids, position_ids=at, use_cache=False)
+                else:
+                    stats = fail if rank == 1 and number == 0 else tamis.AttentionStats.with_counts
+                    with patch.object(tamis.AttentionStats, "with_counts", stats):
+                        tamis.parallel.attend(tensor, tensor, tensor, group=fresh, return_stats=True)
+                said.append("done")
+            except (OSError, RuntimeError) as error:
+                said.append(str(error))
+            broken.remove()
+    return said
+
+
 def _wan() -> tuple[Any, dict[str, Any], int]:
     from diffusers import WanTransformer3DModel
 

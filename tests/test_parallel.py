@@ -217,7 +217,8 @@ def test_refusals(ranks: Ranks) -> None:
         with pytest.raises(RankError, match=says):
             ranks.run(len(wrong.shares), rank_jobs.spread, wrong)
     for text in ranks.run(2, rank_jobs.disagree):
-        assert "ranks disagree" in text and "[1, 2, 32" in text and "[1, 3, 32" in text
+        assert "ranks disagree" in text and "alike on all of them; heads: 3 on rank 1, 2 on rank 0; key heads: 3" in text
+        assert "batch" not in text and "head_dim" not in text
     for name, says in (("mesh", "mesh must be a DeviceMesh or None, got str"), ("group", "group must be a torch")):
         for text in ranks.run(2, rank_jobs.misnamed, name):
             assert says in text
@@ -321,6 +322,17 @@ def test_what_one_rank_cannot_do_no_rank_waits_for(ranks: Ranks) -> None:
     assert others == ["rank 1 cannot take part in this call: its own error says why"] * 5
     for text, pattern in zip(own, ("grad", "head_dim", "mode must be", "must add up", "segments"), strict=True):
         assert pattern in text, own
+
+
+@pytest.mark.parametrize("way", ["call", "model"])
+def test_ranks_out_of_step_never_mix_two_calls(ranks: Ranks, way: str) -> None:
+    """One fails alone in the middle and goes on with the next request: all of them raise, and go on raising."""
+    pytest.importorskip("transformers")
+    (first, *others), own = ranks.run(2, rank_jobs.one_goes_on, way)
+    assert own[0] == "broken" and first == ("done" if way == "call" else others[0])
+    for text in (*others, *own[1:]):
+        assert text.startswith("the ranks are out of step: rank 0 is at a call of attention, turn ")
+        assert f"rank 1 is at a {'call of attention' if way == 'call' else 'run of a model'}, turn" in text
 
 
 def test_what_the_page_shows_runs(ranks: Ranks) -> None:

@@ -74,10 +74,12 @@ class Shards:
             return (*args[:at], seen, *args[at + 1 :]), kwargs
         return args, {**kwargs, "attention_mask": seen}
 
-    def _leave(self, *_: object) -> None:
+    def _leave(self, module: object, args: object, output: object) -> None:
         self._depth -= 1
         if self._depth == 0:
             self.segments = None
+            if output is None:  # the run failed
+                self._peers().failed()
 
 
 def _names(module: nn.Module) -> list[str]:
@@ -102,7 +104,7 @@ def _agreed(tokens: Tensor, given: dict[str, Any], cached: bool, at: Peers) -> t
     own = isinstance(mask, Tensor) and mask.shape == tokens.shape[:2]
     kind = 0 if mask is None else 1 if own else 2
     padded = kind == 1 and not bool(mask.all())
-    rows = at.tell([positions is not None, padded, tokens.shape[1], tokens.shape[0], cached, kind])
+    rows = at.tell("model", [positions is not None, padded, tokens.shape[1], tokens.shape[0], cached, kind])
     if at.size > 1 and not all(row[0] for row in rows):
         raise ValueError("position_ids must be given on every rank: where its tokens stand in the whole sequence")
     if not all(row[2] for row in rows):
@@ -130,7 +132,7 @@ def _documents(places: Tensor, at: Peers) -> Tensor | None:
     """Numbers of the documents of own tokens, counted over all ranks; None if every text is a single one."""
     inside = torch.nn.functional.pad(places.diff(dim=1) != 1, (1, 0)).cumsum(1)
     ends = torch.stack([places[:, 0], places[:, -1], inside[:, -1]], 1)
-    told = torch.tensor(at.tell(ends.flatten().tolist())).view(at.size, -1, 3)
+    told = torch.tensor(at.tell("documents", ends.flatten().tolist())).view(at.size, -1, 3)
     first, last, breaks = told.unbind(2)  # [ranks, batch]
     breaks[1:] += first[1:] != last[:-1] + 1
     if not breaks.any():

@@ -11,7 +11,7 @@ from tamis.block_mask import BlockMask
 from tamis.call import PerHead
 from tamis.parallel.dispatch import Layouts, exchange, peers_of, run
 from tamis.parallel.layout import Layout
-from tamis.parallel.request import MEASURED, threshold_of
+from tamis.parallel.request import MEASURED
 from tamis.parallel.wire import peers
 from tamis.predictors import Sparge
 from tamis.predictors.base import Predictor
@@ -87,7 +87,7 @@ def sparse_attention(
     made: dict[str, Any] = {
         "predictor": Sparge() if predictor is None else predictor,
         "precision": precision,
-        "pv_threshold": threshold_of(pv_threshold, mode),
+        "pv_threshold": pv_threshold,
         "compensate": compensate,
         "causal": causal,
         "window": window,
@@ -146,8 +146,6 @@ def attend(
         torch.Size([1, 4, 512])
         >>> torch.distributed.destroy_process_group()
     """
-    if block_mask is not None and not isinstance(block_mask, BlockMask):
-        raise TypeError(f"block_mask must be a tamis.BlockMask or None, got {type(block_mask).__name__}")
     made: dict[str, Any] = {
         "block_mask": block_mask,
         "precision": precision,
@@ -217,4 +215,4 @@ def exchange_layout(
         ValueError: a number is negative, or ranks have different numbers of parts.
     """
     own = (tokens,) if isinstance(tokens, int) else tuple(tokens)
-    return exchange(own, None, (), peers(mesh, group))[0]
+    return exchange(own, None, {}, peers(mesh, group))[0]

@@ -2,9 +2,11 @@
 
 from __future__ import annotations
 
-import contextlib
+import json
 import zlib
+from collections import Counter
 from collections.abc import Sequence
+from types import NoneType
 from typing import TYPE_CHECKING, Any, TypeAlias
 
 import torch
@@ -15,8 +17,9 @@ from tamis.call import DTYPES, refuse_gradients
 from tamis.packed import check_tensor
 from tamis.parallel.heads import attend_heads
 from tamis.parallel.layout import Layout
-from tamis.parallel.request import Request
+from tamis.parallel.request import Request, threshold_of
 from tamis.parallel.ring import attend_ring, refuse
+from tamis.parallel.step import step_of, watched
 from tamis.parallel.wire import Peers, peers
 from tamis.stats import AttentionOutput
 
@@ -27,7 +30,6 @@ if TYPE_CHECKING:
 Layouts: TypeAlias = "Layout | tuple[Layout, Layout]"
 MODES = ("heads", "ring")
 _MOST_PARTS = 8
-_ALIKE = 8  # numbers of `_layouts` that must be alike
 _DECLINED = -1  # in the place of a checksum, which is never negative
 Where: TypeAlias = "tuple[Peers, str, Layouts | None, Sequence[int] | None]"
 Inputs: TypeAlias = "tuple[Tensor, Tensor, Tensor]"
@@ -42,14 +44,34 @@ def run(
     lse: bool,
     stats: bool,
 ) -> AttentionOutput:
-    """The call in its mode, on this rank's tokens; `made` are arguments of `Request`."""
+    """The call in its mode, on this rank's tokens; `made` are arguments of `Request`.
+
+    An error that all ranks raise leaves them in step; after one of this rank alone they raise in the next call.
+    """
+    with watched(where[0].group):
+        return _run(inputs, made, segments, where, lse=lse, stats=stats)
+
+
+def _run(
+    inputs: Inputs,
+    made: dict[str, Any],
+    segments: tuple[Tensor, Tensor] | None,
+    where: Where,
+    *,
+    lse: bool,
+    stats: bool,
+) -> AttentionOutput:
     at, mode, layout, parts = where
     if any(_is_sharded(tensor) for tensor in inputs):
         return _run_sharded(inputs, made, segments, where, lse=lse, stats=stats)
     try:
+        made = made | {"pv_threshold": threshold_of(made["pv_threshold"], mode)}
         _check(inputs, segments, mode)
+        mask = made.get("block_mask")
+        if not isinstance(mask, (BlockMask, NoneType)):
+            raise TypeError(f"block_mask must be a tamis.BlockMask or None, got {type(mask).__name__}")
         _check_parts(inputs, layout, parts)
-    except (TypeError, ValueError):
+    except Exception:
         if layout is None and at.size > 1:
             decline(at)
         raise
@@ -61,7 +83,7 @@ def run(
             refuse(request)
         result = request.here(*inputs)
         return result if stats else result._replace(stats=None)
-    told = checksum({**made, "segments": _rows(segments), "lse": lse, "stats": stats})
+    told = {**made, "segments": _rows(segments), "log-sum-exp": lse, "return_stats": stats}
     layouts = _layouts(inputs, mode, layout, parts, at, told)
     _check_request(made, inputs, layouts)
     request = Request(layouts, segments=_whole_segments(segments, layouts, at), **made)
@@ -122,11 +144,6 @@ def _check_parts(inputs: Inputs, layout: Layouts | None, parts: Sequence[int] | 
         raise ValueError(f"parts must be at most {_MOST_PARTS} numbers of tokens, got {tuple(parts)}")
 
 
-def checksum(arguments: dict[str, Any]) -> int:
-    """What must be alike on all ranks, as a number: values, and of tensors and masks their shapes."""
-    return zlib.crc32(repr(sorted((name, _shown(value)) for name, value in arguments.items())).encode())
-
-
 def _rows(segments: tuple[Tensor, Tensor] | None) -> list[int]:
     """Texts for which segments are given: 1 for all alike."""
     return [1 if own.dim() == 1 else own.shape[0] for own in segments or ()]
@@ -155,7 +172,7 @@ def _check_request(made: dict[str, Any], inputs: Inputs, layouts: tuple[Layout, 
 
 
 def _layouts(
-    inputs: Inputs, mode: str, layout: Layouts | None, parts: Sequence[int] | None, at: Peers, told: int
+    inputs: Inputs, mode: str, layout: Layouts | None, parts: Sequence[int] | None, at: Peers, told: dict[str, Any]
 ) -> tuple[Layout, Layout]:
     """Where the tokens are: as given, or as the ranks tell each other, together with what must be alike."""
     lengths = (inputs[0].shape[2], inputs[1].shape[2])
@@ -167,50 +184,76 @@ def _layouts(
                     f"layout gives {name} {one.lengths} tokens on {len(one.ranks)} ranks, but rank {at.rank} of "
                     f"{at.size} has {length}"
                 )
+        if step_of(at.group).failed:
+            at.tell("again", [])
         return pair
     own = (lengths[0],) if parts is None else tuple(parts)
     query, key, value = inputs
-    alike = (
-        *query.shape[:2],
-        query.shape[3],
-        key.shape[1],
-        value.shape[3],
-        DTYPES.index(query.dtype),
-        MODES.index(mode),
-        told,
-    )
-    return exchange(own, None if parts is not None else (lengths[1],), alike, at)
+    alike = {
+        "batch": query.shape[0],
+        "heads": query.shape[1],
+        "head_dim": query.shape[3],
+        "key heads": key.shape[1],
+        "value_dim": value.shape[3],
+        "dtype": query.dtype,
+        "mode": mode,
+        "parts": f"{len(own)} of the query, {1 if parts is None else len(own)} of the key",
+    }
+    return exchange(own, None if parts is not None else (lengths[1],), alike | told, at)
 
 
 def exchange(
-    own: tuple[int, ...], keys: tuple[int, ...] | None, alike: tuple[int, ...], at: Peers
+    own: tuple[int, ...], keys: tuple[int, ...] | None, alike: dict[str, Any], at: Peers
 ) -> tuple[Layout, Layout]:
-    """Tell every rank the own tokens of all parts, and check that what must be alike is."""
+    """Tell every rank the own tokens of all parts, and check that what must be alike is.
+
+    Raises:
+        ValueError: on every rank: one of them declines, or their arguments differ.
+    """
     if len(own) > _MOST_PARTS or any(tokens < 0 for tokens in own):
         raise ValueError(f"parts must be at most {_MOST_PARTS} numbers of tokens, got {own}")
     keys = own if keys is None else keys
-    message = [len(own), len(keys)]
-    for some in (own, keys):
-        message += [*some, *[0] * (_MOST_PARTS - len(some))]
-    message += alike
-    rows = at.tell(message)
-    first = 2 + 2 * _MOST_PARTS
-    declined = [rank for rank, row in enumerate(rows) if alike and row[-1] == _DECLINED]
+    shown = json.dumps({name: _shown(value) for name, value in alike.items()})
+    question = "call" if alike else "layout"
+    rows = at.tell(question, _message(own, keys, zlib.crc32(shown.encode())))
+    declined = [rank for rank, row in enumerate(rows) if row[0] == _DECLINED]
     if declined:
+        step_of(at.group).settled = True
         raise ValueError(f"rank {declined[0]} cannot take part in this call: its own error says why")
-    if any(row[:2] != message[:2] or row[first:] != message[first:] for row in rows):
-        fields = "batch, heads, head_dim, key heads, value_dim, dtype, mode, checksum of all other arguments"
-        shown = [(row[:2], row[first:]) for row in rows]
-        raise ValueError(f"ranks disagree: numbers of parts and ({fields}) must be alike, got {shown}")
-    parts = [[row[2 + side * _MOST_PARTS :][: row[side]] for row in rows] for side in range(2)]
+    if any(row[:3] != rows[0][:3] for row in rows):
+        named = {"parts": f"{len(own)} of the query, {len(keys)} of the key"}
+        texts = at.tell_text("difference", json.dumps(named) if not alike else shown)
+        step_of(at.group).settled = True
+        raise ValueError(f"ranks disagree: arguments must be alike on all of them; {_differences(texts)}")
+    parts = [[row[3 + side * _MOST_PARTS :][: row[1 + side]] for row in rows] for side in range(2)]
     q_layout = Layout.parts(parts[0])
     return q_layout, q_layout if parts[0] == parts[1] else Layout.parts(parts[1])
 
 
+def _message(own: tuple[int, ...], keys: tuple[int, ...], told: int) -> list[int]:
+    """A checksum of what must be alike, numbers of parts, and their tokens."""
+    sides = [[*some, *[0] * (_MOST_PARTS - len(some))] for some in (own, keys)]
+    return [told, len(own), len(keys), *sides[0], *sides[1]]
+
+
+def _differences(texts: Sequence[str]) -> str:
+    """What differs, with the ranks that are not as most are."""
+    told = [json.loads(text) for text in texts]
+    said = []
+    for name in dict.fromkeys(name for own in told for name in own):
+        values = [own.get(name, "not an argument of this function") for own in told]
+        usual, many = Counter(values).most_common(1)[0]
+        odd = [f"{value} on rank {rank}" for rank, value in enumerate(values) if value != usual]
+        if odd:
+            rest = "the others" if many > 1 else f"rank {values.index(usual)}"
+            said.append(f"{name}: {', '.join(odd)}, {usual} on {rest}")
+    return "; ".join(said)
+
+
 def decline(at: Peers) -> None:
     """Take part in the exchange that begins a call, so that the other ranks get an error and do not wait."""
-    with contextlib.suppress(ValueError):
-        exchange((0,), (0,), (*[0] * (_ALIKE - 1), _DECLINED), at)
+    at.tell("call", _message((0,), (0,), _DECLINED))
+    step_of(at.group).settled = True
 
 
 def _whole_segments(

@@ -15,10 +15,10 @@ from tamis.parallel.heads import Share, share_of
 from tamis.parallel.layout import Layout
 from tamis.parallel.ring import overlaps, ring_layouts
 from tamis.parallel.smoothing import TILE
+from tamis.parallel.wire import MESSAGE
 
 MODES = ("heads", "ring")
 PRECISIONS = ("full", "int8", "fp8")
-_LENGTHS_MESSAGE = 26 * 8  # bytes in which a rank tells what it holds and asks for
 _BLOCK_Q, _BLOCK_KV = geometry.DEFAULT_BLOCK_SIZE
 
 
@@ -172,7 +172,7 @@ def traffic_of(work: Workload, ranks: int, mode: str, rank: int, *, lse: bool = 
     """Bytes that one rank sends in a call on equal shards, whose lengths the ranks exchange; with `lse` of `attend`."""
     if ranks == 1:
         return {}
-    sent = {"lengths": (ranks - 1) * _LENGTHS_MESSAGE}
+    sent = {"lengths": (ranks - 1) * MESSAGE}
     more = _ring_traffic if mode == "ring" else _heads_traffic
     return sent | more(work, ranks, rank, lse)
 

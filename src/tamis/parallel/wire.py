@@ -16,10 +16,13 @@ import torch
 import torch.distributed as dist
 from torch import Tensor
 
+from tamis.parallel.step import HEADER, step_of
+
 if TYPE_CHECKING:
     from torch.distributed import ProcessGroup
     from torch.distributed.device_mesh import DeviceMesh
 
+MESSAGE = 32 * 8  # bytes in which a rank tells what it holds and asks for
 _counters: list[Traffic] = []
 
 
@@ -85,13 +88,41 @@ class Peers:
             )
         return received
 
-    def tell(self, numbers: Sequence[int]) -> list[list[int]]:
-        """What every rank tells every other: equally many integers each."""
-        device = torch.device("cpu")
+    def tell(self, question: str, numbers: Sequence[int]) -> list[list[int]]:
+        """What every rank tells every other, equally many integers each; all must be asking the same.
+
+        They leave in messages of one size, whatever the question: only then can ranks notice that they ask different
+        ones.
+
+        Raises:
+            RuntimeError: on every rank: they are not at the same place of their program.
+        """
+        step, room = step_of(self.group), MESSAGE // 8 - HEADER
+        rows: list[list[int]] = [[] for _ in range(self.size)]
+        for start in range(0, max(len(numbers), 1), room):
+            some = list(numbers[start : start + room])
+            sent = torch.tensor([*step.header(question), *some, *[0] * (room - len(some))], device=self._device())
+            found = [row.tolist() for row in self.all_gather(sent, [sent.numel()] * self.size, "lengths")]
+            step.compare([row[:HEADER] for row in found])
+            for row, more in zip(rows, found, strict=True):
+                row += more[HEADER : HEADER + len(some)]
+        return rows
+
+    def tell_text(self, question: str, text: str) -> list[str]:
+        """The texts of all ranks."""
+        own = torch.frombuffer(bytearray(text.encode() or b" "), dtype=torch.uint8).to(self._device())
+        sizes = [row[0] for row in self.tell(question, [own.numel()])]
+        return [bytes(shard.tolist()).decode() for shard in self.all_gather(own, sizes, "lengths")]
+
+    def failed(self) -> None:
+        """This rank's run of a model failed: if it did not on every rank, the next question finds out."""
+        step_of(self.group).failed = True
+
+    def _device(self) -> torch.device:
+        """Where a message has to be."""
         if dist.get_backend(self.group) == "nccl":
-            device = torch.device("cuda", torch.cuda.current_device())
-        sent = torch.tensor(numbers, dtype=torch.int64, device=device)
-        return [row.tolist() for row in self.all_gather(sent, [len(numbers)] * self.size, "lengths")]
+            return torch.device("cuda", torch.cuda.current_device())
+        return torch.device("cpu")
 
     def all_gather(self, tensor: Tensor, sizes: Sequence[int], kind: str) -> list[Tensor]:
         """The flat tensors of all ranks, which have so many elements."""
@@ -174,7 +205,9 @@ def _explained(kind: str, at: Peers) -> Iterator[None]:
     try:
         yield
     except RuntimeError as error:
-        raise RuntimeError(
+        text = (
             f"rank {at.rank} of {at.size}: the exchange of {kind} failed. A rank has died, is late by more than the "
             f"group's timeout, or called with other arguments. {error}"
-        ) from error
+        )
+        step_of(at.group).lost = text  # what arrives after this belongs to no call
+        raise RuntimeError(text) from error

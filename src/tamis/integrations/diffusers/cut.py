@@ -54,13 +54,13 @@ class Cut:
         self._handles: list[RemovableHandle] = []
         if cut_by(model) is None:
             self._cut(plan if adapter.text is not None else _without_text(plan), spread.peers)
-            return
-        if adapter.text is None and _without_text(plan) != plan:
+        elif adapter.text is None and _without_text(plan) != plan:
             raise UnsupportedError(
                 f"{kind} cuts the text of its cross-attention too: leave enable_parallelism out and give mesh"
             )
+        self._handles.append(model.register_forward_hook(self._leave, always_call=True))
         # The library's own exchange around attention is left out: ours is in its place.
-        for module in model.modules():
+        for module in () if self._plan else model.modules():
             processor: Any = getattr(module, "processor", None)
             if getattr(processor, "_parallel_config", None) is not None:
                 self._processors.append((processor, processor._parallel_config))
@@ -75,6 +75,10 @@ class Cut:
         for place in plan.keys() - self._plan.keys():
             gather = partial(_gathered, peers, plan[place].gather_dim)
             self._handles.append(self._model.get_submodule(place).register_forward_hook(gather))
+
+    def _leave(self, module: object, args: object, output: object) -> None:
+        if output is None:  # the run failed
+            self._spread.peers.failed()
 
     def remove(self) -> None:
         """Put back what was there before; safe to call twice."""
@@ -108,7 +112,7 @@ def _gathered(peers: Peers, dim: int, module: nn.Module, args: Any, output: Tens
     """The tokens of all ranks, which run along `dim`."""
     own = output.movedim(dim, 0).contiguous()
     width = math.prod(own.shape[1:])
-    lengths = [row[0] for row in peers.tell([own.shape[0]])]
+    lengths = [row[0] for row in peers.tell("output", [own.shape[0]])]
     shards = peers.all_gather(own.view(-1), [length * width for length in lengths], "output")
     whole = [shard.view(length, *own.shape[1:]) for length, shard in zip(lengths, shards, strict=True)]
     return torch.cat(whole).movedim(0, dim)
