@@ -434,6 +434,8 @@ def strange(group: dist.ProcessGroup) -> tuple[float, list[str]]:
         {"position_ids": positions[:, part], "attention_mask": tokens[:, part] if rank else None},
         {"position_ids": positions[:, part], "use_cache": rank == 0},
         {"position_ids": positions[:, part], "attention_mask": tokens[:, part] if rank else complete},
+        {"position_ids": positions[:, :150], "use_cache": True},
+        {"position_ids": positions[:, :150], "attention_mask": tokens[:, :150]},
     ]
     said = []
     with torch.no_grad():
@@ -445,6 +447,10 @@ def strange(group: dist.ProcessGroup) -> tuple[float, list[str]]:
                     said.append("nothing")
                 except ValueError as error:
                     said.append(str(error))
+            try:
+                model(ids[:, :150], position_ids=positions[:, :150], use_cache=False)
+            except ValueError as error:
+                said.append(str(error))
             try:
                 with torch.set_grad_enabled(rank == 1):
                     model(ids[:, part], position_ids=positions[:, part], use_cache=False)

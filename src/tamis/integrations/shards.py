@@ -9,6 +9,9 @@ them come to the same documents and the same padding, or to the same error.
 from __future__ import annotations
 
 import inspect
+import itertools
+import warnings
+import zlib
 from collections.abc import Callable
 from typing import TYPE_CHECKING, Any
 
@@ -21,6 +24,7 @@ from tamis.errors import UnsupportedError
 if TYPE_CHECKING:
     from tamis.parallel.wire import Peers
 
+_NOWHERE = -1  # first and last position where a rank has padding only
 _MASKS = ("no attention_mask", "an attention_mask of its tokens", "another attention_mask")
 
 
@@ -112,12 +116,15 @@ def _agreed(tokens: Tensor, given: dict[str, Any], cached: bool, at: Peers) -> t
     if len({tuple(row[3:]) for row in rows}) > 1:
         shown = [f"{row[3]} texts, {'a' if row[4] else 'no'} cache, {_MASKS[row[5]]}" for row in rows]
         raise ValueError(f"ranks disagree: all must call the model alike, got {shown}")
-    if any(row[1] for row in rows):
-        return mask.to(torch.int64).ne(0).long() - 1, False
+    padded = any(row[1] for row in rows)
+    segments = mask.to(torch.int64).ne(0).long() - 1 if padded else None
     places = None if positions is None else _places(positions)
-    if places is None or cached or kind:
-        return None, False  # where the library does not look for documents either
-    documents = _documents(places, at)
+    if places is None:
+        return segments, False
+    if cached or kind:  # the library does not look for documents either: it is one text
+        _refuse_gaps(places, segments, at)
+        return segments, False
+    documents = _documents(places, tokens, at)
     return documents, documents is not None
 
 
@@ -128,12 +135,46 @@ def _places(positions: Tensor) -> Tensor | None:
     return positions[None] if positions.dim() == 1 else positions
 
 
-def _documents(places: Tensor, at: Peers) -> Tensor | None:
-    """Numbers of the documents of own tokens, counted over all ranks; None if every text is a single one."""
+def _refuse_gaps(places: Tensor, segments: Tensor | None, at: Peers) -> None:
+    """Raise on all ranks if one's tokens do not go on where those of the rank before end; padding does not count."""
+    ends = []
+    for row, own in enumerate(places):
+        seen = own if segments is None else own[segments[min(row, len(segments) - 1)] == 0]
+        ends += [int(seen[0]), int(seen[-1])] if len(seen) else [_NOWHERE, _NOWHERE]
+    rows = at.tell("documents", ends)
+    for first, last in zip(range(0, len(ends), 2), range(1, len(ends), 2), strict=True):
+        there = [rank for rank, row in enumerate(rows) if row[first] != _NOWHERE]
+        for before, rank in itertools.pairwise(there):
+            if rows[rank][first] != rows[before][last] + 1:
+                raise ValueError(
+                    f"position_ids must go on from rank to rank: rank {before} ends at {rows[before][last]} and rank "
+                    f"{rank} begins at {rows[rank][first]}. Give every rank its own part of the text and the positions "
+                    "of that part in the whole; documents in one sequence go without attention_mask, and with "
+                    "use_cache=False"
+                )
+
+
+def _documents(places: Tensor, tokens: Tensor, at: Peers) -> Tensor | None:
+    """Numbers of the documents of own tokens, counted over all ranks; None if every text is a single one.
+
+    Raises:
+        ValueError: on every rank: all were given the same tokens.
+    """
     inside = torch.nn.functional.pad(places.diff(dim=1) != 1, (1, 0)).cumsum(1)
-    ends = torch.stack([places[:, 0], places[:, -1], inside[:, -1]], 1)
-    told = torch.tensor(at.tell("documents", ends.flatten().tolist())).view(at.size, -1, 3)
-    first, last, breaks = told.unbind(2)  # [ranks, batch]
+    ends = torch.stack([places[:, 0], places[:, -1], inside[:, -1]], 1).flatten().tolist()
+    whole = zlib.crc32(tokens.detach().cpu().contiguous().view(torch.uint8).numpy().tobytes())
+    rows = at.tell("documents", [whole, *ends])
+    if at.size > 1 and all(row == rows[0] for row in rows):
+        raise ValueError(
+            "every rank must have its own part of the text: all were given the same tokens at the same positions"
+        )
+    first, last, breaks = torch.tensor([row[1:] for row in rows]).view(at.size, -1, 3).unbind(2)  # [ranks, batch]
+    if at.size > 1 and not breaks.any() and not first.any():
+        warnings.warn(
+            "position_ids are 0 where the tokens of every rank begin, so each rank has a document of its own. If it is "
+            "one text, give the positions in the whole of it",
+            stacklevel=2,
+        )
     breaks[1:] += first[1:] != last[:-1] + 1
     if not breaks.any():
         return None
