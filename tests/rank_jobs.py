@@ -382,6 +382,36 @@ def applied(group: dist.ProcessGroup, mode: str, profiled: bool) -> tuple[float,
     return float((found - expected[:, part]).abs().max()), float((expected - dense).abs().max()), handle.calls
 
 
+def ring_thresholds(group: dist.ProcessGroup) -> list[str]:
+    """What `apply` in mode "ring" does with thresholds: nothing given, None, one given; a profile that has one."""
+    import tiny_models
+
+    model, ids = tiny_models.language("Llama"), tiny_models.tokens(1, 128)
+    stages = (Stage(LayerSettings(tamis.Sparge(topk=0.5), pv_threshold=(3.0, 4.0, 5.0, float("inf")))),)
+    profile = tamis.Profile({"model.layers.0.self_attn": stages}, model="LlamaForCausalLM")
+    off = tamis.Profile({"model.layers.0.self_attn": (Stage(LayerSettings(None, (float("inf"),) * 4)),)})
+    calls: list[tuple[Any, dict[str, Any]]] = [
+        (None, {}),
+        (None, {"pv_threshold": None}),
+        (None, {"pv_threshold": 5.0}),
+        (profile, {}),
+        (profile, {"pv_threshold": None}),
+        (profile, {"pv_threshold": 5.0}),
+        (off, {}),
+    ]
+    said = []
+    for source, options in calls:
+        try:
+            handle = tamis.apply(model, source, mesh=group, mode="ring", **options)
+        except ValueError as error:
+            said.append(str(error))
+            continue
+        with handle, torch.no_grad():
+            model(ids, position_ids=torch.arange(128)[None], use_cache=False)
+        said.append("runs")
+    return said
+
+
 def packed(
     group: dist.ProcessGroup, ends: Sequence[int], cuts: Sequence[int], **settings: Any
 ) -> tuple[float, float, float]:

@@ -5,7 +5,10 @@ from __future__ import annotations
 import importlib.util
 import inspect
 import math
+import os
 import re
+import signal
+import subprocess
 import sys
 from collections.abc import Callable, Iterator
 from importlib.metadata import entry_points
@@ -21,6 +24,7 @@ import tamis
 from tamis import compat
 from tamis.compat import arguments, plugin, search
 from tamis.compat.__main__ import main
+from tamis.compat.alias import CHILDREN
 from tamis.compat.search import CANDIDATES, Bounds, Search
 from tamis.compat.utils import get_vanilla_qk_quant
 from tamis.tuning.calls import LayerCall
@@ -378,13 +382,42 @@ def test_a_whole_program_runs_on_tamis(
         encoding="utf-8",
     )
     monkeypatch.setattr(sys, "argv", sys.argv)
+    monkeypatch.setenv("PYTHONPATH", "")
     monkeypatch.syspath_prepend(tmp_path)
     for how in ([str(tmp_path / "program.py")], ["-m", "program"]):
         assert main([*how, "a", "-b"]) == 0
         assert capsys.readouterr().out == "__main__ a -b tamis.compat\n"
         compat.uninstall()
+        sys.path.remove(str(CHILDREN))
+    assert os.environ["PYTHONPATH"] == str(CHILDREN)
     assert main([]) == main(["-x"]) == main(["-m"]) == 2
     assert "spas_sage_attn" not in sys.modules
+
+
+def test_what_a_program_starts_runs_on_tamis_too(tmp_path: Path) -> None:
+    """Processes that multiprocessing spawns get its path, other programs the environment."""
+    (tmp_path / "program.py").write_text(
+        "import multiprocessing, subprocess, sys\n"
+        "def place(_):\n"
+        "    from spas_sage_attn.autotune import SparseAttentionMeansim\n"
+        "    return SparseAttentionMeansim.__module__\n"
+        "if __name__ == '__main__':\n"
+        "    with multiprocessing.get_context('spawn').Pool(1) as pool:\n"
+        "        print(pool.map_async(place, [0]).get(60))\n"
+        "    code = 'import spas_sage_attn; print(spas_sage_attn.__spec__.origin)'\n"
+        "    sys.exit(subprocess.run([sys.executable, '-c', code]).returncode)\n",
+        encoding="utf-8",
+    )
+    command = [sys.executable, "-m", "tamis.compat", str(tmp_path / "program.py")]
+    source = str(Path(compat.__file__).parents[2])
+    environment = {**os.environ, "PYTHONPATH": source}
+    with subprocess.Popen(command, env=environment, stdout=subprocess.PIPE, text=True, start_new_session=True) as run:
+        try:
+            assert run.communicate(timeout=120)[0] == "['tamis.compat.autotune']\ntamis.compat\n"
+        finally:
+            if run.poll() is None:
+                os.killpg(run.pid, signal.SIGKILL)  # a pool starts its workers again for ever
+    assert run.returncode == 0
 
 
 def planted(seed: int, heads: str) -> tuple[Tensor, Tensor, Tensor]:

@@ -285,6 +285,13 @@ def test_apply_with_a_mesh(ranks: Ranks, size: int, mode: str, profiled: bool) -
         assert calls == ({"sparse": 1, "dense": 1} if profiled else {"sparse": 2, "dense": 0})
 
 
+def test_apply_in_a_ring_has_no_threshold(ranks: Ranks) -> None:
+    pytest.importorskip("transformers")
+    patterns = ["runs", "runs", "leave it out", "a pv_threshold in model.layers.0", "runs", "not be given", "runs"]
+    for text, pattern in zip(ranks.run(1, rank_jobs.ring_thresholds)[0], patterns, strict=True):
+        assert re.search(pattern, text), text
+
+
 @pytest.mark.parametrize(
     ("ends", "cuts"),
     [

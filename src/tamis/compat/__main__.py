@@ -1,4 +1,7 @@
-"""`python -m tamis.compat [-m MODULE | SCRIPT] ARGUMENTS`: run a program that imports `spas_sage_attn`, on tamis."""
+"""`python -m tamis.compat [-m MODULE | SCRIPT] ARGUMENTS`: run a program that imports `spas_sage_attn`, on tamis.
+
+The Python processes that the program starts get it too.
+"""
 
 from __future__ import annotations
 
@@ -7,7 +10,7 @@ import sys
 from collections.abc import Sequence
 from pathlib import Path
 
-from tamis.compat.alias import install
+from tamis.compat.alias import install, install_in_children
 
 USAGE = "usage: python -m tamis.compat [-m MODULE | SCRIPT] [ARGUMENTS ..]"
 
@@ -20,6 +23,7 @@ def main(arguments: Sequence[str]) -> int:
         print(USAGE, file=sys.stderr)
         return 2
     install()
+    install_in_children()
     sys.argv = rest
     if by_name:
         runpy.run_module(rest[0], run_name="__main__", alter_sys=True)

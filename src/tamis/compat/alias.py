@@ -3,8 +3,10 @@
 from __future__ import annotations
 
 import importlib.util
+import os
 import sys
 from importlib.machinery import ModuleSpec
+from pathlib import Path
 from types import ModuleType
 
 from tamis.compat import autotune, functions, utils
@@ -20,6 +22,7 @@ _OLDER = {
     "spas_sage_attn_meansim_cuda": "spas_sage2_attn_meansim_cuda",
     "spas_sage_attn_meansim_topk_cuda": "spas_sage2_attn_meansim_topk_cuda",
 }
+CHILDREN = Path(__file__).parent / "children"
 _MARK = "__tamis__"
 
 
@@ -40,7 +43,7 @@ def install() -> None:
     """
     if _ours():
         return
-    if PACKAGE in sys.modules or importlib.util.find_spec(PACKAGE) is not None:
+    if PACKAGE in sys.modules or _installed():
         place = getattr(sys.modules.get(PACKAGE), "__file__", None)
         raise RuntimeError(
             f"{PACKAGE} is already {'imported' if PACKAGE in sys.modules else 'installed'}"
@@ -56,6 +59,28 @@ def uninstall() -> None:
     if _ours():
         for name in [name for name in sys.modules if name == PACKAGE or name.startswith(f"{PACKAGE}.")]:
             del sys.modules[name]
+
+
+def install_in_children() -> None:
+    """Let every Python that this process starts find tamis under that name too, by a folder on its path.
+
+    `PYTHONPATH` is for new programs; multiprocessing hands its children the parent's `sys.path` instead.
+    """
+    paths = os.environ.get("PYTHONPATH", "").split(os.pathsep)
+    if str(CHILDREN) not in paths:
+        os.environ["PYTHONPATH"] = os.pathsep.join([path for path in paths if path] + [str(CHILDREN)])
+    if str(CHILDREN) not in sys.path:
+        sys.path.append(str(CHILDREN))
+
+
+def _installed() -> bool:
+    """Whether the authors' package can be imported."""
+    path = sys.path[:]
+    sys.path[:] = [place for place in path if place != str(CHILDREN)]
+    try:
+        return importlib.util.find_spec(PACKAGE) is not None
+    finally:
+        sys.path[:] = path
 
 
 def _ours() -> bool:

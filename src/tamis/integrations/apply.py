@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import weakref
+from dataclasses import replace
 from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal
@@ -11,6 +12,7 @@ from weakref import WeakKeyDictionary
 from torch import nn
 
 from tamis.call import PerHead
+from tamis.errors import UnsupportedError
 from tamis.integrations.applied import Applied
 from tamis.integrations.audit import Audit
 from tamis.integrations.decoding import Decode
@@ -58,7 +60,8 @@ def apply(
         predictor: which blocks to keep, in all layers, by default `Sparge()`; or a `Profile` with the settings of every
             layer, by its exact name. Layers that the profile does not name run dense.
         precision: "int8" or "full", as in `attend`; "int8" by default. Not with a profile, which has its own.
-        pv_threshold: as in `attend`, or "default" for its measured default. Not with a profile.
+        pv_threshold: as in `attend`, or "default" for its measured default, and for none in mode "ring", which takes no
+            other. Not with a profile, but for None in mode "ring", which computes what its thresholds would skip.
         compensate: as in `attend`. Not with a profile.
         backend: run there or raise; None lets tamis choose, and calls that no backend can serve run dense.
         min_queries: shorter calls run dense. "auto": calls run dense that are shorter than the length from which on
@@ -101,15 +104,17 @@ def apply(
         >>> handle.calls
         {'sparse': 1, 'dense': 0}
     """
-    source = _source(predictor, precision, pv_threshold, compensate)
-    check_min_queries(min_queries)
-    if isinstance(source, Profile):
-        _check_profile(source, model)
     by_itself, way = cut_by(model), str(mode)
     if by_itself is not None:
         if mesh is not None:
             raise ValueError(f"mesh must be None: enable_parallelism has cut {type(model).__name__} already")
         mesh, way = by_itself
+    if mesh is not None and way == "ring":
+        predictor, pv_threshold = _without_threshold(predictor, pv_threshold)
+    source = _source(predictor, precision, pv_threshold, compensate)
+    check_min_queries(min_queries)
+    if isinstance(source, Profile):
+        _check_profile(source, model)
     if mesh is not None and (audit is not None or decode is not None or order is not None):
         raise ValueError("audit, decode and order must be None with a mesh: they look at the whole sequence")
     if mode not in ("heads", "ring"):
@@ -217,6 +222,35 @@ def _check_profile(profile: Profile, model: Any) -> None:
         heads, found = _heads(modules.get(layer)), {size for stage in stages for size in _sizes(stage)}
         if heads is not None and found - {heads}:
             raise ValueError(f"the profile has settings for {max(found)} heads in {layer}, the model has {heads} there")
+
+
+def _without_threshold(
+    predictor: Predictor | Profile | None, pv_threshold: PerHead | Literal["default"] | None
+) -> tuple[Predictor | Profile | None, PerHead | Literal["default"] | None]:
+    """Both for mode "ring", where a threshold would depend on the number of ranks: none, or an error right here."""
+    default = isinstance(pv_threshold, str) and pv_threshold == "default"
+    if not isinstance(predictor, Profile):
+        if not default and pv_threshold is not None:
+            raise UnsupportedError(
+                "pv_threshold must be None in mode 'ring', where it would depend on the number of ranks: leave it out, "
+                "or use mode='heads'"
+            )
+        return predictor, None
+    bare: dict[str, tuple[Stage, ...]] = {}
+    for layer, stages in predictor.layers.items():
+        bare[layer] = tuple(replace(stage, settings=replace(stage.settings, pv_threshold=None)) for stage in stages)
+        if default and any(_is_set(stage.settings.pv_threshold) for stage in stages):
+            raise UnsupportedError(
+                f"the profile has a pv_threshold in {layer}, which in mode 'ring' would depend on the number of ranks: "
+                "use mode='heads', or give pv_threshold=None to compute what it would skip"
+            )
+    given = not default and pv_threshold is not None
+    return replace(predictor, layers=bare), pv_threshold if given else "default"
+
+
+def _is_set(pv_threshold: float | tuple[float, ...] | None) -> bool:
+    numbers = pv_threshold if isinstance(pv_threshold, tuple) else (pv_threshold,)
+    return any(number is not None and number != float("inf") for number in numbers)
 
 
 def _heads(module: nn.Module | None) -> int | None:
