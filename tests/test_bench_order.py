@@ -122,6 +122,7 @@ def test_table() -> None:
 
 def test_picture() -> None:
     """One panel per order; only the curve joins its blocks by steps of one token."""
+    assert "currentColor" in order_report.svg() and ";color:var(--text)}" in order_report.svg()  # in either scheme
     drawn = ET.fromstring(order_report.svg())
     svg = "{http://www.w3.org/2000/svg}"
     walks = drawn.findall(f"{svg}polyline")

@@ -22,7 +22,8 @@ _IMAGE_TOP, _VIDEO_TOP = 66, 212
 _STYLE = """
 svg{--page:#fff;--text:#1f2328;--soft:#59636e}
 @media (prefers-color-scheme:dark){svg{--page:#0d1117;--text:#e6edf3;--soft:#9198a1}}
-.page{fill:var(--page)}svg{fill:var(--text)}text{font:13px system-ui,sans-serif}.soft{fill:var(--soft)}
+.page{fill:var(--page)}svg{fill:var(--text);color:var(--text)}.soft{fill:var(--soft)}
+text{font:13px system-ui,sans-serif}
 .title{font-size:16px;font-weight:600}.walk{fill:none;stroke-width:3;stroke-linejoin:round;stroke-linecap:round}
 .jump{stroke-width:1;opacity:.6}
 """
