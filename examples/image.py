@@ -13,7 +13,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from picture import Recorder, draw
+from picture import Recorder, draw, new_file, sparse_layers
 from torch import Tensor
 from transformers import AutoImageProcessor, AutoModel, Dinov2Config, Dinov2Model
 
@@ -53,8 +53,12 @@ parser.add_argument(
 )
 parser.add_argument("--photo", type=Path, help="an image file; by default a cup of coffee from scikit-image")
 parser.add_argument("--pixels", type=int, default=518, help="side of the square that it is made")
-parser.add_argument("--picture", type=Path, default=Path("image.svg"), help="where to write which blocks were kept")
+parser.add_argument("--picture", type=new_file, default="image.svg", help="where to write which blocks were kept")
 options = parser.parse_args()
+if options.photo is not None and options.model == "tiny":
+    parser.error("--photo: the tiny model looks at noise; give --model")
+if options.photo is not None and not options.photo.is_file():
+    parser.error(f"--photo: there is no file {options.photo}")
 
 model, photo = load(options.model, options.photo, options.pixels)
 # Random weights have no structure to find: of them a fixed share is kept.
@@ -65,7 +69,7 @@ with torch.inference_mode():
     with tamis.apply(model, recorder) as handle:  # the one line; at its end the model is what it was
         sparse_seconds, sparse = look(model, photo)
 
-layers = {name: layer.last for name, layer in handle.stats().items() if layer.last is not None}
+layers = sparse_layers(handle)
 density = sum(stats.density for stats in layers.values()) / len(layers)
 cosine = torch.nn.functional.cosine_similarity(sparse.double(), dense.double(), dim=-1)
 print(f"{type(model).__name__}, {dense.shape[0]:,} tokens")

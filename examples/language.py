@@ -9,11 +9,10 @@ from __future__ import annotations
 
 import argparse
 import time
-from pathlib import Path
 from typing import Any
 
 import torch
-from picture import Recorder, draw
+from picture import Recorder, draw, new_file, sparse_layers
 from torch import Tensor
 from transformers import AutoModelForCausalLM, AutoTokenizer, LlamaConfig, LlamaForCausalLM
 
@@ -54,7 +53,7 @@ parser.add_argument(
     "--model", default="tiny", help="tiny (default), smollm2, a folder, or a name on the Hugging Face hub"
 )
 parser.add_argument("--tokens", type=int, default=1024)
-parser.add_argument("--picture", type=Path, default=Path("language.svg"), help="where to write which blocks were kept")
+parser.add_argument("--picture", type=new_file, default="language.svg", help="where to write which blocks were kept")
 options = parser.parse_args()
 
 model, tokenizer, ids = load(options.model, options.tokens)
@@ -66,7 +65,7 @@ with torch.inference_mode():
     with tamis.apply(model, recorder) as handle:  # the one line; at its end the model is what it was
         sparse_seconds, sparse, sparse_text = read(model, ids)
 
-layers = {name: layer.last for name, layer in handle.stats().items() if layer.last is not None}
+layers = sparse_layers(handle)
 density = sum(stats.density for stats in layers.values()) / len(layers)
 loss = [torch.nn.functional.cross_entropy(logits[:-1], ids[0, 1 - JUDGED :]).exp() for logits in (dense, sparse)]
 print(f"{type(model).__name__}, {ids.shape[1]:,} tokens")

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import argparse
 import base64
 import struct
 import zlib
@@ -39,8 +40,32 @@ class Recorder:
         return self.masks[-1]
 
 
+def new_file(name: str) -> Path:
+    """Where a picture can be written, found out before anything runs."""
+    path = Path(name)
+    if not path.absolute().parent.is_dir():
+        raise argparse.ArgumentTypeError(f"there is no folder {path.parent}")
+    return path
+
+
+def sparse_layers(handle: Any) -> dict[str, Any]:
+    """Stats of the last sparse call of every layer; the script ends, and says why, where none ran sparse."""
+    layers = {name: layer.last for name, layer in handle.stats().items() if layer.last is not None}
+    if not layers:
+        calls, reasons = handle.calls, dict(handle.dense_reasons)
+        raise SystemExit(
+            f"attention calls: {calls['sparse']} sparse, {calls['dense']} dense {reasons}\n"
+            "nothing ran sparse, so there is nothing to compare or to draw"
+        )
+    return layers
+
+
 def draw(path: Path, title: str, density: float, masks: Sequence[tamis.BlockMask]) -> None:
     """Write a map for every layer and head, of queries (down) and keys: full colour is kept, none is skipped."""
+    if not masks:
+        raise ValueError("masks must not be empty: nothing ran sparse (handle.dense_reasons says why)")
+    if len({mask.grid for mask in masks}) > 1:
+        raise ValueError("masks must be those of calls of one length: recorder.masks[-layers:] are those of the last")
     note = f"blocks kept, a map for every layer (to the right) and head (down); density {density:.2f}"
     maps = [[shrink(head) for head in mask.to_dense()[0]] for mask in masks]
     side, heads = maps[0][0].shape[0], len(maps[0])
@@ -56,7 +81,8 @@ def draw(path: Path, title: str, density: float, masks: Sequence[tamis.BlockMask
     labels = [(LEFT + (i * pitch + side / 2) * zoom - 4, TOP - 6, i) for i in range(0, len(maps), step)]
     names = "".join(f'<text x="{x:.0f}" y="{y}">{i}</text>' for x, y, i in labels)
     sides = ((TOP + (i * pitch + side / 2) * zoom + 4, i) for i in range(heads))
-    names += "".join(f'<text class="end" x="{LEFT - 8}" y="{y:.0f}">{i}</text>' for y, i in sides)
+    names += f'<text class="end" x="{LEFT - 8}" y="{TOP - 6}">layer</text>'
+    names += "".join(f'<text class="end" x="{LEFT - 8}" y="{y:.0f}">{i or "head 0"}</text>' for y, i in sides)
     full = max(LEFT + width + 16, 7 * len(note) + 30, 9 * len(title) + 30), TOP + height + 16
     path.write_text(
         f'<svg xmlns="http://www.w3.org/2000/svg" viewBox="0 0 {full[0]} {full[1]}" width="{full[0]}" '

@@ -9,12 +9,11 @@ from __future__ import annotations
 
 import argparse
 import time
-from pathlib import Path
 from typing import Any
 
 import torch
 import transformers
-from picture import Recorder, draw
+from picture import Recorder, draw, new_file, sparse_layers
 from torch import Tensor
 
 import tamis
@@ -69,7 +68,7 @@ parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.R
 parser.add_argument(
     "--model", default="tiny", help="tiny (default), whisper, a folder, or a name on the Hugging Face hub"
 )
-parser.add_argument("--picture", type=Path, default=Path("speech.svg"), help="where to write which blocks were kept")
+parser.add_argument("--picture", type=new_file, default="speech.svg", help="where to write which blocks were kept")
 options = parser.parse_args()
 
 model, tokenizer, features = load(options.model)
@@ -81,7 +80,7 @@ with torch.inference_mode():
     with tamis.apply(model, recorder) as handle:  # the one line; at its end the model is what it was
         sparse_seconds, sparse, sparse_text = listen(model, features)
 
-layers = {name: layer.last for name, layer in handle.stats().items() if layer.last is not None}
+layers = sparse_layers(handle)
 density = sum(stats.density for stats in layers.values()) / len(layers)
 print(f"{type(model).__name__}, {dense.shape[0]:,} tokens of sound")
 print(f"attention calls: {handle.calls['sparse']} sparse, {handle.calls['dense']} dense {dict(handle.dense_reasons)}")

@@ -9,12 +9,11 @@ from __future__ import annotations
 import argparse
 import inspect
 import time
-from pathlib import Path
 from typing import Any
 
 import torch
 from diffusers import DiffusionPipeline, FlowMatchEulerDiscreteScheduler, WanPipeline, WanTransformer3DModel
-from picture import Recorder, draw
+from picture import Recorder, draw, new_file, sparse_layers
 from torch import Tensor
 
 import tamis
@@ -49,7 +48,7 @@ parser.add_argument("--width", type=int, default=384)
 parser.add_argument("--frames", type=int, default=13, help="where the pipeline makes videos")
 parser.add_argument("--steps", type=int, default=4)
 parser.add_argument("--order", help="of the tokens inside of the model: hilbert, column, .. (docs/token-order.md)")
-parser.add_argument("--picture", type=Path, default=Path("video.svg"), help="where to write which blocks were kept")
+parser.add_argument("--picture", type=new_file, default="video.svg", help="where to write which blocks were kept")
 options = parser.parse_args()
 
 pipe, asked = load(options.model, options.prompt)
@@ -65,7 +64,7 @@ dense_seconds, dense = denoise(pipe, asked)
 with tamis.apply(pipe, recorder, schedule=schedule, order=options.order) as handle:  # at its end all is as it was
     sparse_seconds, sparse = denoise(pipe, asked)
 
-layers = {name: layer.last for name, layer in handle.stats().items() if layer.last is not None}
+layers = sparse_layers(handle)
 density = sum(stats.density for stats in layers.values()) / len(layers)
 tokens = recorder.masks[-1].seq_lens[0]
 print(f"{type(pipe).__name__}, {tokens:,} tokens, {options.steps} steps")

@@ -158,3 +158,36 @@ def test_recorder_keeps_what_it_is_told_to(run: Any) -> None:
     for mask in recorder.masks:
         kept = mask.to_dense()
         assert kept[..., 0].all() and kept[:, :, 0].all() and not kept[:, :, 1:, 1:].all()
+
+
+@pytest.mark.parametrize(
+    ("name", "arguments", "reason"),
+    [("language", ["--tokens", "100"], "fewer than 128"), ("image", ["--pixels", "100"], "fewer than 128")],
+)
+def test_nothing_sparse_is_said(run: Any, name: str, arguments: list[str], reason: str) -> None:
+    with pytest.raises(SystemExit, match=rf"attention calls: 0 sparse, \d+ dense .*{reason}[^\n]*\nnothing ran sparse"):
+        run(name, *arguments)
+
+
+def test_files_are_looked_for_before_anything_runs(
+    run: Any, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str], tmp_path: Path
+) -> None:
+    for model in ("tiny", "dinov2"):
+        with pytest.raises(SystemExit):
+            run("image", "--model", model, "--photo", str(tmp_path / "none.png"))
+        wanted = "give --model" if model == "tiny" else "there is no file"
+        assert wanted in capsys.readouterr().err
+    monkeypatch.setattr(sys, "argv", ["language", "--picture", str(tmp_path / "none" / "x.svg")])
+    with pytest.raises(SystemExit):
+        runpy.run_path(str(EXAMPLES / "language.py"), run_name="__main__")
+    assert "there is no folder" in capsys.readouterr().err
+
+
+def test_what_cannot_be_drawn_is_said(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+    monkeypatch.syspath_prepend(EXAMPLES)
+    draw = runpy.run_path(str(EXAMPLES / "picture.py"))["draw"]
+    masks = [tamis.BlockMask.from_dense(torch.ones(1, 1, rows, 2 * rows, dtype=torch.bool)) for rows in (1, 2)]
+    with pytest.raises(ValueError, match="nothing ran sparse"):
+        draw(tmp_path / "x.svg", "none", 0.5, [])
+    with pytest.raises(ValueError, match="calls of one length"):
+        draw(tmp_path / "x.svg", "two", 0.5, masks)
