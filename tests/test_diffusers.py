@@ -361,6 +361,7 @@ def test_forwards_replaced_by_others_meanwhile() -> None:
 
 def test_gradients_run_dense() -> None:
     model, given = wan()
+    model.train()
     with tamis.apply(model) as handle:
         model(**given).sample.sum().backward()
     assert handle.calls["sparse"] == 0

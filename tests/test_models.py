@@ -161,7 +161,7 @@ def test_apply_and_remove_leave_a_model_as_it_was(name: str) -> None:
 def test_gradients_are_those_of_eager(name: str) -> None:
     """Attention here cannot be trained through, so it runs dense, and says so."""
     given = tiny_models.inputs(name) if name in OTHERS else {"input_ids": tokens(2)}
-    model = (LANGUAGE | OTHERS)[name]()
+    model = (LANGUAGE | OTHERS)[name]().train()
     found = []
     for through in (False, True):
         model.zero_grad()
@@ -425,7 +425,7 @@ def test_caches_of_two_parts() -> None:
 
 
 def test_a_cache_outlives_inference_mode_gradients_and_copies() -> None:
-    model, ids = long_model(), tokens(1, 220)
+    model, ids = long_model().train(), tokens(1, 220)
     expected = own(model, "eager", lambda model: model(ids).logits)
     cache = transformers.DynamicCache(config=model.config)
     with tamis.apply(model, EVERYTHING, precision="full", pv_threshold=None, decode=0.5):

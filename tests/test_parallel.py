@@ -217,7 +217,9 @@ def test_refusals(ranks: Ranks) -> None:
         with pytest.raises(RankError, match=says):
             ranks.run(len(wrong.shares), rank_jobs.spread, wrong)
     for text in ranks.run(2, rank_jobs.disagree):
-        assert "ranks disagree" in text and "alike on all of them; heads: 3 on rank 1, 2 on rank 0; key heads: 3" in text
+        assert (
+            "ranks disagree" in text and "alike on all of them; heads: 3 on rank 1, 2 on rank 0; key heads: 3" in text
+        )
         assert "batch" not in text and "head_dim" not in text
     for name, says in (("mesh", "mesh must be a DeviceMesh or None, got str"), ("group", "group must be a torch")):
         for text in ranks.run(2, rank_jobs.misnamed, name):

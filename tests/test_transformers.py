@@ -174,7 +174,7 @@ def test_custom_masks() -> None:
 
 @pytest.mark.parametrize("name", ["llama", "mistral", "qwen3"])
 def test_training_runs_dense_with_the_right_gradients(name: str) -> None:
-    model, tokens = MODELS[name](), ids()
+    model, tokens = MODELS[name]().train(), ids()
     weight = model.get_input_embeddings().weight
     gradients = []
     for implementation in ("eager", "tamis"):
@@ -192,7 +192,7 @@ def test_training_runs_dense_with_the_right_gradients(name: str) -> None:
 
 @pytest.mark.parametrize("name", ["gemma2", "gpt_oss"])
 def test_training_with_softcap_or_sinks_is_refused(name: str) -> None:
-    model, tokens = MODELS[name](), ids()
+    model, tokens = MODELS[name]().train(), ids()
     with apply(model), pytest.raises(tamis.UnsupportedError, match="requires grad"):
         model(input_ids=tokens, labels=tokens)
 

@@ -2,10 +2,13 @@
 
 from __future__ import annotations
 
+import itertools
+import warnings
 from collections import Counter
 from collections.abc import Callable
 from dataclasses import dataclass, field
-from typing import Literal
+from typing import Literal, TypeVar
+from weakref import WeakValueDictionary
 
 import torch
 from torch import Tensor
@@ -21,21 +24,30 @@ from tamis.integrations.spread import Spread
 from tamis.profile import LayerSettings
 from tamis.stats import AttentionOutput, AttentionStats
 
+_Self = TypeVar("_Self", bound="Applied")
+_numbers = itertools.count()
+_handles: WeakValueDictionary[str, Applied] = WeakValueDictionary()
+
 
 @dataclass
 class LayerCalls:
-    """What one attention layer did since the model was hooked: counts, and the stats of its last sparse call."""
+    """What one attention layer did since the model was hooked: counts, and the stats of its last sparse call.
+
+    Attributes:
+        traced: "sparse" and "dense" calls that torch.compile made part of a graph, each counted when it was traced.
+    """
 
     sparse: int = 0
     dense: int = 0
     reasons: Counter[str] = field(default_factory=Counter)
     last: AttentionStats | None = None
+    traced: Counter[str] = field(default_factory=Counter)
 
 
 class Applied(Hook):
     """Attention that runs through tamis: of one model, or of all that ask for it by name.
 
-    Calls are not counted while a graph is compiled.
+    Compiled graphs do not count their calls: `traced` says how the calls that were compiled into graphs run.
 
     Args:
         install: puts the function it is given in the place of attention.
@@ -64,8 +76,24 @@ class Applied(Hook):
         self._decode = decode
         self._spread = spread
         self.removed = False
+        self._warned = False
+        self._number = str(next(_numbers))  # a string: torch.compile takes numbers for symbols
+        _handles[self._number] = self
         self._installed = install(self.attend)
         self._installed.follow_steps(chooser.tell)
+
+    def __enter__(self: _Self) -> _Self:
+        if self.removed:
+            raise ValueError("this handle was removed: call tamis.apply again")
+        return self
+
+    def __repr__(self) -> str:
+        density = [layer.last.density for layer in self._calls.values() if layer.last is not None]
+        mean = f", density={sum(density) / len(density):.3f}" if density else ""
+        reasons = f", dense_reasons={dict(self.dense_reasons)}" if self.dense_reasons else ""
+        traced = f", traced={self.traced} (graphs do not count their calls)" if any(self.traced.values()) else ""
+        removed = ", removed" if self.removed else ""
+        return f"{type(self).__name__}(calls={self.calls}{mean}{reasons}{traced}{removed})"
 
     def remove(self) -> None:
         """Restore the attention that was there before; safe to call twice."""
@@ -89,9 +117,15 @@ class Applied(Hook):
 
     @property
     def calls(self) -> dict[str, int]:
-        """Number of calls that ran sparse and dense, over all layers."""
+        """Number of calls that ran sparse and dense, over all layers; those in compiled graphs are not among them."""
         layers = self._calls.values()
         return {"sparse": sum(layer.sparse for layer in layers), "dense": sum(layer.dense for layer in layers)}
+
+    @property
+    def traced(self) -> dict[str, int]:
+        """Number of calls that torch.compile made part of a graph, which runs them as often as it runs."""
+        layers = self._calls.values()
+        return {kind: sum(layer.traced[kind] for layer in layers) for kind in ("sparse", "dense")}
 
     @property
     def dense_reasons(self) -> Counter[str]:
@@ -145,7 +179,8 @@ class Applied(Hook):
             except UnsupportedError as error:
                 if self.backend is not None:
                     raise
-                reason = str(error).splitlines()[0]
+                first, *backends = str(error).splitlines()
+                reason = f"{first} ({', '.join(line.strip() for line in backends)})" if backends else first
         self._count(request, reason, None)
         return None
 
@@ -183,7 +218,16 @@ class Applied(Hook):
 
     def _count(self, request: Request, reason: str | None, stats: AttentionStats | None) -> None:
         if torch.compiler.is_compiling():
+            _trace(self._number, request.layer, "sparse" if reason is None else "dense")
             return
+        if reason == "gradients" and not self._warned and request.module is not None and not request.module.training:
+            self._warned = True
+            warnings.warn(
+                f"{request.layer} runs dense because gradients are recorded, and so does all else in this model: call "
+                "it under torch.inference_mode()",
+                RuntimeWarning,
+                stacklevel=2,
+            )
         layer = self._calls.setdefault(request.layer, LayerCalls())
         if reason is None:
             layer.sparse += 1
@@ -191,3 +235,10 @@ class Applied(Hook):
         else:
             layer.dense += 1
             layer.reasons[reason] += 1
+
+
+@torch.compiler.assume_constant_result  # type: ignore[untyped-decorator]
+def _trace(number: str, layer: str, kind: str) -> bool:
+    """Count a call that becomes part of a graph: torch.compile runs this while it traces, and leaves it out."""
+    _handles[number]._calls.setdefault(layer, LayerCalls()).traced[kind] += 1
+    return True

@@ -2,10 +2,10 @@
 
 from __future__ import annotations
 
+import warnings
 import weakref
 from dataclasses import replace
 from functools import partial
-from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal
 from weakref import WeakKeyDictionary
 
@@ -18,7 +18,7 @@ from tamis.integrations.audit import Audit
 from tamis.integrations.decoding import Decode
 from tamis.integrations.hook import attention_layers, cut_by, install, models_of, shares_a_hook
 from tamis.integrations.schedule import Chooser, Schedule
-from tamis.integrations.settings import check_min_queries, uniform
+from tamis.integrations.settings import check_backend, check_min_queries, uniform
 from tamis.integrations.spread import Spread
 from tamis.predictors.base import Predictor
 from tamis.predictors.sparge import Sparge
@@ -83,8 +83,8 @@ def apply(
             `tamis.order.KINDS`; None leaves them row by row. The output's tokens stand as ever.
 
     Returns:
-        A handle with `.calls`, `.dense_reasons`, `.stats()` by layer, `.audit()`, `.step`, `.start()`, `.reset()` and
-        `.remove()`.
+        A handle with `.calls`, `.traced`, `.dense_reasons`, `.stats()` by layer, `.audit()`, `.step`, `.start()`,
+        `.reset()` and `.remove()`.
 
     Raises:
         TypeError: `model` is of neither library, or an argument has the wrong type.
@@ -112,6 +112,7 @@ def apply(
     if mesh is not None and way == "ring":
         predictor, pv_threshold = _without_threshold(predictor, pv_threshold)
     source = _source(predictor, precision, pv_threshold, compensate)
+    check_backend(backend)
     check_min_queries(min_queries)
     if isinstance(source, Profile):
         _check_profile(source, model)
@@ -120,7 +121,8 @@ def apply(
     if mode not in ("heads", "ring"):
         raise ValueError(f"mode must be 'heads' or 'ring', got {mode!r}")
     spread = None if mesh is None else Spread(mesh, way)
-    chooser = Chooser(source, schedule, attention_layers(model))
+    layers = attention_layers(model)
+    chooser = Chooser(source, schedule, layers)
     if applied(model) is not None:
         raise ValueError(
             f"{type(model).__name__} runs through tamis already: .remove() that handle first "
@@ -139,6 +141,14 @@ def apply(
         decode=None if decode is None else decode if isinstance(decode, Decode) else Decode(share=decode),
         spread=spread,
     )
+    if isinstance(source, Profile) and source.model and (missing := [n for n in layers if n not in source.layers]):
+        warnings.warn(
+            f"the profile has no settings for {len(missing)} of the model's {len(layers)} attention layers, which run "
+            f"dense: {', '.join(missing[:3])}{', ..' if len(missing) > 3 else ''}. Tune this model, or say so with "
+            "LayerSettings(None)",
+            RuntimeWarning,
+            stacklevel=2,
+        )
     _applied.update((module, weakref.ref(handle)) for module in _modules(model))
     return handle
 
@@ -183,7 +193,7 @@ def register(
     """Let transformers models be made with `attn_implementation="tamis"`, all with the same settings.
 
     Args:
-        name: what models ask for.
+        name: what models ask for. `transformers.AttentionInterface().valid_keys()` has it while it is known.
         predictor, precision, pv_threshold, compensate, backend, min_queries: as in `apply`.
 
     Returns:
@@ -191,7 +201,7 @@ def register(
         name: models that still ask for it cannot run.
 
     Raises:
-        ValueError: the name is registered already, or an argument is out of its range.
+        ValueError: the name is registered already or one that `apply` uses, or an argument is out of its range.
 
     Example:
         >>> import torch
@@ -206,6 +216,7 @@ def register(
     """
     from tamis.integrations.transformers import NamedHook
 
+    check_backend(backend)
     check_min_queries(min_queries)
     chooser = Chooser(uniform(predictor, precision, pv_threshold, compensate), None, ())
     return Applied(partial(NamedHook, name), chooser, backend=backend, min_queries=min_queries)
@@ -278,12 +289,6 @@ def _source(
     compensate: str | None,
 ) -> LayerSettings | Profile:
     """What settings come from; a profile has its own of everything."""
-    if isinstance(predictor, (str, Path)):
-        raise TypeError(
-            f"predictor must be a predictor or a Profile, got a path: tamis.Profile.load({str(predictor)!r})"
-        )
-    if predictor is not None and not isinstance(predictor, Profile) and not callable(predictor):
-        raise TypeError(f"predictor must be a predictor or a Profile, got {type(predictor).__name__}")
     if not isinstance(predictor, Profile):
         return uniform(predictor, precision, pv_threshold, compensate)
     for name, given in (

@@ -10,6 +10,7 @@ from dataclasses import dataclass, field, replace
 import torch
 
 from tamis.errors import UnsupportedError
+from tamis.integrations.settings import check_predictor
 from tamis.predictors.base import Predictor
 from tamis.predictors.sparge import Sparge
 from tamis.profile import LayerSettings, Profile
@@ -57,8 +58,7 @@ class Schedule:
         for step, given in self.predictors.items():
             _check_count(step, "predictors: a step", 0)
             found[step] = Sparge(topk=given) if isinstance(given, (int, float)) else given
-            if not callable(found[step]):
-                raise TypeError(f"predictors: step {step} must have a predictor or a number, got {given!r}")
+            check_predictor(found[step], f"predictors: step {step}")
         object.__setattr__(self, "predictors", dict(sorted(found.items())))
 
     def at(self, step: int) -> Predictor | None:

@@ -14,7 +14,7 @@ from tamis.integrations.audit import Audit
 from tamis.integrations.hook import Hook
 from tamis.integrations.intercept import Asked, Interception, as_asked, request_of, sweep
 from tamis.integrations.schedule import Chooser
-from tamis.integrations.settings import check_min_queries, uniform
+from tamis.integrations.settings import check_backend, check_min_queries, uniform
 from tamis.predictors.base import Predictor
 
 
@@ -110,6 +110,7 @@ def sdpa(
         (torch.Size([1, 4, 1024, 64]), {'sparse': 1, 'dense': 0})
     """
     settings = uniform(predictor, precision, pv_threshold, compensate)
+    check_backend(backend)
     check_min_queries(min_queries)
     if audit is not None and not isinstance(audit, Audit):
         audit = Audit(share=audit)

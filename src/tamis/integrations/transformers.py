@@ -11,6 +11,8 @@ from __future__ import annotations
 
 import inspect
 import itertools
+import re
+import sys
 import weakref
 from collections.abc import Callable
 from functools import partial
@@ -45,10 +47,12 @@ _HARMLESS = frozenset(
     ]
 )
 _HONOURED = frozenset(("sliding_window", "softcap", "s_aux"))
+_INSTEAD = "; `with tamis.sdpa():` around its calls takes over what it computes by torch's scaled_dot_product_attention"
 _names = (f"tamis_{number}" for number in itertools.count())
 # For every name that was ever ours what it stood in for, by the class of the configuration: configurations are copied
 # and shared, and may hold a name that nobody answers to any more.
 _stood_for: dict[str, dict[str, str]] = {}
+_registered: set[str] = set()  # names of `register`
 _models: WeakValueDictionary[str, nn.Module] = WeakValueDictionary()
 
 
@@ -64,8 +68,15 @@ class TransformersHook(Hook):
         shards: Shards | None = None,
     ) -> None:
         model = _check_model(model)
+        if not attention_layers(model):
+            raise UnsupportedError(f"{type(model).__name__} does not take an attention function{_INSTEAD}")
         self._name = next(_names)
         self._configs = _configs(model)
+        if taken := [own for _, own in self._configs if own in _registered]:
+            raise ValueError(
+                f"{type(model).__name__} runs through tamis already, by the name {taken[0]!r} of register(..): call "
+                "model.set_attn_implementation('sdpa') first"
+            )
         self._parts = [weakref.ref(part) for part in _pretrained(model)]
         _models[self._name] = model
         _stood_for[self._name] = {type(config).__name__: own for config, own in self._configs}
@@ -78,7 +89,11 @@ class TransformersHook(Hook):
             model.set_attn_implementation(self._name)
             kept = [type(config).__name__ for config, _ in self._configs if config._attn_implementation != self._name]
             if kept:
-                raise UnsupportedError(f"{type(model).__name__} does not take an attention function (for {kept})")
+                raise UnsupportedError(
+                    f"{type(model).__name__} does not take an attention function (for {kept}){_INSTEAD}"
+                )
+            for config, own in self._configs:
+                config._attn_implementation_internal = _Name(self._name, own)
             for part in _pretrained(model):
                 part.__dict__[f"_{self._name}"] = _Kept(attention)
             if means:
@@ -107,11 +122,15 @@ class NamedHook(Hook):
 
         if name in AttentionInterface._global_mapping or name in AttentionMaskInterface._global_mapping:
             raise ValueError(f"name must be new to transformers, {name!r} is registered already")
+        if re.fullmatch(r"tamis_\d+", name):
+            raise ValueError(f"name must not be of the kind that tamis.apply uses, got {name!r}")
         self._name = name
+        _registered.add(name)
         _register(name, _Attention(function, {}), mask_function)
 
     def remove(self) -> None:
         """Forget the name; models that still ask for it cannot run. Safe to call twice."""
+        _registered.discard(self._name)
         _unregister(self._name)
 
 
@@ -147,6 +166,20 @@ def _pretrained(model: nn.Module) -> list[nn.Module]:
     from transformers import PreTrainedModel
 
     return [module for module in model.modules() if isinstance(module, PreTrainedModel)]
+
+
+class _Name(str):
+    """A name of ours in a configuration; copies of the model, and files of it, have what stood there before."""
+
+    own: str
+
+    def __new__(cls, name: str, own: str) -> _Name:
+        made = super().__new__(cls, name)
+        made.own = own
+        return made
+
+    def __reduce__(self) -> Any:
+        return str, (str(self.own),)
 
 
 class _Kept:
@@ -191,6 +224,11 @@ class _Attention:
         **extra: Any,
     ) -> tuple[Tensor, None]:
         causal = getattr(module, "is_causal", True) if is_causal is None else is_causal
+        if extra.get("output_attentions") or _collects_weights():
+            raise UnsupportedError(
+                "output_attentions must be False: sparse attention has no whole map of weights. Call .remove() and "
+                "model.set_attn_implementation('eager') before such a call"
+            )
         strange = bool(self._layers) and module not in self._layers
         sight = read_mask(attention_mask, query.shape[2], key.shape[2])
         window = extra.get("sliding_window") if attention_mask is None and causal else sight.window
@@ -220,6 +258,14 @@ class _Attention:
         # A model that shares the configuration of ours, or was copied from it: nobody asked for anything there.
         answer = dense if strange else self._function
         return answer(request).transpose(1, 2).contiguous(), None
+
+
+def _collects_weights() -> bool:
+    """Whether the model that is running was asked for its attention weights, in whatever way it was asked."""
+    capturing = sys.modules.get("transformers.utils.output_capturing")
+    if capturing is None or torch.compiler.is_compiling():
+        return False
+    return any("attentions" in name for name in capturing._active_collector.get() or ())
 
 
 def _layer_name(module: nn.Module) -> str:
@@ -276,9 +322,20 @@ def _check_model(model: Any) -> Any:
     if not isinstance(model, PreTrainedModel):
         raise TypeError(
             f"model must be a transformers PreTrainedModel, got {type(model).__name__} (which is no diffusers model "
-            "or pipeline either)"
+            f"or pipeline either){_advice(model)}"
         )
     return model
+
+
+def _advice(model: Any) -> str:
+    """What to give instead of something that holds a model, or is none of transformers."""
+    from transformers import PreTrainedModel
+
+    parts = model.named_modules() if isinstance(model, nn.Module) else [("model", getattr(model, "model", None))]
+    inner = next(((name, part) for name, part in parts if isinstance(part, PreTrainedModel)), None)
+    if inner is not None:
+        return f": give its .{inner[0]}, which is a {type(inner[1]).__name__}"
+    return _INSTEAD if isinstance(model, nn.Module) else ""
 
 
 def _obstacle(

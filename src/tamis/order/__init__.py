@@ -39,6 +39,10 @@ class TokenOrder:
     before: int = 0
     after: int = 0
 
+    def __repr__(self) -> str:
+        around = "".join(f", {name}={number}" for name in ("before", "after") if (number := getattr(self, name)))
+        return f"TokenOrder({self.kind!r}, grid={self.grid}{around}, device={str(self.forward.device)!r})"
+
     @property
     def length(self) -> int:
         """Tokens in all, those before and after the grid included."""

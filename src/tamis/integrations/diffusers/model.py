@@ -32,6 +32,7 @@ from tamis.integrations.spread import Spread
 
 # Backends of diffusers that call scaled_dot_product_attention.
 _TORCHS = frozenset(("native", "_native_cudnn", "_native_efficient", "_native_flash", "_native_math"))
+_OURS = ("forward", "__deepcopy__", "__getstate__")  # what stands in a module while it runs through tamis
 _hooked: weakref.WeakSet[nn.Module] = weakref.WeakSet()
 
 
@@ -97,15 +98,20 @@ class ModelHook(Hook):
 
         def without(memo: dict[int, Any]) -> Any:
             """A deep copy has the forward of its own class: ours would compute with the weights of this module."""
-            names = ("forward", "__deepcopy__")
-            ours: dict[str, Any] = {name: module.__dict__.pop(name) for name in names if name in module.__dict__}
+            ours: dict[str, Any] = {name: module.__dict__.pop(name) for name in _OURS if name in module.__dict__}
             try:
                 return copy.deepcopy(module, memo)
             finally:
                 module.__dict__ |= ours
 
+        def state() -> dict[str, Any]:
+            """What a file of the module holds: it is then without tamis."""
+            kept = {name: item for name, item in module.__dict__.items() if name not in _OURS}
+            return {**kept, "forward": before} if owned else kept
+
         def undo() -> None:
-            module.__dict__.pop("__deepcopy__", None)
+            for name in ("__deepcopy__", "__getstate__"):
+                module.__dict__.pop(name, None)
             if module.__dict__.get("forward") is forward:
                 del module.__dict__["forward"]
                 if owned:
@@ -113,6 +119,7 @@ class ModelHook(Hook):
 
         module.__dict__["forward"] = forward
         module.__dict__["__deepcopy__"] = without
+        module.__dict__["__getstate__"] = state
         self._undo.append(undo)
 
     @staticmethod
@@ -168,12 +175,12 @@ class ModelHook(Hook):
         return as_asked(output.index_select(2, around[1]), asked)
 
     def _change_order(self, model: nn.Module, adapter: adapters.Adapter) -> None:
-        self._hook(model.get_submodule(adapter.block).register_forward_pre_hook(self._enter, with_kwargs=True))
+        self._hook(model.get_submodule(adapter.block).register_forward_pre_hook(_Mine(self._enter), with_kwargs=True))
         for rotary in adapter.rotary:
             if rotary.place not in self._names:
                 module = model.get_submodule(rotary.place)
-                self._hook(module.register_forward_hook(partial(self._turn, rotary)))
-        self._hook(model.get_submodule("proj_out").register_forward_hook(self._leave))
+                self._hook(module.register_forward_hook(_Mine(partial(self._turn, rotary))))
+        self._hook(model.get_submodule("proj_out").register_forward_hook(_Mine(self._leave)))
 
     def _hook(self, handle: RemovableHandle) -> None:
         self._undo.append(handle.remove)
@@ -199,11 +206,36 @@ class ModelHook(Hook):
         return _taken(output, 1, layout.indices[1])
 
 
+class _Mine:
+    """A function of ours that a module calls; copies and files of the module call one that changes nothing."""
+
+    def __init__(self, function: Callable[..., Any]) -> None:
+        self._function = function
+
+    def __call__(self, *args: Any) -> Any:
+        return self._function(*args)
+
+    def __reduce__(self) -> Any:
+        return _Mine, (_nothing,)
+
+
+def _nothing(*_: Any) -> None:
+    pass
+
+
 def image_layers(model: nn.Module) -> list[str]:
-    """Names of the attention layers in which image tokens attend to each other; all of a model that is not known."""
+    """Names of the attention layers in which image tokens attend to each other.
+
+    Of a model that is not known these are all but those that say they are cross-attention.
+    """
     adapter = adapters.find(model)
     patterns = ("*",) if adapter is None else adapter.layers
-    return [name for name in _attention_modules(model) if any(fnmatchcase(name, pattern) for pattern in patterns)]
+    return [
+        name
+        for name, module in _attention_modules(model).items()
+        if any(fnmatchcase(name, pattern) for pattern in patterns)
+        and not (adapter is None and getattr(module, "is_cross_attention", False))
+    ]
 
 
 def _attention_modules(model: nn.Module) -> dict[str, nn.Module]:

@@ -86,6 +86,9 @@ class Watched:
             return copy.deepcopy(self._before, memo)
         return getattr(type(owner), self._name).__get__(owner)
 
+    def __reduce__(self) -> Any:
+        return getattr, (self._owner, self._name)
+
     def remove(self) -> None:
         """Give the object its own method back; safe to call twice."""
         if self._owner.__dict__.get(self._name) is self:
