@@ -27,6 +27,7 @@ from tamis.compat.__main__ import main
 from tamis.compat.alias import CHILDREN
 from tamis.compat.search import CANDIDATES, Bounds, Search
 from tamis.compat.utils import get_vanilla_qk_quant
+from tamis.errors import UnsupportedError
 from tamis.tuning.calls import LayerCall
 from tamis.tuning.candidates import DENSE
 from tamis.tuning.evaluate import Outcome, Trial, evaluate
@@ -310,6 +311,18 @@ def test_what_is_not_honoured_is_refused(number: int) -> None:
     function, given, error, message = REFUSED[number]
     with pytest.raises(error, match=message):
         function(*qkv(1, 2, 256, 64), **given)
+
+
+def test_a_named_backend_runs_or_raises(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Where the environment names it: a slow call in plain torch is no surprise then."""
+    mask = torch.ones(1, 1, 2, 4)
+    for name, error in (("triton", UnsupportedError), ("tritn", ValueError)):
+        monkeypatch.setenv("TAMIS_COMPAT_BACKEND", name)
+        for function, arguments in ((TOPK, {}), (MASS, {}), (BLOCKS, {"mask_id": mask})):
+            with pytest.raises(error, match="TAMIS_COMPAT_BACKEND must be" if error is ValueError else "triton"):
+                function(*qkv(1, 2, 256, 64), **arguments)
+    monkeypatch.setenv("TAMIS_COMPAT_BACKEND", "reference")
+    assert TOPK(*qkv(1, 2, 256, 64)).isfinite().all()
 
 
 def test_nothing_is_importable_until_asked() -> None:

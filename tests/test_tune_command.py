@@ -107,6 +107,7 @@ def test_some_heads_make_no_profile(tmp_path: Path) -> None:
         (["--out", "p", "--end-l1", "0.1", "--end-perplexity", "0.05"], "exclude each other"),
         (["--out", "p", "--workers", "many"], "expected a whole number above 0"),
         (["--out", "p", "--ray", ""], "expected the address of a Ray cluster, as HOST:PORT, or auto"),
+        (["--out", "p", "--ray", "127.0.0.1:1"], "workers: no Ray cluster answers at 127.0.0.1:1: "),
         (["--out", "p", "--ray", "auto", "--workers", "2"], "not allowed with argument"),
     ],
 )

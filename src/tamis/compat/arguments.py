@@ -3,17 +3,20 @@
 from __future__ import annotations
 
 import math
+import os
 
 import torch
 from torch import Tensor
 
 from tamis import geometry
+from tamis.backends.base import BACKENDS
 from tamis.block_mask import BlockMask
 from tamis.errors import UnsupportedError
 from tamis.predictors import Sparge
 
 LAYOUTS = ("HND", "NHD")
 MASK_BLOCKS = ((128, 64), (64, 128))  # (query, key): the authors' kernels, and those for sm_90
+BACKEND = "TAMIS_COMPAT_BACKEND"
 LN2 = math.log(2.0)
 _NOTHING = 1e-9  # as cdf or topk: of every row only the largest block
 
@@ -37,6 +40,18 @@ def flag(value: bool, name: str) -> bool:
     if not isinstance(value, (bool, int)) or value not in (0, 1):
         raise TypeError(f"{name} must be True or False, got {value!r}")
     return bool(value)
+
+
+def asked_backend() -> str | None:
+    """What the environment says every call must run on, or raise; None lets tamis choose, as far as plain torch.
+
+    Raises:
+        ValueError: it names no backend.
+    """
+    asked = os.environ.get(BACKEND, "")
+    if asked not in ("", *BACKENDS):
+        raise ValueError(f"{BACKEND} must be one of {', '.join(BACKENDS)} or empty, got {asked!r}")
+    return asked or None
 
 
 def check_smooth_k(smooth_k: bool) -> None:

@@ -1,7 +1,7 @@
 """The authors' functions: their names and argument lists, tamis underneath.
 
 What differs from theirs, on purpose:
-- causal holds for every token, and is aligned at the ends of both sequences: the last query sees the last key;
+- causal holds for every token (no later value enters a row; later keys take part in the choice of blocks), and is aligned at the ends of both sequences: the last query sees the last key;
 - attn_mask, dropout_p, output_dtype and smooth_k are honoured or refused, where theirs are ignored (or crash);
 - topk is a share of the blocks that a row sees; scale counts in the prediction too; rows without a block return 0;
 - sparsity counts both products and only what is visible: see `return_sparsity`;
@@ -18,6 +18,7 @@ from torch import Tensor
 from tamis.attend import attend, predict_and_attend
 from tamis.compat.arguments import (
     Number,
+    asked_backend,
     block_mask_of,
     check_smooth_k,
     flag,
@@ -110,7 +111,7 @@ def spas_sage2_attn_meansim_topk_cuda(
             "attn_mask": attn_mask,
             "scale": scale,
             "positions": None,
-            "backend": None,
+            "backend": asked_backend(),
         },
         precision=_PRECISION,
         pv_threshold=natural_threshold(pvthreshd, heads),
@@ -199,6 +200,7 @@ def block_sparse_sage2_attn_cuda(
         scale=scale,
         precision=_PRECISION,
         pv_threshold=natural_threshold(pvthreshd, query.shape[-3]),
+        backend=asked_backend(),
     )
     return _finish(result, tensor_layout, dtype, wanted)
 

@@ -16,6 +16,7 @@ from tamis.demo.text import read_text, texts
 from tamis.integrations.capture import Captures
 from tamis.profile import Profile
 from tamis.tuning import Budget, tune_source
+from tamis.tuning.pool import check_reachable
 from tamis.tuning.sources import CaptureSource, ModelSource, Source
 
 
@@ -48,8 +49,9 @@ def check(options: TuneOptions) -> None:
     """Refuse options that are wrong or contradict each other, named as on the command line.
 
     Raises:
-        ValueError: there is such an option.
+        ValueError: there is such an option, or no Ray cluster where one is said to be.
     """
+    check_reachable(options.workers)
     if options.captures is not None:
         _check_captures(options)
         return

@@ -28,7 +28,7 @@ from tamis.tuning.candidates import GRID
 from tamis.tuning.decide import Decision, stages
 from tamis.tuning.ending import End
 from tamis.tuning.journal import Journal, fingerprint
-from tamis.tuning.pool import check_workers
+from tamis.tuning.pool import check_reachable, check_workers
 from tamis.tuning.run import Place, Progress, Run, Task, survey
 from tamis.tuning.settings import Tuning
 from tamis.tuning.sources import ModelSource, Source
@@ -150,6 +150,7 @@ def tune_source(
     _check_counts(rows=rows, calls_per_step=calls_per_step)
     _check_steps(steps)
     check_workers(workers)
+    check_reachable(workers)
     if precision not in PRECISIONS:
         raise ValueError(f"precision must be one of {', '.join(PRECISIONS)}, got {precision!r}")
     head: dict[str, Any] = {}

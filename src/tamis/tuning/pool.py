@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import importlib
 import os
+import socket
 from collections.abc import Callable, Sequence
 from concurrent.futures import FIRST_COMPLETED, Future, ThreadPoolExecutor, wait
 from queue import SimpleQueue
@@ -17,6 +18,7 @@ import torch
 
 MOST_LOSSES = 2  # a job that has lost so many workers is run once more, and not again
 _RAY = "ray"
+_PATIENCE = 20.0  # seconds for a Ray cluster to answer
 GUARD = """the worker processes could not start. They first read the calling script, whose work must stand under
 
     if __name__ == "__main__":
@@ -62,6 +64,22 @@ def check_workers(workers: int | str) -> None:
         return
     if isinstance(workers, bool) or not isinstance(workers, int) or workers < 1:
         raise ValueError(f"workers must be a number of processes above 0, 'ray' or 'ray@ADDRESS', got {workers!r}")
+
+
+def check_reachable(workers: int | str) -> None:
+    """Refuse the address of a Ray cluster where nothing listens, before a model is loaded: Ray itself tries for minutes.
+
+    Raises:
+        ValueError: no connection within 20 seconds.
+    """
+    address = workers.partition("@")[2] if isinstance(workers, str) else ""
+    host, _, port = address.removeprefix("ray://").rpartition(":")
+    if not (host and port.isdecimal()):
+        return
+    try:
+        socket.create_connection((host.strip("[]"), int(port)), _PATIENCE).close()
+    except (OSError, OverflowError) as error:
+        raise ValueError(f"workers: no Ray cluster answers at {address}: {error}") from error
 
 
 def open_pool(workers: int | str, done: Done) -> Pool:
