@@ -318,9 +318,9 @@ def test_a_named_backend_runs_or_raises(monkeypatch: pytest.MonkeyPatch) -> None
     mask = torch.ones(1, 1, 2, 4)
     for name, error in (("triton", UnsupportedError), ("tritn", ValueError)):
         monkeypatch.setenv("TAMIS_COMPAT_BACKEND", name)
-        for function, arguments in ((TOPK, {}), (MASS, {}), (BLOCKS, {"mask_id": mask})):
+        for function, given in ((TOPK, {}), (MASS, {}), (BLOCKS, {"mask_id": mask})):
             with pytest.raises(error, match="TAMIS_COMPAT_BACKEND must be" if error is ValueError else "triton"):
-                function(*qkv(1, 2, 256, 64), **arguments)
+                function(*qkv(1, 2, 256, 64), **given)
     monkeypatch.setenv("TAMIS_COMPAT_BACKEND", "reference")
     assert TOPK(*qkv(1, 2, 256, 64)).isfinite().all()
 

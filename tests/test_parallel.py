@@ -364,12 +364,17 @@ def test_bench_scale(ranks: Ranks, capsys: pytest.CaptureFixture[str]) -> None:
     assert model["kind"] == "model, nothing measured" and all(0 < row["efficiency"] <= 1 for row in model["rows"])
     assert "MODEL, nothing measured" in scale.table({"rows": rows, "model": model})
     assert cli.main(["bench", "scale", "--plan", "--tokens", "1000000", "--ranks", "8", "--kv-heads", "7"]) == 2
-    assert cli.main(["bench", "scale", "--plan", "--tokens", "1000000", "100000000", "--ranks", "8"]) == 0
+    assert cli.main(["bench", "scale", "--plan", "--tokens", "1e6", "100000000", "--ranks", "8", "64"]) == 0
     printed = capsys.readouterr()
     assert "heads must be a multiple of kv_heads, got 40 and 7" in printed.err
-    assert [line.split()[:3] for line in printed.out.splitlines()[2:]] == [
-        [tokens, "8", mode] for tokens in ("1,000,000", "100,000,000") for mode in ("heads", "ring")
+    assert [line.split()[:3] for line in printed.out.splitlines()[2:-2]] == [
+        [tokens, ranks, mode]
+        for tokens in ("1,000,000", "100,000,000")
+        for ranks in ("8", "64")
+        for mode in ("heads", "ring")
     ]
+    idle = [" 64 heads" in line for line in printed.out.splitlines()]
+    assert ["only 40 ranks work" in line for line in printed.out.splitlines()] == idle
     assert cli.main(["bench", "scale", "--heads", "4", "--kv-heads", "3"]) == 2
     assert "heads must be a multiple of kv_heads, got 4 and 3" in capsys.readouterr().err
 

@@ -337,8 +337,18 @@ def plan_table(result: dict[str, Any]) -> str:
         lines.append(
             f"{row['tokens']:12,}{row['ranks']:7} {row['mode']:6}{sum(memory.values()) / 1e9:10.2f}"
             f"{memory.get('blocks', 0) / 1e9:10.2f}{sum(traffic.values()) / 1e9:10.3f}  {most}; {sent}"
+            f"{_idle(row, work)}"
         )
+    lines += [
+        "holds: the fullest rank's largest tensors of one call (its tokens, what it got, buffers, lists), no weights",
+        f"lists: of blocks to visit, room for all, counted in holds; density ({work['density']}) changes none of this",
+    ]
     return "\n".join(lines)
+
+
+def _idle(row: dict[str, Any], work: dict[str, Any]) -> str:
+    """What a row of mode "heads" has to say if there are more ranks than heads."""
+    return f"; only {work['heads']} ranks work" if row["mode"] == "heads" and row["ranks"] > work["heads"] else ""
 
 
 def table(result: dict[str, Any]) -> str:
@@ -357,6 +367,7 @@ def table(result: dict[str, Any]) -> str:
             f"{'-' if wait is None else format(wait * 1e3, '.2f'):>9}{row['gate_l1']:9.0e}"
             f"  {'-' if overhead is None else _percent(overhead)}"
         )
+    lines.append(f"gate L1: sum of differences from one process / sum of its sizes; a row is kept up to {GATE:.0e}")
     return "\n".join([*lines, "", *_model_lines(result["model"])])
 
 
@@ -376,6 +387,6 @@ def _model_lines(model: dict[str, Any]) -> list[str]:
     for row in model["rows"]:
         lines.append(
             f"{row['mode']:6}{row['ranks']:6}{row['seconds'] * 1e3:10.2f}{row['efficiency']:12.0%}"
-            f"{row['bytes_sent'] / 1e9:10.3f}{row['bytes_held'] / 1e9:10.2f}"
+            f"{row['bytes_sent'] / 1e9:10.3f}{row['bytes_held'] / 1e9:10.2f}{_idle(row, work)}"
         )
     return lines

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import argparse
+from decimal import Decimal
 from pathlib import Path
 from typing import TypeAlias
 
@@ -35,6 +36,14 @@ def positive(text: str) -> int:
     if number < 1:
         raise argparse.ArgumentTypeError(f"expected a whole number above 0, got {text!r}")
     return number
+
+
+def tokens(text: str) -> int:
+    """A whole number above 0, also as 1e6 or 1_000_000."""
+    try:
+        return positive(str(int(Decimal(text))) if Decimal(text) % 1 == 0 else text)
+    except (ArithmeticError, ValueError):
+        return positive(text)
 
 
 def natural(text: str) -> int:

@@ -1,7 +1,7 @@
 """The authors' functions: their names and argument lists, tamis underneath.
 
 What differs from theirs, on purpose:
-- causal holds for every token (no later value enters a row; later keys take part in the choice of blocks), and is aligned at the ends of both sequences: the last query sees the last key;
+- causal holds for every token, and is aligned at the ends of both sequences: the last query sees the last key;
 - attn_mask, dropout_p, output_dtype and smooth_k are honoured or refused, where theirs are ignored (or crash);
 - topk is a share of the blocks that a row sees; scale counts in the prediction too; rows without a block return 0;
 - sparsity counts both products and only what is visible: see `return_sparsity`;

@@ -79,6 +79,11 @@ def step_of(group: ProcessGroup) -> Step:
     return _steps.setdefault(group, Step())
 
 
+def forget(group: ProcessGroup) -> None:
+    """Take a group for a new one."""
+    _steps.pop(group, None)
+
+
 @contextlib.contextmanager
 def watched(group: ProcessGroup) -> Iterator[Step]:
     """Remember a call that fails on this rank, unless all ranks know of it (`settled`)."""

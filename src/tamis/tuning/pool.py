@@ -67,7 +67,7 @@ def check_workers(workers: int | str) -> None:
 
 
 def check_reachable(workers: int | str) -> None:
-    """Refuse the address of a Ray cluster where nothing listens, before a model is loaded: Ray itself tries for minutes.
+    """Refuse the address of a Ray cluster where nothing listens, before a model is loaded: Ray tries for minutes.
 
     Raises:
         ValueError: no connection within 20 seconds.

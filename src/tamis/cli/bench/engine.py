@@ -7,7 +7,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING
 
 from tamis.cli.bench.result import write
-from tamis.cli.usage import Commands, UsageError, check_folder, positive, share
+from tamis.cli.usage import Commands, UsageError, check_folder, positive, share, tokens
 
 if TYPE_CHECKING:
     from tamis.bench.gpu import GpuOptions
@@ -173,7 +173,7 @@ def _add_scale(kinds: Commands) -> None:
     scale.add_argument(
         "--plan", action="store_true", help="measure nothing: memory and traffic of every rank; writes only with --json"
     )
-    scale.add_argument("--tokens", type=positive, nargs="+", metavar="N", help="8192; of a plan 1, 10, 100 million")
+    scale.add_argument("--tokens", type=tokens, nargs="+", metavar="N", help="8192; of a plan 1e6 1e7 1e8")
     scale.add_argument("--ranks", type=positive, nargs="+", metavar="N", help="1 2 4; of a plan 8 64 1024")
     scale.add_argument("--heads", type=positive, metavar="H", help="query heads (8; of a plan 40)")
     scale.add_argument("--kv-heads", type=positive, metavar="H", help="heads of keys (as many)")
