@@ -162,9 +162,19 @@ def test_a_named_backend_does_not_fall_back() -> None:
 
 
 def test_settings_are_checked() -> None:
-    for wrong in ({"precision": "int4"}, {"min_tokens": -1}):
-        with pytest.raises(ValueError, match=next(iter(wrong))):
-            Override(**wrong)
+    for wrong in ({"precision": "int4"}, {"min_tokens": -1}, {"backend": "foo"}, {"predictor": "topk"}):
+        with pytest.raises((TypeError, ValueError), match=f"^{next(iter(wrong))} must be"):
+            Override(**wrong)  # type: ignore[arg-type]
+
+
+def test_the_log_names_what_happens_once(caplog: pytest.LogCaptureFixture) -> None:
+    override = everything(min_tokens=200)
+    with caplog.at_level("INFO", "tamis"):
+        for _ in range(2):
+            call(override, Q, K, V, HEADS)
+            call(override, Q[:, :100], K, V, HEADS)
+    said = [record.getMessage() for record in caplog.records]
+    assert [text.rpartition(" ")[2] for text in said] == ["sparse", "queries"]
 
 
 class Patcher:

@@ -13,6 +13,7 @@ imported here. examples/comfyui-tamis is the folder that goes into its custom_no
 from __future__ import annotations
 
 import copy
+import logging
 from collections import Counter
 from collections.abc import Callable
 from dataclasses import dataclass, field
@@ -22,12 +23,14 @@ import torch
 from torch import Tensor
 
 from tamis.attend import DEFAULT_PV_THRESHOLD, predict_and_attend
+from tamis.backends.base import BACKENDS
 from tamis.call import DTYPES, PerHead
 from tamis.errors import UnsupportedError
 from tamis.predictors import Sparge
 from tamis.predictors.base import Predictor
 from tamis.stats import AttentionStats
 
+_LOG = logging.getLogger("tamis")
 OPTION = "optimized_attention_override"
 # Arguments that say how a call is made, not what it computes. `_inside_attn_wrapper` keeps ComfyUI from asking for the
 # override again: it has to stay among those that the given function gets.
@@ -80,6 +83,10 @@ class Override:
             raise ValueError(f"precision must be 'int8', 'fp8' or 'full', got {self.precision!r}")
         if isinstance(self.min_tokens, bool) or not isinstance(self.min_tokens, int) or self.min_tokens < 0:
             raise ValueError(f"min_tokens must be a whole number of at least 0, got {self.min_tokens!r}")
+        if self.backend not in (None, *BACKENDS):
+            raise ValueError(f"backend must be one of {', '.join(BACKENDS)} or None, got {self.backend!r}")
+        if self.predictor is not None and not callable(self.predictor):
+            raise TypeError(f"predictor must be a predictor, as tamis.Sparge(topk=0.5), got {self.predictor!r}")
         if self.predictor is None:
             self.predictor = Sparge()
 
@@ -108,6 +115,8 @@ class Override:
                 reason = str(error).splitlines()[0]
         self.calls["dense"] += 1
         self.reasons[reason] += 1
+        if self.reasons[reason] == 1:
+            _LOG.info("tamis: an attention call of this model runs as before: %s", reason)
         options = {"mask": mask, "attn_precision": attn_precision, "skip_reshape": skip_reshape, **kw}
         options["skip_output_reshape"] = skip_output_reshape
         if self.previous is not None:
@@ -140,6 +149,8 @@ class Override:
             precision="full" if attn_precision == torch.float32 else self.precision,
             pv_threshold=self.pv_threshold,
         )
+        if self.calls["sparse"] == 0:
+            _LOG.info("tamis: attention of this model runs sparse")
         self.calls["sparse"] += 1
         self.last = result.stats
         return result.output

@@ -110,8 +110,10 @@ def _check(inputs: Inputs, segments: tuple[Tensor, Tensor] | None, mode: str) ->
         check_tensor(tensor, name)
         if tensor.dim() != 4:
             raise ValueError(f"{name} must be [batch, heads, tokens, dim], got shape {tuple(tensor.shape)}")
-        if tensor.dtype not in DTYPES or tensor.dtype != query.dtype:
-            raise TypeError(f"{name} must be float32, bfloat16 or float16 as query, {query.dtype}, got {tensor.dtype}")
+        if tensor.dtype not in DTYPES:
+            raise TypeError(f"{name} must be float32, bfloat16 or float16, got {tensor.dtype}")
+        if tensor.dtype != query.dtype:
+            raise TypeError(f"{name} must be {query.dtype} as query, got {tensor.dtype}")
         if tensor.shape[0] != query.shape[0]:
             raise ValueError(f"{name} has batch {tensor.shape[0]} and query {query.shape[0]}: they must agree")
     _, key, value = inputs

@@ -6,7 +6,8 @@ own place; where the authors' package is installed, it is an error, as in the pr
 
 import sys
 
-from tamis.compat.alias import install
+from tamis.compat.alias import PACKAGE, install
 
-del sys.modules[__name__]
-install()
+if __name__ == PACKAGE:
+    del sys.modules[__name__]
+    install()
