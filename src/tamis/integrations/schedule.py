@@ -58,6 +58,8 @@ class Schedule:
         for step, given in self.predictors.items():
             _check_count(step, "predictors: a step", 0)
             found[step] = Sparge(topk=given) if isinstance(given, (int, float)) else given
+            if not callable(found[step]):
+                raise TypeError(f"predictors: step {step} must have a predictor or a number, got {given!r}")
             check_predictor(found[step], f"predictors: step {step}")
         object.__setattr__(self, "predictors", dict(sorted(found.items())))
 
