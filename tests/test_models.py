@@ -350,7 +350,7 @@ def test_wrong_use_is_refused_and_the_model_untouched(arguments: dict[str, Any],
     with pytest.raises((TypeError, ValueError), match=message):
         tamis.apply(model, **arguments)
     assert model.config.to_dict() == before
-    tamis.apply(model, profile()).remove()
+    tamis.apply(model, profile(model="")).remove()
 
 
 def test_names_of_transformers_are_its_own() -> None:

@@ -2,10 +2,13 @@
 
 from __future__ import annotations
 
+import re
 import warnings
 import weakref
+from collections.abc import Sequence
 from dataclasses import replace
 from functools import partial
+from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal
 from weakref import WeakKeyDictionary
 
@@ -141,7 +144,7 @@ def apply(
         decode=None if decode is None else decode if isinstance(decode, Decode) else Decode(share=decode),
         spread=spread,
     )
-    if isinstance(source, Profile) and source.model and (missing := [n for n in layers if n not in source.layers]):
+    if isinstance(source, Profile) and (missing := _left_out(source, layers)):
         warnings.warn(
             f"the profile has no settings for {len(missing)} of the model's {len(layers)} attention layers, which run "
             f"dense: {', '.join(missing[:3])}{', ..' if len(missing) > 3 else ''}. Tune this model, or say so with "
@@ -222,6 +225,15 @@ def register(
     return Applied(partial(NamedHook, name), chooser, backend=backend, min_queries=min_queries)
 
 
+def _left_out(profile: Profile, layers: Sequence[str]) -> list[str]:
+    """Layers that a profile of a whole model does not name, though it names others that differ in the number alone.
+
+    Layers that tuning could not see, such as all of a decoder that writes token by token, are not among them.
+    """
+    kinds = {re.sub(r"\d+", "#", name) for name in profile.layers} if profile.model else set()
+    return [name for name in layers if name not in profile.layers and re.sub(r"\d+", "#", name) in kinds]
+
+
 def _check_profile(profile: Profile, model: Any) -> None:
     """Refuse a profile of another class of models, or of layers with other heads, as far as both say."""
     models = models_of(model)
@@ -289,6 +301,8 @@ def _source(
     compensate: str | None,
 ) -> LayerSettings | Profile:
     """What settings come from; a profile has its own of everything."""
+    if predictor is not None and not isinstance(predictor, (Profile, str, Path)) and not callable(predictor):
+        raise TypeError(f"predictor must be a predictor or a Profile, got {type(predictor).__name__}")
     if not isinstance(predictor, Profile):
         return uniform(predictor, precision, pv_threshold, compensate)
     for name, given in (
