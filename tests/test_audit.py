@@ -323,12 +323,12 @@ def test_the_callback_is_called_exactly_once_per_layer_and_only_beyond_the_budge
     calls: list[tuple[str, LayerAudit]] = []
     for budget, expected in ((0.5 * truth, 1), (2 * truth, 0)):
         calls.clear()
-        auditor = Auditor(Audit(share=0.1, budget=budget, on_exceeded=lambda *seen: calls.append(seen)))
+        auditor = Auditor(Audit(share=0.1, seed=0, budget=budget, on_exceeded=lambda *seen: calls.append(seen)))
         for call, output in many:
             auditor.look(call, output)
         assert [name for name, _ in calls] == ["layer"] * expected
         assert auditor.report()["layer"].exceeded == bool(expected)
-    auditor = Auditor(Audit(share=0.1, budget=0.5 * truth, on_exceeded=lambda *seen: calls.append(seen)))
+    auditor = Auditor(Audit(share=0.1, seed=0, budget=0.5 * truth, on_exceeded=lambda *seen: calls.append(seen)))
     auditor.look(*many[0])
     ((_, audit),) = calls
     assert audit.exceeded
@@ -355,7 +355,7 @@ def test_false_alarms_are_rare_however_long_the_use() -> None:
 
 def test_without_a_callback_it_warns_once() -> None:
     many = population(1, 4, 256)
-    auditor = Auditor(Audit(share=0.1, budget=0.01))
+    auditor = Auditor(Audit(share=0.1, seed=0, budget=0.01))
     with warnings.catch_warnings(record=True) as caught:
         warnings.simplefilter("always")
         for call, output in many:

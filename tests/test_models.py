@@ -6,6 +6,7 @@ The bound is 1e-5 on outputs of a few units: twice what eager and sdpa themselve
 from __future__ import annotations
 
 import copy
+import math
 import weakref
 from typing import Any
 
@@ -15,6 +16,7 @@ import torch
 from tiny_models import LANGUAGE, OTHERS, outputs, tokens
 
 import tamis
+from tamis.integrations.audit import Audit
 from tamis.integrations.decoding import BLOCK, Decode, KeyMeans
 from tamis.integrations.schedule import Schedule
 from tamis.profile import LayerSettings, Stage
@@ -148,7 +150,7 @@ def test_apply_and_remove_leave_a_model_as_it_was(name: str) -> None:
     config = model.config.to_dict()
     with torch.no_grad():
         before = outputs(model(**given))
-        with tamis.apply(model, tamis.Window(16), min_queries=1, decode=0.5, audit=0.01):
+        with tamis.apply(model, tamis.Window(16), min_queries=1, decode=0.5, audit=Audit(share=0.01, budget=math.inf)):
             model(**given)
         after = outputs(model(**given))
     assert after.equal(before)

@@ -77,8 +77,10 @@ class Applied(Hook):
         self._spread = spread
         self.removed = False
         self._warned = False
-        self._number = str(next(_numbers))  # a string: torch.compile takes numbers for symbols
-        _handles[self._number] = self
+        self._number = ""  # of a handle that is made inside of a graph, which nobody sees
+        if not torch.compiler.is_compiling():
+            self._number = str(next(_numbers))  # a string: torch.compile takes numbers for symbols
+            _handles[self._number] = self
         self._installed = install(self.attend)
         self._installed.follow_steps(chooser.tell)
 
@@ -218,7 +220,8 @@ class Applied(Hook):
 
     def _count(self, request: Request, reason: str | None, stats: AttentionStats | None) -> None:
         if torch.compiler.is_compiling():
-            _trace(self._number, request.layer, "sparse" if reason is None else "dense")
+            if self._number:
+                _trace(self._number, request.layer, "sparse" if reason is None else "dense")
             return
         if reason == "gradients" and not self._warned and request.module is not None and not request.module.training:
             self._warned = True
