@@ -379,6 +379,14 @@ def test_bench_scale(ranks: Ranks, capsys: pytest.CaptureFixture[str]) -> None:
     assert "heads must be a multiple of kv_heads, got 4 and 3" in capsys.readouterr().err
 
 
+def test_the_page_has_what_was_measured() -> None:
+    root = Path(__file__).parents[1]
+    saved = json.loads((root / "benchmarks" / "results" / "scale-xeon-amx.json").read_text(encoding="utf-8"))
+    measured = scale.table(saved).split("\n\nMODEL")[0]
+    page = (root / "docs" / "scale-out.md").read_text(encoding="utf-8")
+    assert "".join(f"    {line}\n" for line in measured.splitlines()) in page
+
+
 def test_bench_scale_at_every_length(ranks: Ranks, monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
     """One process here, in the place of those that it would start; and on one rank pairs in turn, with quartiles."""
 
