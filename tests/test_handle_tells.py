@@ -199,3 +199,13 @@ def test_cross_attention_of_an_unknown_model_is_no_image_layer() -> None:
     model = diffusers.UNet2DConditionModel(**blocks, **sizes, cross_attention_dim=8)
     names = attention_layers(model)
     assert names and all(name.endswith("attn1") for name in names)
+
+
+@pytest.mark.parametrize("kind", ["DeepseekV32", "GlmMoeDsa", "DeepseekV4"])
+def test_models_that_choose_by_themselves_are_refused(kind: str) -> None:
+    """Their choice is told to attention of the names that they know only: under another it would be lost, silently."""
+    with torch.device("meta"):
+        model = getattr(transformers, f"{kind}ForCausalLM")(getattr(transformers, f"{kind}Config")(num_hidden_layers=2))
+    with pytest.raises(tamis.UnsupportedError, match=r"self_attn: \w+Attention chooses by itself what its tokens see"):
+        tamis.apply(model)
+    assert not model.config._attn_implementation.startswith("tamis")

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 from collections.abc import Iterator
 from contextlib import contextmanager
 from typing import Any
@@ -181,5 +182,74 @@ def test_documents_are_refused_over_a_mesh() -> None:
         spread = Spread(dist.group.WORLD, "heads")
         with pytest.raises(tamis.UnsupportedError, match="layer: offsets of packed documents: attention over a mesh"):
             spread.attend(request, None, None)  # type: ignore[arg-type]  # refused before it looks at them
+    finally:
+        dist.destroy_process_group()
+
+
+def check_packed(model: Any, ids: Tensor, places: Tensor, **given: Any) -> None:
+    given |= {"position_ids": places, "use_cache": False}
+    with torch.no_grad():
+        expected = model(ids, **given).logits
+        with tamis.apply(model, EVERYTHING, **EXACT):
+            found = model(ids, **given).logits
+    assert (found - expected).abs().max() <= 1e-5 * expected.abs().max()
+
+
+TEXT = {
+    "hidden_size": 64,
+    "intermediate_size": 64,
+    "num_attention_heads": 4,
+    "num_key_value_heads": 2,
+    "vocab_size": 64,
+    "pad_token_id": 0,
+    "initializer_range": 0.2,
+}
+
+
+@pytest.mark.parametrize("kept", [1, 3])
+def test_documents_survive_a_model_that_cuts_the_rows_of_its_mask(kept: int) -> None:
+    """Layers that share keys are asked for the last rows only."""
+    layers = ["sliding_attention", "full_attention"] * 2
+    config = transformers.Gemma4TextConfig(
+        **TEXT, head_dim=32, num_hidden_layers=4, sliding_window=512, num_kv_shared_layers=2, layer_types=layers
+    )
+    torch.manual_seed(0)
+    model = transformers.Gemma4ForCausalLM(config).eval()
+    check_packed(model, torch.randint(3, 64, (1, 200)), torch.arange(100).repeat(2)[None], logits_to_keep=kept)
+
+
+def test_documents_of_a_model_that_works_on_complete_masks() -> None:
+    torch.manual_seed(0)
+    model = transformers.DogeForCausalLM(transformers.DogeConfig(**TEXT, num_hidden_layers=2)).eval()
+    check_packed(model, torch.randint(3, 64, (2, 200)), torch.arange(100).repeat(2).expand(2, -1))
+
+
+def test_copies_and_failed_calls_do_not_change_documents_over_a_mesh() -> None:
+    """Hooks among ranks stay with the model they were put in, and are in step whatever another hook raises."""
+    model = LANGUAGE["llama"]()
+    ids, places = tokens(1, 128), torch.arange(64).repeat(2)[None]
+    raising: list[bool] = []
+
+    def first(*_: object) -> None:
+        if raising:
+            raise ValueError("of somebody else")
+
+    model.register_forward_pre_hook(first)
+
+    def logits(of: Any) -> Tensor:
+        with torch.no_grad():
+            found: Tensor = of(ids, position_ids=places, use_cache=False).logits
+            return found
+
+    expected = logits(model)
+    dist.init_process_group("gloo", store=dist.HashStore(), rank=0, world_size=1)
+    try:
+        with tamis.apply(model, EVERYTHING, **EXACT, mesh=dist.group.WORLD):
+            torch.testing.assert_close(logits(copy.deepcopy(model)), expected, atol=0, rtol=0)
+            raising.append(True)
+            with pytest.raises(ValueError, match="of somebody else"):
+                logits(model)
+            raising.clear()
+            torch.testing.assert_close(logits(model), expected, **CLOSE)
     finally:
         dist.destroy_process_group()

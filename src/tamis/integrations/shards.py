@@ -20,6 +20,7 @@ from torch import Tensor, nn
 from torch.utils.hooks import RemovableHandle
 
 from tamis.errors import UnsupportedError
+from tamis.integrations.mine import Mine
 
 if TYPE_CHECKING:
     from tamis.parallel.wire import Peers
@@ -38,7 +39,7 @@ class Shards:
 
     def __init__(self, peers: Callable[[], Peers]) -> None:
         self._peers = peers
-        self._depth = 0
+        self._inside: list[object] = []  # parts of the model that are running, the outermost first
         self.segments: Tensor | None = None
 
     def follow(self, model: nn.Module) -> list[RemovableHandle]:
@@ -58,13 +59,13 @@ class Shards:
             )
         handles: list[RemovableHandle] = []
         for part in parts:
-            handles.append(part.register_forward_pre_hook(self._enter, with_kwargs=True))
-            handles.append(part.register_forward_hook(self._leave, always_call=True))
+            handles.append(part.register_forward_pre_hook(Mine(self._enter), with_kwargs=True))
+            handles.append(part.register_forward_hook(Mine(self._leave), always_call=True))
         return handles
 
     def _enter(self, module: Any, args: Any, kwargs: dict[str, Any]) -> Any:
-        self._depth += 1
-        if self._depth > 1:
+        self._inside.append(module)
+        if len(self._inside) > 1:
             return None  # a part of what has exchanged already
         names = _names(module)
         given = {**dict(zip(names, args, strict=False)), **kwargs}
@@ -79,8 +80,10 @@ class Shards:
         return args, {**kwargs, "attention_mask": seen}
 
     def _leave(self, module: object, args: object, output: object) -> None:
-        self._depth -= 1
-        if self._depth == 0:
+        if not self._inside or self._inside[-1] is not module:
+            return  # another hook failed before this one could enter
+        self._inside.pop()
+        if not self._inside:
             self.segments = None
             if output is None:  # the run failed
                 self._peers().failed()
@@ -119,6 +122,7 @@ def _agreed(tokens: Tensor, given: dict[str, Any], cached: bool, at: Peers) -> t
     padded = any(row[1] for row in rows)
     segments = mask.to(torch.int64).ne(0).long() - 1 if padded else None
     places = None if positions is None else _places(positions)
+    places = None if places is None else places.expand(tokens.shape[0], -1)
     if places is None:
         return segments, False
     if cached or kind:  # the library does not look for documents either: it is one text

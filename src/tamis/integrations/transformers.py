@@ -9,6 +9,7 @@ second, masks silently become None, padding included.
 
 from __future__ import annotations
 
+import functools
 import inspect
 import itertools
 import re
@@ -52,6 +53,13 @@ _names = (f"tamis_{number}" for number in itertools.count())
 # For every name that was ever ours what it stood in for, by the class of the configuration: configurations are copied
 # and shared, and may hold a name that nobody answers to any more.
 _stood_for: dict[str, dict[str, str]] = {}
+_BASES = (
+    "torch.",
+    "transformers.modeling_",
+    "transformers.generation",
+    "transformers.utils",
+    "transformers.integrations",
+)
 _registered: set[str] = set()  # names of `register`
 _models: WeakValueDictionary[str, nn.Module] = WeakValueDictionary()
 
@@ -68,8 +76,11 @@ class TransformersHook(Hook):
         shards: Shards | None = None,
     ) -> None:
         model = _check_model(model)
-        if not attention_layers(model):
+        layers = attention_layers(model)
+        if not layers:
             raise UnsupportedError(f"{type(model).__name__} does not take an attention function{_INSTEAD}")
+        for layer in layers:
+            _check_module(layer, model.get_submodule(layer))
         self._name = next(_names)
         self._configs = _configs(model)
         if taken := [own for _, own in self._configs if own in _registered]:
@@ -82,7 +93,8 @@ class TransformersHook(Hook):
         _stood_for[self._name] = {type(config).__name__: own for config, own in self._configs}
         self._handles: list[RemovableHandle] = []
         attention = _Attention(function, {module: name for name, module in model.named_modules()})
-        masks = mask_function if shards is None else partial(mask_function, shards=True)
+        whole_masks = any(_says(module, "allow_is_causal_skip") for module in model.modules())
+        masks = partial(mask_function, shards=shards is not None, packing=not whole_masks)
         _register(self._name, _Weak(attention), masks)
         weakref.finalize(attention, _restore, self._name, self._configs).atexit = False
         try:
@@ -302,16 +314,43 @@ def attention_layers(model: nn.Module) -> list[str]:
     from transformers import PreTrainedModel
 
     model = _check_model(model)
-    found: dict[type, bool] = {}
-    for module in model.modules():
-        kind = type(module)
-        if kind not in found:
-            functions = [item for base in kind.__mro__ for item in vars(base).values() if inspect.isfunction(item)]
-            # Models name the registry itself; PreTrainedModel does so too, to check names.
-            found[kind] = not isinstance(module, PreTrainedModel) and any(
-                "ALL_ATTENTION_FUNCTIONS" in inspect.unwrap(function).__code__.co_names for function in functions
-            )
-    return [name for name, module in model.named_modules() if found[type(module)]]
+    # Models name the registry itself; PreTrainedModel does so too, to check names.
+    return [
+        name
+        for name, module in model.named_modules()
+        if not isinstance(module, PreTrainedModel) and _says(module, "ALL_ATTENTION_FUNCTIONS")
+    ]
+
+
+def _check_module(name: str, module: nn.Module) -> None:
+    """Refuse attention that chooses tokens by itself, in a way that only attention of some names is told of.
+
+    Raises:
+        UnsupportedError: it asks for the name "sdpa", or appends compressed keys that no mask knows of.
+    """
+    if _says(module, "sdpa") or hasattr(module, "compressor"):
+        raise UnsupportedError(
+            f"{name}: {type(module).__name__} chooses by itself what its tokens see: leave it as it is"
+        )
+
+
+def _says(module: nn.Module, word: str) -> bool:
+    kind: Any = type(module)
+    return _mentions(kind, word)
+
+
+@functools.cache
+def _mentions(kind: Any, word: str) -> bool:
+    """Whether the code of a model's class, not that of the library's base classes, has a name or a constant."""
+    bases = [base for base in kind.__mro__ if not base.__module__.startswith(_BASES) and base is not object]
+    functions = [item for base in bases for item in vars(base).values() if inspect.isfunction(item)]
+    return any(_holds(inspect.unwrap(function).__code__, word) for function in functions)
+
+
+def _holds(part: Any, word: str) -> bool:
+    if inspect.iscode(part):
+        return word in part.co_names or any(_holds(constant, word) for constant in part.co_consts)
+    return any(_holds(item, word) for item in part) if isinstance(part, tuple) else bool(part == word)
 
 
 def _check_model(model: Any) -> Any:

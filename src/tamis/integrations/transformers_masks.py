@@ -1,9 +1,10 @@
 """What a transformers model may see, without the complete mask where transformers lets us.
 
 transformers asks for a mask once, before the layers run, and hands what it got to each of them. Most masks say little:
-causal, a window, padding, packed documents. These are handed over as key codes, int32 `[batch, 1, rows, kv_len]`; the
-dtype tells them from masks, which are bool or floating. Row 0 is 0 for padding, else the window (`_NO_WINDOW` without
-one). Row 1, if there is one, is the number of the document that a token belongs to.
+causal, a window, padding, packed documents. These are handed over as key codes, int32 `[batch, planes, 1, kv_len]`; the
+dtype tells them from masks, which are bool or floating. Plane 0 is 0 for padding, else the window (`_NO_WINDOW` without
+one). Plane 1, if there is one, is the number of the document that a token belongs to. Models may cut a mask's rows, so
+there is one row, which cutting leaves.
 """
 
 from __future__ import annotations
@@ -45,12 +46,14 @@ def mask_function(
     allow_is_causal_skip: bool = True,
     device: torch.device | str = "cpu",
     shards: bool = False,
+    packing: bool = True,
     **kwargs: Any,
 ) -> Tensor | None:
     """What transformers asks for before a forward pass: None for plain causal, key codes for causal with a window,
     padding or packed documents, and the complete bool mask for everything else.
 
     `shards`: the tokens are a part of longer texts, whose padding and documents are known elsewhere (`Shards`).
+    `packing`: False for a model that works on complete masks itself.
     """
     from transformers.masking_utils import causal_mask_function, sdpa_mask
 
@@ -65,11 +68,11 @@ def mask_function(
             return None
     elif allow_is_causal_skip and aligned and _is_causal(pattern, sizes, kv_offset, window, device):
         return _causal_codes(batch_size, kv_length, kv_offset, None if shards else attention_mask, window, device)
-    elif q_length == kv_length and attention_mask is None and (found := _packing(pattern)) is not None:
+    elif packing and q_length == kv_length and attention_mask is None and (found := _packing(pattern)) is not None:
         inside, documents = found
         if _is_causal(inside, sizes, 0, window, device):
             codes = torch.full_like(documents, _NO_WINDOW if window is None else window, dtype=torch.int32)
-            return torch.stack([codes, documents.to(torch.int32)], dim=1)[:, None]
+            return torch.stack([codes, documents.to(torch.int32)], dim=1)[:, :, None]
     return sdpa_mask(
         batch_size=batch_size,
         q_length=q_length,
@@ -163,9 +166,9 @@ def read_mask(mask: Tensor | None, queries: int, keys: int) -> Sight:
     codes = mask[:, 0, 0, :keys]
     found = int(codes.max())
     window = None if found in (0, _NO_WINDOW) else found
-    if mask.shape[2] == 2:
-        documents = mask[:, 0, 1]
-        return Sight(None, window, (documents, documents), packed=True)
+    if mask.shape[1] == 2:
+        documents = mask[:, 1, 0, :keys]
+        return Sight(None, window, (documents[:, keys - queries :], documents), packed=True)
     segments = (codes > 0).to(torch.int32) - 1
     padded = bool((segments < 0).any())
     return Sight(None, window, (segments[:, keys - queries :], segments) if padded else None)

@@ -21,6 +21,7 @@ from torch.utils.hooks import RemovableHandle
 from tamis.errors import UnsupportedError
 from tamis.integrations.diffusers.adapters import Adapter
 from tamis.integrations.diffusers.layout import Layout
+from tamis.integrations.mine import Mine
 from tamis.integrations.request import Request
 from tamis.integrations.spread import Spread
 
@@ -53,12 +54,16 @@ class Cut:
         self._plan: dict[str, Any] = {}
         self._handles: list[RemovableHandle] = []
         if cut_by(model) is None:
-            self._cut(plan if adapter.text is not None else _without_text(plan), spread.peers)
+            try:
+                self._cut(plan if adapter.text is not None else _without_text(plan), spread.peers)
+            except BaseException:
+                self.remove()
+                raise
         elif adapter.text is None and _without_text(plan) != plan:
             raise UnsupportedError(
                 f"{kind} cuts the text of its cross-attention too: leave enable_parallelism out and give mesh"
             )
-        self._handles.append(model.register_forward_hook(self._leave, always_call=True))
+        self._handles.append(model.register_forward_hook(Mine(self._leave), always_call=True))
         # The library's own exchange around attention is left out: ours is in its place.
         for module in () if self._plan else model.modules():
             processor: Any = getattr(module, "processor", None)
@@ -74,7 +79,7 @@ class Cut:
         _hooks().apply_context_parallel(self._model, config, self._plan)
         for place in plan.keys() - self._plan.keys():
             gather = partial(_gathered, peers, plan[place].gather_dim)
-            self._handles.append(self._model.get_submodule(place).register_forward_hook(gather))
+            self._handles.append(self._model.get_submodule(place).register_forward_hook(Mine(gather)))
 
     def _leave(self, module: object, args: object, output: object) -> None:
         if output is None:  # the run failed

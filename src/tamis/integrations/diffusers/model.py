@@ -27,6 +27,7 @@ from tamis.integrations.diffusers.cut import Cut
 from tamis.integrations.diffusers.layout import Indices, Layout, count, indices_of
 from tamis.integrations.hook import Hook
 from tamis.integrations.intercept import Asked, Interception, as_asked, request_of
+from tamis.integrations.mine import Mine
 from tamis.integrations.request import Request
 from tamis.integrations.spread import Spread
 
@@ -175,12 +176,12 @@ class ModelHook(Hook):
         return as_asked(output.index_select(2, around[1]), asked)
 
     def _change_order(self, model: nn.Module, adapter: adapters.Adapter) -> None:
-        self._hook(model.get_submodule(adapter.block).register_forward_pre_hook(_Mine(self._enter), with_kwargs=True))
+        self._hook(model.get_submodule(adapter.block).register_forward_pre_hook(Mine(self._enter), with_kwargs=True))
         for rotary in adapter.rotary:
             if rotary.place not in self._names:
                 module = model.get_submodule(rotary.place)
-                self._hook(module.register_forward_hook(_Mine(partial(self._turn, rotary))))
-        self._hook(model.get_submodule("proj_out").register_forward_hook(_Mine(self._leave)))
+                self._hook(module.register_forward_hook(Mine(partial(self._turn, rotary))))
+        self._hook(model.get_submodule("proj_out").register_forward_hook(Mine(self._leave)))
 
     def _hook(self, handle: RemovableHandle) -> None:
         self._undo.append(handle.remove)
@@ -204,23 +205,6 @@ class ModelHook(Hook):
         if layout is None or layout.indices is None or not layout.entered:
             return output
         return _taken(output, 1, layout.indices[1])
-
-
-class _Mine:
-    """A function of ours that a module calls; copies and files of the module call one that changes nothing."""
-
-    def __init__(self, function: Callable[..., Any]) -> None:
-        self._function = function
-
-    def __call__(self, *args: Any) -> Any:
-        return self._function(*args)
-
-    def __reduce__(self) -> Any:
-        return _Mine, (_nothing,)
-
-
-def _nothing(*_: Any) -> None:
-    pass
 
 
 def image_layers(model: nn.Module) -> list[str]:
