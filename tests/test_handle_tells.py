@@ -209,3 +209,26 @@ def test_models_that_choose_by_themselves_are_refused(kind: str) -> None:
     with pytest.raises(tamis.UnsupportedError, match=r"self_attn: \w+Attention chooses by itself what its tokens see"):
         tamis.apply(model)
     assert not model.config._attn_implementation.startswith("tamis")
+
+
+def test_models_that_choose_by_themselves_are_refused_by_name_too() -> None:
+    config = transformers.DeepseekV32Config(
+        hidden_size=64,
+        intermediate_size=64,
+        moe_intermediate_size=32,
+        num_hidden_layers=1,
+        num_attention_heads=2,
+        num_key_value_heads=2,
+        n_routed_experts=2,
+        num_experts_per_tok=1,
+        n_group=1,
+        topk_group=1,
+        vocab_size=64,
+        attn_implementation="tamis_for_all",
+    )
+    with register("tamis_for_all"), torch.no_grad():
+        model = transformers.DeepseekV32ForCausalLM(config).eval()
+        with pytest.raises(
+            tamis.UnsupportedError, match=r"DeepseekV32Attention.0: .* chooses by itself what its tokens"
+        ):
+            model(tokens(1, 128))

@@ -241,6 +241,8 @@ class _Attention:
                 "output_attentions must be False: sparse attention has no whole map of weights. Call .remove() and "
                 "model.set_attn_implementation('eager') before such a call"
             )
+        if not self._layers and not torch.compiler.is_compiling():
+            _check_module(_layer_name(module), module)  # of a model by name, which was never at the door
         strange = bool(self._layers) and module not in self._layers
         sight = read_mask(attention_mask, query.shape[2], key.shape[2])
         window = extra.get("sliding_window") if attention_mask is None and causal else sight.window
