@@ -446,7 +446,8 @@ def packed(
 
 
 def strange(group: dist.ProcessGroup) -> tuple[float, list[str]]:
-    """A Mistral with padding on the last rank only and a window that no shard is long enough for.
+    """A Mistral with padding on the first rank only, between its tokens, so that causality does not hide it from those
+    of the others, and a window that no shard is long enough for.
 
     How far its logits of tokens are from those of one process, and what the ranks say to calls that cannot be right.
     """
@@ -456,7 +457,7 @@ def strange(group: dist.ProcessGroup) -> tuple[float, list[str]]:
     model = tiny_models.language("Mistral", num_key_value_heads=2, sliding_window=200)
     rank, size = dist.get_rank(group), dist.get_world_size(group)
     ids, positions = tiny_models.tokens(1, 150 * size), torch.arange(150 * size)[None]
-    part, tokens = slice(150 * rank, 150 * rank + 150), positions < 150 * size - 40
+    part, tokens = slice(150 * rank, 150 * rank + 150), (positions < 60) | (positions >= 100)
     complete = torch.ones(1, 1, 150, 150, dtype=torch.bool).tril()
     calls: list[dict[str, Any]] = [
         {},

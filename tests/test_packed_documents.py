@@ -169,6 +169,18 @@ def test_patterns_that_are_not_known_get_the_complete_mask() -> None:
         assert found.equal(masking_utils.sdpa_mask(**sizes))
 
 
+def test_chunks_longer_than_a_shard_are_no_window() -> None:
+    """Inside of the first chunk both are causal: what tells them apart lies beyond the shard."""
+    sizes: dict[str, Any] = {"batch_size": 1, "q_length": 32, "kv_length": 32, "local_size": 40, "shards": True}
+    window = transformers_masks.mask_function(
+        **sizes, mask_function=masking_utils.sliding_window_causal_mask_function(40)
+    )
+    assert window is not None and window.dtype == torch.int32
+    chunks = masking_utils.chunked_causal_mask_function(40, torch.zeros(1, dtype=torch.int))
+    found = transformers_masks.mask_function(**sizes, mask_function=chunks)
+    assert found is not None and found.dtype == torch.bool
+
+
 def test_documents_are_refused_over_a_mesh() -> None:
     """Offsets say where documents end in a shard, not in the text."""
     tensors = torch.zeros(1, 2, 8, 4), torch.zeros(1, 2, 8, 4), torch.zeros(1, 2, 8, 4)
