@@ -146,7 +146,6 @@ def test_backends_and_predictors_keep_apart() -> None:
         path.stem for path in (ROOT / "backends").iterdir() if path.suffix == ".py" or (path / "__init__.py").exists()
     }
     names -= {"__init__", "base"}
-    helpers = {"native": {"cpu"}}  # a helper module, and who may use it
     for path in modules():
         name = name_of(path)
         targets = {target for target in imports(path) if target.startswith("tamis.backends")}
@@ -154,9 +153,7 @@ def test_backends_and_predictors_keep_apart() -> None:
         if name.startswith("predictors"):
             assert concrete == set(), name
         if name.startswith("backends."):
-            own = name.split(".")[1]
-            allowed = {helper for helper, users in helpers.items() if own in users}
-            assert concrete - {own} <= allowed, name
+            assert concrete <= {name.split(".")[1]}, name
             assert not any(target.startswith("tamis.predictors") for target in imports(path)), name
 
 
