@@ -9,6 +9,7 @@ import torch
 from torch import Tensor
 from torch.nn.attention.bias import CausalBias, CausalVariant
 
+from tamis import known
 from tamis.backends import base
 from tamis.block_mask import BlockMask
 from tamis.call import DTYPES, Call, PerHead, Prepared, flatten, make_call, refuse_gradients
@@ -34,6 +35,7 @@ class Seen(TypedDict):
 
 # 3.5 would do for the language model of `tamis bench defaults`, but costs an image model a percent (docs/defaults.md).
 DEFAULT_PV_THRESHOLD = 5.0
+_SPARGE = Sparge()
 
 
 def attend(
@@ -146,6 +148,12 @@ def _attend(
     prepared: Prepared | None = None,
 ) -> AttentionOutput:
     """`attend`, with what a prediction on the same inputs has prepared."""
+    form = None
+    if attn_mask is None and positions is None and segments is None and sink_logits is None and compensate is None:
+        settings = (causal, window, scale, softcap, precision, pv_threshold)
+        form = known.form(query, key, value, block_mask, backend, settings)
+    if (record := known.RECORDS.get(form)) is not None:
+        return record.run(query, key, value, block_mask)
     packed = key if isinstance(key, PackedKV) else None
     if packed is not None and value is not None:
         raise ValueError("value must be None when key is a PackedKV, which holds it")
@@ -179,6 +187,7 @@ def _attend(
         compensate=compensate,
     )
     output, lse, stats = _run(call, backend, prepared)
+    known.RECORDS.offer(form, stats.backend, lambda: known.Known.of(call, stats))
     lead = query.shape[:-1]
     return AttentionOutput(output.reshape(*lead, output.shape[-1]), lse.reshape(lead), stats)
 
@@ -374,7 +383,7 @@ def sparse_attention(
     positions: IntPair | None = None
     if top_left and query.shape[-2] != key.shape[-2]:
         positions = (torch.arange(query.shape[-2], device=query.device), None)
-    predictor = Sparge() if predictor is None else predictor
+    predictor = _SPARGE if predictor is None else predictor
     if isinstance(predictor, type):
         raise TypeError(
             f"predictor must be an object such as {predictor.__name__}(), got the class {predictor.__name__}"

@@ -8,11 +8,14 @@ from tamis.backends.cpu import native
 from tamis.backends.cpu.attention import attend, pack_kv
 from tamis.backends.cpu.library import available_targets, built_targets, force_target, missing, target
 from tamis.backends.cpu.prediction import key_mean, predict, select, summarize
+from tamis.backends.cpu.record import AttendRecord, PredictRecord
 from tamis.call import Call
 from tamis.stats import Formats
 
 __all__ = [
     "NAME",
+    "AttendRecord",
+    "PredictRecord",
     "attend",
     "available_targets",
     "built_targets",

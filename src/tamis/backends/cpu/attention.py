@@ -83,8 +83,7 @@ def attend(
     kv_heads = (packed[0] if key is None else key).shape[1]
     differs_by_head = (kv_num_blocks, attn_mask, sink_logits, pv_threshold, visible)
     differs_by_row = (window, q_positions, kv_positions, q_segments, kv_segments)
-    # Decoding: heads that share a key are rows of one block and read it once. The last query sees every key.
-    grouped = q_len == 1 and heads > kv_heads > 0 and all(x is None for x in (*differs_by_head, *differs_by_row))
+    grouped = groups(query, kv_heads, *differs_by_head, *differs_by_row)
     if grouped:
         query, causal = group(query, kv_heads), False
     args, kept = attend_args(
@@ -103,6 +102,15 @@ def attend(
     library.run("attend", args)
     del kept
     return ungroup(output, lse, counts, heads) if grouped else (output, lse, counts)
+
+
+def groups(query: Tensor, kv_heads: int, *differences: object) -> bool:
+    """Whether heads that share a key are rows of one block and read it once: in decoding, if nothing sets them apart.
+
+    The last query sees every key.
+    """
+    heads, q_len = query.shape[1:3]
+    return q_len == 1 and heads > kv_heads > 0 and all(difference is None for difference in differences)
 
 
 def group(query: Tensor, kv_heads: int) -> Tensor:

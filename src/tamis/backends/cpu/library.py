@@ -11,7 +11,7 @@ import contextlib
 import ctypes
 import functools
 import os
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from pathlib import Path
 
 import torch
@@ -93,19 +93,24 @@ def threads(work: int) -> int:
 
 
 def run(name: str, args: ctypes.Structure) -> None:
+    """Call a function of the library with the target in use."""
+    function, chosen = entry(name)
+    native.check(function(chosen, ctypes.byref(args)))
+
+
+def entry(name: str) -> tuple[Callable[[bytes, object], int], bytes]:
+    """A function of the library, and the target in use as it wants it."""
     lib, chosen = load(), target()
     if isinstance(lib, str) or chosen is None:
         raise RuntimeError(f"the cpu backend cannot run: {lib}")
-    native.check(getattr(lib, f"tamis_{name}")(chosen.encode(), ctypes.byref(args)))
+    return getattr(lib, f"tamis_{name}"), chosen.encode()
 
 
-def expand(bits: Tensor, num: Tensor, kv_blocks: int, width: int, indices: Tensor, workers: int) -> None:
-    """Write rows of bits as lists of indices."""
+def expand(bits: int, num: Tensor, kv_blocks: int, width: int, indices: Tensor, workers: int) -> None:
+    """Write rows of bits, at an address, as lists of indices."""
     lib = load()
     assert not isinstance(lib, str)
-    native.check(
-        lib.tamis_expand(bits.data_ptr(), num.numel(), kv_blocks, width, indices.data_ptr(), ctypes.c_int32(workers))
-    )
+    native.check(lib.tamis_expand(bits, num.numel(), kv_blocks, width, indices.data_ptr(), ctypes.c_int32(workers)))
 
 
 def attach_segments(args: native.Summarize | native.Pack | native.Attend, segments: Tensor | None) -> Tensor | None:

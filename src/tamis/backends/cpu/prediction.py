@@ -87,10 +87,10 @@ def select(
     assert num is not None and bits is not None
     kv_blocks = k_means.shape[2]
     width = kv_blocks if not trim else max(1, int(num.max())) if num.numel() else 1
-    return num, _expand(bits, num, kv_blocks, width, args.threads)
+    return num, _expand(bits.data_ptr(), num, kv_blocks, width, args.threads)
 
 
-_Choice = tuple[
+Choice = tuple[
     float, Tensor | None, Tensor | None, Tensor, bool, bool, int | None, Tensor | None, Tensor | None
 ]  # scale, cdf, topk, similarity, sink, causal, window, visible, must
 
@@ -98,7 +98,7 @@ _Choice = tuple[
 def _select_args(
     args: native.Select,
     summaries: tuple[Tensor, Tensor, Tensor, Tensor],
-    choice: _Choice,
+    choice: Choice,
     lengths: tuple[int, int],
     block_size: tuple[int, int],
     bounds: tuple[Tensor | None, Tensor | None],
@@ -123,8 +123,8 @@ def _select_args(
     return [num, bits, must, *dense, *kept]
 
 
-def _expand(bits: Tensor, num: Tensor, kv_blocks: int, width: int, threads: int) -> Tensor:
-    """Bits as lists of indices."""
+def _expand(bits: int, num: Tensor, kv_blocks: int, width: int, threads: int) -> Tensor:
+    """Rows of bits at an address as lists of indices."""
     indices = torch.empty((*num.shape, width), dtype=torch.int32)
     library.expand(bits, num, kv_blocks, width, indices, threads)
     return indices
@@ -157,20 +157,29 @@ def predict(
     num, bits = kept[:2]
     assert num is not None and bits is not None
     library.run("predict", args)
-    kv_blocks = -(-key.shape[2] // block_kv)
-    width = max(1, args.max_blocks) if trim else kv_blocks
-    return num, _expand(bits, num, kv_blocks, width, args.select.threads), []
+    return num, indices(args, bits.data_ptr(), num, trim), []
+
+
+def indices(args: native.Predict, bits: int, num: Tensor, trim: bool) -> Tensor:
+    """The lists of a prediction that has run; trimmed, as wide as the longest."""
+    kv_blocks = -(-args.key.seq // args.key.block)
+    return _expand(bits, num, kv_blocks, max(1, args.max_blocks) if trim else kv_blocks, args.select.threads)
+
+
+WRITTEN = range(7)
 
 
 def predict_args(
     query: Tensor,
     key: Tensor,
     segments: tuple[Tensor | None, Tensor | None],
-    choice: _Choice,
+    choice: Choice,
     block_size: tuple[int, int],
     bounds: tuple[Tensor | None, Tensor | None],
 ) -> tuple[native.Predict, list[Tensor | None]]:
-    """The native arguments, and what must stay alive: first the counts and bits it will write."""
+    """The native arguments, and what must stay alive: at `WRITTEN` what the prediction writes, in this order: counts,
+    bits, the mean key, means and similarities of query blocks, the same of key blocks.
+    """
     args = native.Predict()
     args.key_mean, args.query, args.key = _summarize_args(key), _summarize_args(query), _summarize_args(key)
     mean = torch.empty((*key.shape[:2], key.shape[3]), dtype=torch.float32)
@@ -182,4 +191,5 @@ def predict_args(
     summaries = (*_summaries(args.query, block_size[0]), *_summaries(args.key, block_size[1]))
     lengths = (query.shape[2], key.shape[2])
     kept = _select_args(args.select, summaries, choice, lengths, block_size, bounds)
-    return args, [*kept, *attached, mean, *summaries]
+    num, bits, *settings = kept
+    return args, [num, bits, mean, *summaries, *settings, *attached]
