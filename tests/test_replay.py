@@ -110,6 +110,12 @@ def test_other_tensors_of_the_form_are_read(name: str, monkeypatch: pytest.Monke
     same(whole, tamis.attend(*other, **options))
 
 
+def blocks_alike(heads: int, seed: int) -> Tensor:
+    """600 tokens whose blocks of 64 are alike inside, so that something is left out."""
+    centres = 2 * drawn(1, heads, 10, 32, seed=seed + 20).repeat_interleave(64, 2)[:, :, :600]
+    return centres + drawn(1, heads, 600, 32, seed=seed) / 4
+
+
 @pytest.mark.parametrize(
     ("predictor", "options"),
     [
@@ -121,13 +127,17 @@ def test_other_tensors_of_the_form_are_read(name: str, monkeypatch: pytest.Monke
     ids=["default", "causal", "per-head", "grouped"],
 )
 def test_predictions_too(predictor: Any, options: dict[str, Any], monkeypatch: pytest.MonkeyPatch) -> None:
-    draws = [three((1, 4, 600, 32), kv=2 if "enable_gqa" in options else None)]
-    draws.append(tuple(t.flip(1).contiguous() for t in draws[0]))  # type: ignore[arg-type]
+    heads = 2 if "enable_gqa" in options else 4
+    draws = [
+        (blocks_alike(4, i), blocks_alike(heads, i + 2) + 3 * drawn(1, 1, 1, 32, seed=i), drawn(1, heads, 600, 32))
+        for i in range(2)
+    ]
 
     def run(tensors: Any) -> tuple[Tensor, Any]:
         return tamis.sparse_attention(*tensors, predictor=predictor, return_stats=True, **options)  # type: ignore[return-value]
 
     first = [run(tensors) for tensors in draws]
+    assert all(stats.density < 0.9 for _, stats in first)
     for _ in range(2):  # lists are as wide as the longest row, so masks of two widths are two forms
         run(draws[0]), run(draws[1])
     closed(monkeypatch)
@@ -208,19 +218,16 @@ def test_profilers_see_the_operator() -> None:
     assert "tamis::attend" in {event.name for event in profile.events()}
 
 
-def test_vmap_reaches_the_dispatcher(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_batched_tensors_of_vmap_go_the_whole_way() -> None:
     q, k, v = three()
-    for _ in range(3):
-        tamis.attend(q, k, v)
-    seen: list[object] = []
-    monkeypatch.setattr("tamis.known.Known.run", lambda *_: seen.append(1))
+    forms: list[object] = []
 
     def one(q: Tensor) -> Tensor:
-        assert known.form(q, k, v, None, None, ()) is None
+        forms.append(known.form(q, k, v, None, None, ()))
         return q
 
     torch.func.vmap(one)(torch.stack([q, q]))
-    assert seen == []
+    assert forms == [None]
 
 
 def test_negated_views_are_not_taken_for_their_memory() -> None:
@@ -236,6 +243,7 @@ def test_subclasses_go_the_whole_way() -> None:
     for _ in range(3):
         tamis.attend(q, k, v)
     assert known.form(torch.nn.Parameter(q, requires_grad=False), k, v, None, None, ()) is None
+    assert known.form(q, torch.nn.Parameter(k, requires_grad=False), v, None, None, ()) is None
     assert known.form(q.to("meta"), k, v, None, None, ()) is None
     assert known.form(q[0], k[0], v[0], None, None, ()) is None
 
@@ -255,6 +263,8 @@ def test_threads_and_targets_are_part_of_the_form() -> None:
         assert known.form(q, k, v, None, None, ()) != before
     finally:
         torch.set_num_threads(threads)
+    for _ in range(3):
+        tamis.attend(q, k, v, precision="int8")
     with cpu.force_target(cpu.available_targets()[-1]):
         other = tamis.attend(q, k, v, precision="int8").stats
     assert other is not None

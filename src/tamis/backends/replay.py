@@ -95,7 +95,6 @@ def _plain_eager() -> bool:
     return not (
         torch._C._len_torch_dispatch_stack()
         or torch._C._is_torch_function_mode_enabled()
-        or torch._C._functorch.peek_interpreter_stack() is not None
         or torch._C._get_tracing_state() is not None
         or torch._C._autograd._profiler_enabled()
     )
