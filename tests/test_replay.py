@@ -114,7 +114,7 @@ def blocks_alike(heads: int, seed: int) -> Tensor:
     """600 tokens whose blocks of 64 are alike inside, but for one: something is left out, and one is kept whole."""
     centres = 2 * drawn(1, heads, 10, 32, seed=seed + 20).repeat_interleave(64, 2)[:, :, :600]
     noise = drawn(1, heads, 600, 32, seed=seed) / 4
-    noise[:, :, 192:256] *= 16
+    noise[:, :, 192:256] *= 28
     return centres + noise
 
 
