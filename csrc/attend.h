@@ -13,7 +13,7 @@
 extern "C" {
 #endif
 
-#define TAMIS_ABI_VERSION 3
+#define TAMIS_ABI_VERSION 4
 #define TAMIS_EXPORT __attribute__((visibility("default")))
 
 enum { TAMIS_OK = 0, TAMIS_NO_MEMORY = 1, TAMIS_CORRUPT_MASK = 2, TAMIS_UNKNOWN_TARGET = 3 };
@@ -126,6 +126,7 @@ typedef struct {
   tamis_summarize_args key_mean, query, key;
   tamis_select_args select;
   int64_t max_blocks; /* out: the largest of kv_num_blocks */
+  int32_t threads;    /* of all of it; those of the parts do not matter */
 } tamis_predict_args;
 
 TAMIS_EXPORT int tamis_abi_version(void);

@@ -18,6 +18,7 @@
 
 #include "geometry.h"
 #include "target.h"
+#include "together.h"
 
 extern const tamis_kernels tamis_kernels_baseline;
 #if defined(__x86_64__)
@@ -185,10 +186,7 @@ int tamis_select(const char* target, const tamis_select_args* a) { return call(t
 
 int tamis_predict(const char* target, tamis_predict_args* args) {
   tamis_predict_args& a = *args;
-  int error = call(target, &tamis_kernels::key_mean, (const tamis_summarize_args*)&a.key_mean);
-  if (!error) error = call(target, &tamis_kernels::summarize, (const tamis_summarize_args*)&a.query);
-  if (!error) error = call(target, &tamis_kernels::summarize, (const tamis_summarize_args*)&a.key);
-  if (!error) error = call(target, &tamis_kernels::select, (const tamis_select_args*)&a.select);
+  const int error = call(target, &tamis_kernels::predict, (const tamis_predict_args*)args);
   const tamis_select_args& s = a.select;
   const int64_t rows = error ? 0 : s.batch * s.heads * blocks_of(s.geometry.q_len, s.geometry.block_q);
   a.max_blocks = 0;
@@ -196,13 +194,12 @@ int tamis_predict(const char* target, tamis_predict_args* args) {
   return error;
 }
 
-int tamis_used_blocks(const tamis_attend_args* args, uint8_t* used) {
+void tamis_used_blocks_together(const tamis_attend_args* args, uint8_t* used, int* error) {
   const tamis_attend_args& a = *args;
   const tamis_geometry& g = a.geometry;
   const int64_t q_blocks = blocks_of(g.q_len, g.block_q), kv_blocks = blocks_of(g.kv_len, g.block_kv);
   const int64_t parts = blocks_of(g.kv_len, TAMIS_PACK_BLOCK), group = a.heads / greatest(a.kv_heads, 1);
-  int error = TAMIS_OK;
-#pragma omp parallel for num_threads(a.threads) schedule(dynamic, 1)
+#pragma omp for schedule(dynamic, 1)
   for (int64_t n = 0; n < a.batch * a.kv_heads; ++n) {
     uint8_t* mine = used + n * parts;
     if (parts) memset(mine, 0, parts);
@@ -216,15 +213,13 @@ int tamis_used_blocks(const tamis_attend_args* args, uint8_t* used) {
           list = a.kv_indices + b * a.idx_stride[0] + h * a.idx_stride[1] + qb * a.idx_stride[2];
         }
         if (count > (list ? a.max_blocks : kv_blocks)) {
-#pragma omp atomic write
-          error = TAMIS_CORRUPT_MASK;
+          fail(error, TAMIS_CORRUPT_MASK);
           continue;
         }
         for (int64_t at = 0; at < count; ++at) {
           const int64_t kb = list ? list[at] : at;
           if (kb < 0 || kb >= kv_blocks) {
-#pragma omp atomic write
-            error = TAMIS_CORRUPT_MASK;
+            fail(error, TAMIS_CORRUPT_MASK);
             break;
           }
           const int64_t first = kb * g.block_kv / TAMIS_PACK_BLOCK;
@@ -233,6 +228,12 @@ int tamis_used_blocks(const tamis_attend_args* args, uint8_t* used) {
         }
       }
   }
+}
+
+int tamis_used_blocks(const tamis_attend_args* args, uint8_t* used) {
+  int error = TAMIS_OK;
+#pragma omp parallel num_threads(args->threads)
+  tamis_used_blocks_together(args, used, &error);
   return error;
 }
 

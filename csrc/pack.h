@@ -98,29 +98,27 @@ static void pack_value_block(const tamis_pack_args& a, int64_t b, int64_t h, int
   }
 }
 
-static int pack_kv(const tamis_pack_args* args) {
-  const tamis_pack_args& a = *args;
+static void pack_kv_together(const tamis_pack_args& a, int* error) {
   const int64_t blocks = (a.seq + 63) / 64, wide = a.head_dim > a.value_dim ? a.head_dim : a.value_dim;
   const int64_t padded = round_up(wide, 16);
-  int error = TAMIS_OK;
-#pragma omp parallel num_threads(a.threads)
-  {
-    float* scratch = (float*)aligned_alloc(64, round_up(65 * padded * 4 + padded + 64, 64));
-    if (!scratch) {
-#pragma omp atomic write
-      error = TAMIS_NO_MEMORY;
-    }
-    PackScratch s;
-    s.rows = scratch;
-    s.mean = scratch + 64 * padded;
-    s.bytes = (int8_t*)(s.mean + padded);
+  float* scratch = (float*)aligned_alloc(64, round_up(65 * padded * 4 + padded + 64, 64));
+  if (!scratch) fail(error, TAMIS_NO_MEMORY);
+  PackScratch s;
+  s.rows = scratch;
+  s.mean = scratch + 64 * padded;
+  s.bytes = (int8_t*)(s.mean + padded);
 #pragma omp for schedule(static)
-    for (int64_t n = 0; n < a.batch * a.kv_heads * blocks; ++n) {
-      if (!scratch || (a.used && !a.used[n])) continue;
-      pack_key_block(a, n / blocks / a.kv_heads, n / blocks % a.kv_heads, n % blocks, s);
-      if (a.value.data) pack_value_block(a, n / blocks / a.kv_heads, n / blocks % a.kv_heads, n % blocks, s);
-    }
-    free(scratch);
+  for (int64_t n = 0; n < a.batch * a.kv_heads * blocks; ++n) {
+    if (!scratch || failed(error) || (a.used && !a.used[n])) continue;
+    pack_key_block(a, n / blocks / a.kv_heads, n / blocks % a.kv_heads, n % blocks, s);
+    if (a.value.data) pack_value_block(a, n / blocks / a.kv_heads, n / blocks % a.kv_heads, n % blocks, s);
   }
+  free(scratch);
+}
+
+static int pack_kv(const tamis_pack_args* args) {
+  int error = TAMIS_OK;
+#pragma omp parallel num_threads(args->threads)
+  pack_kv_together(*args, &error);
   return error;
 }

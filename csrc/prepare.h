@@ -12,6 +12,8 @@ struct Prepared {
   float* key_top = nullptr;   // tiles, bf16 key: a part's largest absolute entry, NaN where one is not finite
   char* key = nullptr;        // tiles: [batch, kv_heads, parts, 64, key_bytes], where rows of key are not whole tiles
   int64_t parts = 0, wide = 0, key_bytes = 0;
+  bool pack = false, smooth = false;  // whether the call quantises for itself, and subtracts a mean key
+  KeySums sums;
 
   Prepared() = default;
   Prepared(const Prepared&) = delete;
@@ -64,59 +66,55 @@ static void lay_out(Pieces& pieces, const tamis_attend_args& a, bool pack, bool 
   }
 }
 
-// Threads for so many steps of about a multiplication: as many as have work for longer than starting them takes.
-static inline int32_t threads_for(const tamis_attend_args& a, int64_t steps) {
-  return (int32_t)greatest(1, least(a.threads, steps / 500000));
-}
-
-static int pack_for_call(tamis_attend_args& a, const Prepared& p, bool tiles) {
-  int error = TAMIS_OK;
-  const int64_t tokens = a.batch * a.kv_heads * a.geometry.kv_len;
-  memset(a.packed.key_mean, 0, a.batch * a.kv_heads * a.head_dim * 4);
-  if (!(a.softcap > 0)) {  // which is not indifferent to a shift of the scores: the key is not smoothed then
-    tamis_summarize_args mean{};
-    mean.batch = a.batch, mean.heads = a.kv_heads, mean.seq = a.geometry.kv_len, mean.dim = a.head_dim;
-    mean.x = a.key, mean.segments = a.pack_segments, mean.segment_stride = a.pack_segment_stride;
-    mean.used = p.used, mean.means = a.packed.key_mean, mean.threads = threads_for(a, tokens * a.head_dim);
-    error = key_mean(&mean);
-  }
-  tamis_pack_args pack{};
-  pack.batch = a.batch, pack.kv_heads = a.kv_heads, pack.seq = a.geometry.kv_len;
-  pack.head_dim = a.head_dim, pack.value_dim = a.value_dim;
-  pack.key = a.key, pack.segments = a.pack_segments, pack.segment_stride = a.pack_segment_stride;
-  if (!tiles) pack.value = a.value;
-  pack.used = p.used, pack.packed = a.packed;
-  pack.threads = threads_for(a, 2 * tokens * (a.head_dim + (tiles ? 0 : a.value_dim)));
-  return error ? error : pack_kv(&pack);
-}
-
 #ifdef TAMIS_AMX
 #include "tile_values.h"
 #endif
 
-// Fills `p`, and a.packed where the call quantises for itself.
-static int prepare(tamis_attend_args& a, Prepared& p) {
-  const bool pack = a.int8 && !a.packed.key;
+static tamis_summarize_args mean_for_call(const tamis_attend_args& a, const Prepared& p) {
+  tamis_summarize_args mean{};
+  mean.batch = a.batch, mean.heads = a.kv_heads, mean.seq = a.geometry.kv_len, mean.dim = a.head_dim;
+  mean.x = a.key, mean.segments = a.pack_segments, mean.segment_stride = a.pack_segment_stride;
+  mean.used = p.used, mean.means = a.packed.key_mean;
+  return mean;
+}
+
+static tamis_pack_args pack_for_call(const tamis_attend_args& a, const Prepared& p) {
+  tamis_pack_args pack{};
+  pack.batch = a.batch, pack.kv_heads = a.kv_heads, pack.seq = a.geometry.kv_len;
+  pack.head_dim = a.head_dim, pack.value_dim = a.value_dim;
+  pack.key = a.key, pack.segments = a.pack_segments, pack.segment_stride = a.pack_segment_stride;
+  if (!takes_tiles(a)) pack.value = a.value;
+  pack.used = p.used, pack.packed = a.packed;
+  return pack;
+}
+
+// Room for what the call prepares, and a.packed pointing there where it quantises for itself.
+static int make_room(tamis_attend_args& a, Prepared& p) {
   const bool tiles = takes_tiles(a);
-  if (!pack && !tiles) return TAMIS_OK;
+  p.pack = a.int8 && !a.packed.key;
+  if (!p.pack && !tiles) return TAMIS_OK;
   p.parts = blocks_of(a.geometry.kv_len, 64), p.wide = round_up(a.value_dim, 16);
   p.key_bytes = round_up(a.head_dim * (a.int8 ? 1 : 2), 64);
-  if (pack) a.packed.capacity = p.parts, a.packed.dim4 = tiles ? p.key_bytes : round_up(a.head_dim, 4);
+  if (p.pack) a.packed.capacity = p.parts, a.packed.dim4 = tiles ? p.key_bytes : round_up(a.head_dim, 4);
   Pieces measure{nullptr};
-  lay_out(measure, a, pack, tiles, p, a.packed);
+  lay_out(measure, a, p.pack, tiles, p, a.packed);
   p.memory = (char*)aligned_alloc(64, measure.at + 64);
   if (!p.memory) return TAMIS_NO_MEMORY;
   tamis_large_pages(p.memory, measure.at);
   Pieces pieces{p.memory};
-  lay_out(pieces, a, pack, tiles, p, a.packed);
-  tamis_attend_args looking = a;
-  const tamis_geometry& g = a.geometry;
-  const int64_t kept = a.kv_num_blocks ? a.max_blocks : blocks_of(g.kv_len, g.block_kv);
-  looking.threads = threads_for(a, 8 * a.batch * a.heads * blocks_of(g.q_len, g.block_q) * kept);
-  int error = tamis_used_blocks(&looking, p.used);
-  if (!error && pack) error = pack_for_call(a, p, tiles);
+  lay_out(pieces, a, p.pack, tiles, p, a.packed);
+  if (p.pack) memset(a.packed.key_mean, 0, a.batch * a.kv_heads * a.head_dim * 4);
+  // A softcap is not indifferent to a shift of the scores: the key is not smoothed then.
+  p.smooth = p.pack && !(a.softcap > 0);
+  return p.smooth && !p.sums.make_room(mean_for_call(a, p)) ? TAMIS_NO_MEMORY : TAMIS_OK;
+}
+
+static void prepare_together(const tamis_attend_args& a, Prepared& p, int* error) {
+  if (!p.memory) return;
+  tamis_used_blocks_together(&a, p.used, error);
+  if (p.smooth) key_mean_together(mean_for_call(a, p), p.sums, error);
+  if (p.pack) pack_kv_together(pack_for_call(a, p), error);
 #ifdef TAMIS_AMX
-  if (!error && tiles) error = prepare_tiles(a, p);
+  if (takes_tiles(a)) prepare_tiles_together(a, p, error);
 #endif
-  return error;
 }

@@ -12,6 +12,7 @@
 
 #include "geometry.h"
 #include "rows.h"
+#include "summarize.h"
 
 static inline float float_of(uint32_t u) {
   float f;
@@ -157,23 +158,35 @@ static void select_row(const tamis_select_args& a, int64_t b, int64_t h, int64_t
   a.kv_num_blocks[row] = kept;
 }
 
-static int select(const tamis_select_args* args) {
-  const tamis_select_args& a = *args;
+static void select_together(const tamis_select_args& a, int* error) {
   const int64_t q_blocks = blocks_of(a.geometry.q_len, a.geometry.block_q);
   const int64_t padded = round_up(blocks_of(a.geometry.kv_len, a.geometry.block_kv), 16) + 16;
-  int error = TAMIS_OK;
-#pragma omp parallel num_threads(a.threads)
-  {
-    float* p = (float*)aligned_alloc(64, round_up(padded * 9, 64));
-    if (!p) {
-#pragma omp atomic write
-      error = TAMIS_NO_MEMORY;
-    }
+  float* p = (float*)aligned_alloc(64, round_up(padded * 9, 64));
+  if (!p) fail(error, TAMIS_NO_MEMORY);
 #pragma omp for schedule(dynamic, 4)
-    for (int64_t n = 0; n < a.batch * a.heads * q_blocks; ++n)
-      if (p) select_row(a, n / q_blocks / a.heads, n / q_blocks % a.heads, n % q_blocks, p, (uint32_t*)(p + padded),
-                        (uint8_t*)(p + 2 * padded));
-    free(p);
+  for (int64_t n = 0; n < a.batch * a.heads * q_blocks; ++n)
+    if (p && !failed(error))
+      select_row(a, n / q_blocks / a.heads, n / q_blocks % a.heads, n % q_blocks, p, (uint32_t*)(p + padded),
+                 (uint8_t*)(p + 2 * padded));
+  free(p);
+}
+
+static int select(const tamis_select_args* args) {
+  int error = TAMIS_OK;
+#pragma omp parallel num_threads(args->threads)
+  select_together(*args, &error);
+  return error;
+}
+
+static int predict(const tamis_predict_args* args) {
+  KeySums sums;
+  int error = sums.make_room(args->key_mean) ? TAMIS_OK : TAMIS_NO_MEMORY;
+#pragma omp parallel num_threads(args->threads) if (!error)
+  {
+    key_mean_together(args->key_mean, sums, &error);
+    summarize_together(args->query, &error);
+    summarize_together(args->key, &error);
+    select_together(args->select, &error);
   }
   return error;
 }

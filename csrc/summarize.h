@@ -10,6 +10,7 @@
 #include <stdlib.h>
 
 #include "rows.h"
+#include "together.h"
 
 static inline bool counts_row(const int64_t* segments, int64_t stride, int64_t b, int64_t i) {
   return !segments || segments[b * stride + i] >= 0;
@@ -82,82 +83,100 @@ static void summarize_block(const tamis_summarize_args& a, int64_t b, int64_t h,
   a.similarity[at] = !finite ? NAN : n ? square : 1.f;
 }
 
-static int summarize(const tamis_summarize_args* args) {
-  const tamis_summarize_args& a = *args;
+static void summarize_together(const tamis_summarize_args& a, int* error) {
   const int64_t blocks = (a.seq + a.block - 1) / a.block, padded = round_up(a.dim, 16);
-  int error = TAMIS_OK;
-#pragma omp parallel num_threads(a.threads)
-  {
-    float* scratch = (float*)aligned_alloc(64, round_up(6 * padded * 4, 64));
-    if (scratch)
-      memset(scratch, 0, 6 * padded * 4);
-    else {
-#pragma omp atomic write
-      error = TAMIS_NO_MEMORY;
-    }
+  float* scratch = (float*)aligned_alloc(64, round_up(6 * padded * 4, 64));
+  if (scratch)
+    memset(scratch, 0, 6 * padded * 4);
+  else
+    fail(error, TAMIS_NO_MEMORY);
 #pragma omp for schedule(static)
-    for (int64_t n = 0; n < a.batch * a.heads * blocks; ++n)
-      if (scratch)
-        summarize_block(a, n / blocks / a.heads, n / blocks % a.heads, n % blocks, scratch, scratch + padded);
-    free(scratch);
-  }
+  for (int64_t n = 0; n < a.batch * a.heads * blocks; ++n)
+    if (scratch && !failed(error))
+      summarize_block(a, n / blocks / a.heads, n / blocks % a.heads, n % blocks, scratch, scratch + padded);
+  free(scratch);
+}
+
+static int summarize(const tamis_summarize_args* args) {
+  int error = TAMIS_OK;
+#pragma omp parallel num_threads(args->threads)
+  summarize_together(*args, &error);
   return error;
 }
 
-// 64ths of tokens (which cannot overflow) summed by 64 in fp32, their sum in fp64: exact enough at any length, and independent of the threads.
-static int key_mean(const tamis_summarize_args* args) {
-  const tamis_summarize_args& a = *args;
-  const int64_t parts = (a.seq + 63) / 64, padded = round_up(a.dim, 16), heads = a.batch * a.heads;
-  float* sums = (float*)malloc((heads * parts * a.dim + 1) * 4);
-  int64_t* numbers = (int64_t*)malloc((heads * parts + 1) * 8);
-  int error = sums && numbers ? TAMIS_OK : TAMIS_NO_MEMORY;
-#pragma omp parallel num_threads(a.threads) if (!error)
-  {
-    float* row = (float*)aligned_alloc(64, round_up(padded * 8, 64));
-    if (row)
-      memset(row, 0, padded * 8);
-    else {
-#pragma omp atomic write
-      error = TAMIS_NO_MEMORY;
-    }
-#pragma omp for schedule(static)
-    for (int64_t n = 0; n < heads * parts; ++n) {
-      if (!row || !sums || !numbers) continue;
-      const int64_t bh = n / parts, part = n % parts, end = part * 64 + 64 < a.seq ? part * 64 + 64 : a.seq;
-      float* sum = row + padded;
-      int64_t count = 0;
-      // A sum is finite exactly if all of its terms are: only where it is not are rows looked at one by one.
-      for (int careful = 0; careful < 2; ++careful) {
-        count = 0;
-        memset(sum, 0, padded * 4);
-        for (int64_t i = part * 64; i < end && (!a.used || a.used[n]); ++i) {
-          if (!counts_row(a.segments, a.segment_stride, bh / a.heads, i)) continue;
-          const float* from = row;
-          if (is_plain(a.x) && a.dim == padded)
-            from = (const float*)row_of(a.x, bh / a.heads, bh % a.heads, i);
-          else
-            load_row(a.x, bh / a.heads, bh % a.heads, i, a.dim, row);
-          if (careful && !all_finite(from, a.dim)) continue;
-          ++count;
-          for (int64_t c = 0; c < padded; c += W) store(sum + c, fma(load(from + c), set1(1.f / 64), load(sum + c)));
-        }
-        if (all_finite(sum, padded)) break;
-      }
-      memcpy(sums + n * a.dim, sum, a.dim * 4);
-      numbers[n] = count;
-    }
-    free(row);
+// The sums a mean key is made of: for each 64 tokens of a head a row, and how many count.
+struct KeySums {
+  float* rows = nullptr;
+  int64_t* numbers = nullptr;
+
+  KeySums() = default;
+  KeySums(const KeySums&) = delete;
+  KeySums& operator=(const KeySums&) = delete;
+  ~KeySums() { free(rows), free(numbers); }
+
+  bool make_room(const tamis_summarize_args& a) {
+    const int64_t parts = a.batch * a.heads * ((a.seq + 63) / 64);
+    rows = (float*)malloc((parts * a.dim + 1) * 4), numbers = (int64_t*)malloc((parts + 1) * 8);
+    return rows && numbers;
   }
-  for (int64_t bh = 0; bh < heads && !error; ++bh) {
+};
+
+// 64ths of tokens, which cannot overflow, of one part. `row` is zero from dim on, in whole vectors; sums lie behind it.
+static void sum_part(const tamis_summarize_args& a, KeySums& sums, int64_t n, float* row) {
+  const int64_t parts = (a.seq + 63) / 64, padded = round_up(a.dim, 16), bh = n / parts, first = n % parts * 64;
+  const int64_t end = first + 64 < a.seq ? first + 64 : a.seq;
+  float* sum = row + padded;
+  int64_t count = 0;
+  // A sum is finite exactly if all of its terms are: only where it is not are rows looked at one by one.
+  for (int careful = 0; careful < 2; ++careful) {
+    count = 0;
+    memset(sum, 0, padded * 4);
+    for (int64_t i = first; i < end && (!a.used || a.used[n]); ++i) {
+      if (!counts_row(a.segments, a.segment_stride, bh / a.heads, i)) continue;
+      const float* from = row;
+      if (is_plain(a.x) && a.dim == padded)
+        from = (const float*)row_of(a.x, bh / a.heads, bh % a.heads, i);
+      else
+        load_row(a.x, bh / a.heads, bh % a.heads, i, a.dim, row);
+      if (careful && !all_finite(from, a.dim)) continue;
+      ++count;
+      for (int64_t c = 0; c < padded; c += W) store(sum + c, fma(load(from + c), set1(1.f / 64), load(sum + c)));
+    }
+    if (all_finite(sum, padded)) break;
+  }
+  memcpy(sums.rows + n * a.dim, sum, a.dim * 4);
+  sums.numbers[n] = count;
+}
+
+// Sums of 64 in fp32, their sum in fp64: exact enough at any length, and independent of the threads.
+static void key_mean_together(const tamis_summarize_args& a, KeySums& sums, int* error) {
+  const int64_t parts = (a.seq + 63) / 64, padded = round_up(a.dim, 16), heads = a.batch * a.heads;
+  float* row = (float*)aligned_alloc(64, round_up(padded * 8, 64));
+  if (row)
+    memset(row, 0, padded * 8);
+  else
+    fail(error, TAMIS_NO_MEMORY);
+#pragma omp for schedule(static)
+  for (int64_t n = 0; n < heads * parts; ++n)
+    if (row && !failed(error)) sum_part(a, sums, n, row);
+  free(row);
+#pragma omp for schedule(static)
+  for (int64_t bh = 0; bh < heads; ++bh) {
+    if (failed(error)) continue;
     int64_t count = 0;
-    for (int64_t part = 0; part < parts; ++part) count += numbers[bh * parts + part];
+    for (int64_t part = 0; part < parts; ++part) count += sums.numbers[bh * parts + part];
     for (int64_t c = 0; c < a.dim; ++c) {
       double sum = 0;
-      for (int64_t part = 0; part < parts; ++part) sum += sums[(bh * parts + part) * a.dim + c];
+      for (int64_t part = 0; part < parts; ++part) sum += sums.rows[(bh * parts + part) * a.dim + c];
       a.means[bh * a.dim + c] = count ? (float)(sum * 64 / (double)count) : 0.f;
     }
   }
-  free(sums);
-  free(numbers);
+}
+
+static int key_mean(const tamis_summarize_args* args) {
+  KeySums sums;
+  int error = sums.make_room(*args) ? TAMIS_OK : TAMIS_NO_MEMORY;
+#pragma omp parallel num_threads(args->threads) if (!error)
+  key_mean_together(*args, sums, &error);
   return error;
 }

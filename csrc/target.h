@@ -20,7 +20,10 @@ struct tamis_kernels {
   int (*summarize)(const tamis_summarize_args*);
   int (*pack_kv)(const tamis_pack_args*);
   int (*select)(const tamis_select_args*);
+  int (*predict)(const tamis_predict_args*);
 };
 
 // Asks for pages of 2 MB where memory is long and fresh.
 void tamis_large_pages(void* data, int64_t bytes);
+// tamis_used_blocks by the threads of a region: see together.h.
+void tamis_used_blocks_together(const tamis_attend_args* args, uint8_t* used, int* error);

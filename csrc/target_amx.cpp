@@ -11,4 +11,4 @@ namespace tamis_amx {
 }  // namespace tamis_amx
 
 extern const tamis_kernels tamis_kernels_amx = {
-    tamis_amx::attend, tamis_amx::key_mean, tamis_amx::summarize, tamis_amx::pack_kv, tamis_amx::select};
+    tamis_amx::attend, tamis_amx::key_mean, tamis_amx::summarize, tamis_amx::pack_kv, tamis_amx::select, tamis_amx::predict};

@@ -9,4 +9,4 @@ namespace tamis_avx2 {
 }  // namespace tamis_avx2
 
 extern const tamis_kernels tamis_kernels_avx2 = {
-    tamis_avx2::attend, tamis_avx2::key_mean, tamis_avx2::summarize, tamis_avx2::pack_kv, tamis_avx2::select};
+    tamis_avx2::attend, tamis_avx2::key_mean, tamis_avx2::summarize, tamis_avx2::pack_kv, tamis_avx2::select, tamis_avx2::predict};

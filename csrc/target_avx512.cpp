@@ -9,4 +9,4 @@ namespace tamis_avx512 {
 }  // namespace tamis_avx512
 
 extern const tamis_kernels tamis_kernels_avx512 = {
-    tamis_avx512::attend, tamis_avx512::key_mean, tamis_avx512::summarize, tamis_avx512::pack_kv, tamis_avx512::select};
+    tamis_avx512::attend, tamis_avx512::key_mean, tamis_avx512::summarize, tamis_avx512::pack_kv, tamis_avx512::select, tamis_avx512::predict};

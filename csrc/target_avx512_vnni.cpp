@@ -10,4 +10,4 @@ namespace tamis_avx512_vnni {
 }  // namespace tamis_avx512_vnni
 
 extern const tamis_kernels tamis_kernels_avx512_vnni = {
-    tamis_avx512_vnni::attend, tamis_avx512_vnni::key_mean, tamis_avx512_vnni::summarize, tamis_avx512_vnni::pack_kv, tamis_avx512_vnni::select};
+    tamis_avx512_vnni::attend, tamis_avx512_vnni::key_mean, tamis_avx512_vnni::summarize, tamis_avx512_vnni::pack_kv, tamis_avx512_vnni::select, tamis_avx512_vnni::predict};

@@ -10,4 +10,4 @@ namespace tamis_avx_vnni {
 }  // namespace tamis_avx_vnni
 
 extern const tamis_kernels tamis_kernels_avx_vnni = {
-    tamis_avx_vnni::attend, tamis_avx_vnni::key_mean, tamis_avx_vnni::summarize, tamis_avx_vnni::pack_kv, tamis_avx_vnni::select};
+    tamis_avx_vnni::attend, tamis_avx_vnni::key_mean, tamis_avx_vnni::summarize, tamis_avx_vnni::pack_kv, tamis_avx_vnni::select, tamis_avx_vnni::predict};

@@ -9,4 +9,4 @@ namespace tamis_baseline {
 }  // namespace tamis_baseline
 
 extern const tamis_kernels tamis_kernels_baseline = {
-    tamis_baseline::attend, tamis_baseline::key_mean, tamis_baseline::summarize, tamis_baseline::pack_kv, tamis_baseline::select};
+    tamis_baseline::attend, tamis_baseline::key_mean, tamis_baseline::summarize, tamis_baseline::pack_kv, tamis_baseline::select, tamis_baseline::predict};

@@ -9,4 +9,4 @@ namespace tamis_neon_dot {
 }  // namespace tamis_neon_dot
 
 extern const tamis_kernels tamis_kernels_neon_dot = {
-    tamis_neon_dot::attend, tamis_neon_dot::key_mean, tamis_neon_dot::summarize, tamis_neon_dot::pack_kv, tamis_neon_dot::select};
+    tamis_neon_dot::attend, tamis_neon_dot::key_mean, tamis_neon_dot::summarize, tamis_neon_dot::pack_kv, tamis_neon_dot::select, tamis_neon_dot::predict};

@@ -9,7 +9,7 @@ from pathlib import Path
 import torch
 from torch import Tensor
 
-ABI_VERSION = 3
+ABI_VERSION = 4
 DTYPES = {torch.float32: 0, torch.bfloat16: 1, torch.float16: 2}
 _MASK_DTYPES = {**DTYPES, torch.bool: 3}
 _NO_MEMORY, _CORRUPT_MASK = 1, 2
@@ -119,6 +119,7 @@ class Predict(ctypes.Structure):
         *((name, Summarize) for name in ("key_mean", "query", "key")),
         ("select", Select),
         ("max_blocks", c_int64),
+        ("threads", c_int32),
     ]
 
 

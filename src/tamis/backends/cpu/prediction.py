@@ -163,7 +163,7 @@ def predict(
 def indices(args: native.Predict, bits: int, num: Tensor, trim: bool) -> Tensor:
     """The lists of a prediction that has run; trimmed, as wide as the longest."""
     kv_blocks = -(-args.key.seq // args.key.block)
-    return _expand(bits, num, kv_blocks, max(1, args.max_blocks) if trim else kv_blocks, args.select.threads)
+    return _expand(bits, num, kv_blocks, max(1, args.max_blocks) if trim else kv_blocks, args.threads)
 
 
 WRITTEN = range(7)
@@ -191,5 +191,8 @@ def predict_args(
     summaries = (*_summaries(args.query, block_size[0]), *_summaries(args.key, block_size[1]))
     lengths = (query.shape[2], key.shape[2])
     kept = _select_args(args.select, summaries, choice, lengths, block_size, bounds)
+    chosen = args.select
+    judged = chosen.batch * chosen.heads * summaries[0].shape[2] * summaries[2].shape[2] * (chosen.head_dim + 64)
+    args.threads = library.threads(2 * query.numel() + 3 * key.numel() + judged)
     num, bits, *settings = kept
     return args, [num, bits, mean, *summaries, *settings, *attached]
