@@ -4,9 +4,15 @@
 #include "summarize.h"
 
 struct PackScratch {
-  float* rows;   // [64][padded], key or value block in fp32
-  float* mean;   // [padded]
-  int8_t* bytes; // [padded]
+  float* rows;    // [64][padded], key or value block in fp32
+  float* mean;    // [padded], of the head at hand
+  int8_t* bytes;  // [padded]
+
+  static int64_t bytes_for(int64_t padded) { return round_up(65 * padded * 4 + padded + 64, 64); }
+  PackScratch(char* memory, int64_t padded) {
+    rows = (float*)memory, mean = rows + 64 * padded, bytes = (int8_t*)(mean + padded);
+    if (memory) memset(mean, 0, padded * 4);
+  }
 };
 
 // Loads a block; rows that do not count become zero. Of a key, less its mean, returns the largest absolute entry, NaN
@@ -38,8 +44,6 @@ static void pack_key_block(const tamis_pack_args& a, int64_t b, int64_t h, int64
   const tamis_packed& p = a.packed;
   const int64_t head = b * a.kv_heads + h, at = head * p.capacity + a.first_block + block, dim = a.head_dim;
   const int64_t padded = round_up(dim, 16), j0 = block * 64, n = a.seq - j0 < 64 ? a.seq - j0 : 64;
-  memcpy(s.mean, p.key_mean + head * dim, dim * 4);
-  memset(s.mean + dim, 0, (padded - dim) * 4);
   const float top = load_block(a, a.key, b, h, j0, n, dim, s.mean, s.rows);
   const bool finite = top == top;
   int8_t* to = p.key + at * 64 * p.dim4;
@@ -98,27 +102,25 @@ static void pack_value_block(const tamis_pack_args& a, int64_t b, int64_t h, int
   }
 }
 
-static void pack_kv_together(const tamis_pack_args& a, int* error) {
-  const int64_t blocks = (a.seq + 63) / 64, wide = a.head_dim > a.value_dim ? a.head_dim : a.value_dim;
-  const int64_t padded = round_up(wide, 16);
-  float* scratch = (float*)aligned_alloc(64, round_up(65 * padded * 4 + padded + 64, 64));
-  if (!scratch) fail(error, TAMIS_NO_MEMORY);
-  PackScratch s;
-  s.rows = scratch;
-  s.mean = scratch + 64 * padded;
-  s.bytes = (int8_t*)(s.mean + padded);
-#pragma omp for schedule(static)
-  for (int64_t n = 0; n < a.batch * a.kv_heads * blocks; ++n) {
-    if (!scratch || failed(error) || (a.used && !a.used[n])) continue;
-    pack_key_block(a, n / blocks / a.kv_heads, n / blocks % a.kv_heads, n % blocks, s);
-    if (a.value.data) pack_value_block(a, n / blocks / a.kv_heads, n / blocks % a.kv_heads, n % blocks, s);
-  }
-  free(scratch);
-}
-
 static int pack_kv(const tamis_pack_args* args) {
+  const tamis_pack_args& a = *args;
+  const int64_t blocks = (a.seq + 63) / 64, padded = round_up(a.head_dim > a.value_dim ? a.head_dim : a.value_dim, 16);
   int error = TAMIS_OK;
-#pragma omp parallel num_threads(args->threads)
-  pack_kv_together(*args, &error);
+#pragma omp parallel num_threads(a.threads)
+  {
+    char* memory = (char*)aligned_alloc(64, PackScratch::bytes_for(padded));
+    if (!memory) fail(&error, TAMIS_NO_MEMORY);
+    PackScratch s(memory, padded);
+    HeadMean mean{nullptr, nullptr};
+#pragma omp for schedule(static)
+    for (int64_t n = 0; n < a.batch * a.kv_heads * blocks; ++n) {
+      if (!memory || failed(&error) || (a.used && !a.used[n])) continue;
+      const int64_t bh = n / blocks;
+      mean.at(bh, false, a.packed.key_mean, a.head_dim, s.mean);
+      pack_key_block(a, bh / a.kv_heads, bh % a.kv_heads, n % blocks, s);
+      pack_value_block(a, bh / a.kv_heads, bh % a.kv_heads, n % blocks, s);
+    }
+    free(memory);
+  }
   return error;
 }

@@ -88,6 +88,12 @@ static tamis_pack_args pack_for_call(const tamis_attend_args& a, const Prepared&
   return pack;
 }
 
+// Whether every key is seen by some query for certain, so that nobody has to look.
+static inline bool all_used(const tamis_attend_args& a) {
+  const tamis_geometry& g = a.geometry;
+  return !a.kv_num_blocks && !g.visible && !is_explicit(g) && !g.window && g.q_len > 0 && a.heads > 0;
+}
+
 // Room for what the call prepares, and a.packed pointing there where it quantises for itself.
 static int make_room(tamis_attend_args& a, Prepared& p) {
   const bool tiles = takes_tiles(a);
@@ -103,6 +109,7 @@ static int make_room(tamis_attend_args& a, Prepared& p) {
   tamis_large_pages(p.memory, measure.at);
   Pieces pieces{p.memory};
   lay_out(pieces, a, p.pack, tiles, p, a.packed);
+  if (all_used(a)) memset(p.used, 1, a.batch * a.kv_heads * p.parts);
   if (p.pack) memset(a.packed.key_mean, 0, a.batch * a.kv_heads * a.head_dim * 4);
   // A softcap is not indifferent to a shift of the scores: the key is not smoothed then.
   p.smooth = p.pack && !(a.softcap > 0);
@@ -111,10 +118,28 @@ static int make_room(tamis_attend_args& a, Prepared& p) {
 
 static void prepare_together(const tamis_attend_args& a, Prepared& p, int* error) {
   if (!p.memory) return;
-  tamis_used_blocks_together(&a, p.used, error);
-  if (p.smooth) key_mean_together(mean_for_call(a, p), p.sums, error);
-  if (p.pack) pack_kv_together(pack_for_call(a, p), error);
+  const int64_t count = a.batch * a.kv_heads * p.parts, padded = round_up(greatest(a.value_dim, a.head_dim), 16);
+  const bool tiles = takes_tiles(a);
+  const tamis_summarize_args mean = mean_for_call(a, p);
+  const tamis_pack_args pack = pack_for_call(a, p);
+  if (!all_used(a)) tamis_used_blocks_together(&a, p.used, error);
+  if (p.smooth) key_sums_together(mean, p.sums, error);
+  const int64_t for_pack = PackScratch::bytes_for(padded), for_tiles = round_up((64 * padded + 64 * W) * 4, 64);
+  char* memory = (char*)aligned_alloc(64, for_pack + for_tiles);
+  if (!memory) fail(error, TAMIS_NO_MEMORY);
+  PackScratch s(memory, padded);
+  HeadMean head{p.smooth ? &mean : nullptr, &p.sums};
+#pragma omp for schedule(static)
+  for (int64_t n = 0; n < count; ++n) {
+    if (!memory || failed(error)) continue;
+    const int64_t bh = n / p.parts, b = bh / a.kv_heads, h = bh % a.kv_heads;
+    if (p.pack) head.at(bh, n % p.parts == 0, nullptr, a.head_dim, s.mean);
+    if (!p.used[n]) continue;
+    if (p.pack) pack_key_block(pack, b, h, n % p.parts, s);
+    if (p.pack && !tiles) pack_value_block(pack, b, h, n % p.parts, s);
 #ifdef TAMIS_AMX
-  if (takes_tiles(a)) prepare_tiles_together(a, p, error);
+    if (tiles) prepare_tiles(a, p, n, padded, (float*)(memory + for_pack));
 #endif
+  }
+  free(memory);
 }

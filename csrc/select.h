@@ -183,9 +183,10 @@ static int predict(const tamis_predict_args* args) {
   int error = sums.make_room(args->key_mean) ? TAMIS_OK : TAMIS_NO_MEMORY;
 #pragma omp parallel num_threads(args->threads) if (!error)
   {
-    key_mean_together(args->key_mean, sums, &error);
-    summarize_together(args->query, &error);
-    summarize_together(args->key, &error);
+    summarize_together(args->query, {nullptr, nullptr}, &error);
+    key_sums_together(args->key_mean, sums, &error);
+    summarize_together(args->key, {&args->key_mean, &sums}, &error);
+#pragma omp barrier
     select_together(args->select, &error);
   }
   return error;

@@ -25,14 +25,13 @@ static inline void flush_sums(float* sum, float* unit, int64_t padded) {
   }
 }
 
-// `zero` stands for the mean where there is none; it and `row` are zero from dim on, in whole vectors.
-static void summarize_block(const tamis_summarize_args& a, int64_t b, int64_t h, int64_t block, float* zero,
+// `mean`, which may be zero, and `row` are zero from dim on, in whole vectors.
+static void summarize_block(const tamis_summarize_args& a, int64_t b, int64_t h, int64_t block, const float* mean,
                             float* row) {
   const int64_t padded = round_up(a.dim, 16), blocks = (a.seq + a.block - 1) / a.block;
   const int64_t end = (block + 1) * a.block < a.seq ? (block + 1) * a.block : a.seq;
   const int64_t at = (b * a.heads + h) * blocks + block;
-  float *sum = row + padded, *unit = sum + padded, *mean = zero;
-  if (a.mean) mean = (float*)memcpy(zero, a.mean + (b * a.heads + h) * a.dim, a.dim * 4);
+  float *sum = row + padded, *unit = sum + padded;
   memset(sum, 0, 4 * padded * 4);  // sum, unit and their totals
   int64_t n = 0;
   bool finite = true;
@@ -83,27 +82,6 @@ static void summarize_block(const tamis_summarize_args& a, int64_t b, int64_t h,
   a.similarity[at] = !finite ? NAN : n ? square : 1.f;
 }
 
-static void summarize_together(const tamis_summarize_args& a, int* error) {
-  const int64_t blocks = (a.seq + a.block - 1) / a.block, padded = round_up(a.dim, 16);
-  float* scratch = (float*)aligned_alloc(64, round_up(6 * padded * 4, 64));
-  if (scratch)
-    memset(scratch, 0, 6 * padded * 4);
-  else
-    fail(error, TAMIS_NO_MEMORY);
-#pragma omp for schedule(static)
-  for (int64_t n = 0; n < a.batch * a.heads * blocks; ++n)
-    if (scratch && !failed(error))
-      summarize_block(a, n / blocks / a.heads, n / blocks % a.heads, n % blocks, scratch, scratch + padded);
-  free(scratch);
-}
-
-static int summarize(const tamis_summarize_args* args) {
-  int error = TAMIS_OK;
-#pragma omp parallel num_threads(args->threads)
-  summarize_together(*args, &error);
-  return error;
-}
-
 // The sums a mean key is made of: for each 64 tokens of a head a row, and how many count.
 struct KeySums {
   float* rows = nullptr;
@@ -148,35 +126,81 @@ static void sum_part(const tamis_summarize_args& a, KeySums& sums, int64_t n, fl
   sums.numbers[n] = count;
 }
 
-// Sums of 64 in fp32, their sum in fp64: exact enough at any length, and independent of the threads.
-static void key_mean_together(const tamis_summarize_args& a, KeySums& sums, int* error) {
-  const int64_t parts = (a.seq + 63) / 64, padded = round_up(a.dim, 16), heads = a.batch * a.heads;
+// The mean key of one head: sums of 64 in fp32, their sum in fp64, exact enough at any length and independent of the
+// threads.
+static void mean_of(const tamis_summarize_args& a, const KeySums& sums, int64_t bh, float* mean) {
+  const int64_t parts = (a.seq + 63) / 64;
+  int64_t count = 0;
+  for (int64_t part = 0; part < parts; ++part) count += sums.numbers[bh * parts + part];
+  for (int64_t c = 0; c < a.dim; ++c) {
+    double sum = 0;
+    for (int64_t part = 0; part < parts; ++part) sum += sums.rows[(bh * parts + part) * a.dim + c];
+    mean[c] = count ? (float)(sum * 64 / (double)count) : 0.f;
+  }
+}
+
+static void key_sums_together(const tamis_summarize_args& a, KeySums& sums, int* error) {
+  const int64_t parts = a.batch * a.heads * ((a.seq + 63) / 64), padded = round_up(a.dim, 16);
   float* row = (float*)aligned_alloc(64, round_up(padded * 8, 64));
   if (row)
     memset(row, 0, padded * 8);
   else
     fail(error, TAMIS_NO_MEMORY);
 #pragma omp for schedule(static)
-  for (int64_t n = 0; n < heads * parts; ++n)
+  for (int64_t n = 0; n < parts; ++n)
     if (row && !failed(error)) sum_part(a, sums, n, row);
   free(row);
-#pragma omp for schedule(static)
-  for (int64_t bh = 0; bh < heads; ++bh) {
-    if (failed(error)) continue;
-    int64_t count = 0;
-    for (int64_t part = 0; part < parts; ++part) count += sums.numbers[bh * parts + part];
-    for (int64_t c = 0; c < a.dim; ++c) {
-      double sum = 0;
-      for (int64_t part = 0; part < parts; ++part) sum += sums.rows[(bh * parts + part) * a.dim + c];
-      a.means[bh * a.dim + c] = count ? (float)(sum * 64 / (double)count) : 0.f;
-    }
-  }
 }
 
 static int key_mean(const tamis_summarize_args* args) {
   KeySums sums;
   int error = sums.make_room(*args) ? TAMIS_OK : TAMIS_NO_MEMORY;
 #pragma omp parallel num_threads(args->threads) if (!error)
-  key_mean_together(*args, sums, &error);
+  {
+    key_sums_together(*args, sums, &error);
+#pragma omp for schedule(static)
+    for (int64_t bh = 0; bh < args->batch * args->heads; ++bh)
+      if (!failed(&error)) mean_of(*args, sums, bh, args->means + bh * args->dim);
+  }
+  return error;
+}
+
+// The mean of the head at hand, as each thread keeps it: making it once more is cheaper than meeting the others. The
+// thread with a head's first block writes it out.
+struct HeadMean {
+  const tamis_summarize_args* of;  // null: there is no mean, or it is given
+  const KeySums* sums;
+  int64_t head = -1;
+
+  void at(int64_t bh, bool first, const float* given, int64_t dim, float* mean) {
+    if (bh != head && of) mean_of(*of, *sums, bh, mean);
+    if (bh != head && !of && given) memcpy(mean, given + bh * dim, dim * 4);
+    if (of && first) memcpy(of->means + bh * dim, mean, dim * 4);
+    head = bh;
+  }
+};
+
+// `mean`: whose mean is subtracted, or none if that of the arguments.
+static void summarize_together(const tamis_summarize_args& a, HeadMean mean, int* error) {
+  const int64_t blocks = (a.seq + a.block - 1) / a.block, padded = round_up(a.dim, 16);
+  float* scratch = (float*)aligned_alloc(64, round_up(6 * padded * 4, 64));
+  if (scratch)
+    memset(scratch, 0, 6 * padded * 4);
+  else
+    fail(error, TAMIS_NO_MEMORY);
+#pragma omp for schedule(static) nowait
+  for (int64_t n = 0; n < a.batch * a.heads * blocks; ++n) {
+    if (!scratch || failed(error)) continue;
+    const int64_t bh = n / blocks;
+    mean.at(bh, n % blocks == 0, a.mean, a.dim, scratch);
+    summarize_block(a, bh / a.heads, bh % a.heads, n % blocks, scratch, scratch + padded);
+  }
+  free(scratch);
+}
+
+static int summarize(const tamis_summarize_args* args) {
+  int error = TAMIS_OK;
+#pragma omp parallel num_threads(args->threads)
+  summarize_together(*args, {nullptr, nullptr}, &error);
   return error;
 }

@@ -78,23 +78,16 @@ static void copy_keys(const tamis_attend_args& a, const Prepared& p, int64_t b, 
   }
 }
 
-static void prepare_tiles_together(const tamis_attend_args& a, const Prepared& p, int* error) {
-  const int64_t padded = round_up(greatest(a.value_dim, a.head_dim), 16);
-  float* rows = (float*)aligned_alloc(64, round_up((64 * padded + 2 * 32 * W) * 4, 64));
-  if (!rows) fail(error, TAMIS_NO_MEMORY);
+// Part n of value, and of key where its rows are not whole tiles. `rows` is [64][padded] fp32, and 64 W behind it.
+static void prepare_tiles(const tamis_attend_args& a, const Prepared& p, int64_t n, int64_t padded, float* rows) {
+  const int64_t head = n / p.parts, part = n % p.parts, b = head / a.kv_heads, h = head % a.kv_heads;
+  const int64_t j0 = part * 64, keys = least(64, a.geometry.kv_len - j0);
   float *words = rows + 64 * padded, *turned = words + 32 * W;
-#pragma omp for schedule(static)
-  for (int64_t n = 0; n < a.batch * a.kv_heads * p.parts; ++n) {
-    if (!rows || failed(error) || !p.used[n]) continue;
-    const int64_t head = n / p.parts, part = n % p.parts, b = head / a.kv_heads, h = head % a.kv_heads;
-    const int64_t j0 = part * 64, keys = least(64, a.geometry.kv_len - j0);
-    uint16_t* to = p.value + n * p.wide * 64;
-    p.finite[n] = a.value.data ? turn_values(a, b, h, j0, keys, to, rows, words, turned)
-                               : scale_values(a, head * a.packed.capacity + part, p.wide, to);
-    if (p.key_top) p.key_top[n] = key_size(a, b, h, j0, keys, rows);
-    if (p.key) copy_keys(a, p, b, h, part, keys, p.key + n * 64 * p.key_bytes);
-  }
-  free(rows);
+  uint16_t* to = p.value + n * p.wide * 64;
+  p.finite[n] = a.value.data ? turn_values(a, b, h, j0, keys, to, rows, words, turned)
+                             : scale_values(a, head * a.packed.capacity + part, p.wide, to);
+  if (p.key_top) p.key_top[n] = key_size(a, b, h, j0, keys, rows);
+  if (p.key) copy_keys(a, p, b, h, part, keys, p.key + n * 64 * p.key_bytes);
 }
 
 // A hidden value that is NaN or infinite would leak through 0 * NaN. The tiles get a zero for it, and the rows that do
