@@ -16,63 +16,71 @@ static inline bool counts_row(const int64_t* segments, int64_t stride, int64_t b
   return !segments || segments[b * stride + i] >= 0;
 }
 
-// Adds `sum` and `unit`, which lie side by side, to the totals behind them and clears them.
-static inline void flush_sums(float* sum, float* unit, int64_t padded) {
-  float* total = unit + padded;
-  for (int64_t c = 0; c < 2 * padded; c += W) {
-    store(total + c, load(total + c) + load(sum + c));
-    store(sum + c, set1(0.f));
+// 1 / |x| of one row that is `padded` long, whose squares sum to `norm2`. Where that left the range of fp32 on either
+// side, divide by the largest entry first, if that is a number: `factor` is what the rest of the inverse is to be
+// multiplied with. False if an entry is not finite.
+static bool rescue_norm(const float* row, int64_t padded, int64_t dim, float& norm2, float& factor) {
+  const float top = max_abs(row, dim);
+  factor = top > 0 ? 1.f / top : 0.f;
+  vf square = set1(0.f);
+  for (int64_t c = 0; c < padded; c += W) {
+    const vf x = load(row + c) * set1(factor);
+    square = fma(x, x, square);
   }
+  norm2 = sum_lanes(square);
+  return all_finite(row, dim);
 }
 
-// `mean`, which may be zero, and `row` are zero from dim on, in whole vectors.
+// Sums of so many rows are added up: rounding grows with the longer chain. In `rows` they lie less their mean.
+constexpr int64_t kSummed = 16;
+
+// `mean`, which may be zero, and `rows` are zero from dim on, in whole vectors; behind the rows lie the two sums.
 static void summarize_block(const tamis_summarize_args& a, int64_t b, int64_t h, int64_t block, const float* mean,
-                            float* row) {
+                            float* rows) {
   const int64_t padded = round_up(a.dim, 16), blocks = (a.seq + a.block - 1) / a.block;
   const int64_t end = (block + 1) * a.block < a.seq ? (block + 1) * a.block : a.seq;
   const int64_t at = (b * a.heads + h) * blocks + block;
-  float *sum = row + padded, *unit = sum + padded;
-  memset(sum, 0, 4 * padded * 4);  // sum, unit and their totals
+  const bool in_place = is_plain(a.x) && a.dim == padded;
+  float *sum = rows + kSummed * padded, *unit = sum + padded;
+  memset(sum, 0, 2 * padded * 4);
   int64_t n = 0;
   bool finite = true;
-  for (int64_t i = block * a.block; i < end; ++i) {
-    if (!counts_row(a.segments, a.segment_stride, b, i)) continue;
-    ++n;
-    // Sums of at most 16 rows are added up: rounding grows with the shorter chain.
-    if (n % 16 == 0) flush_sums(sum, unit, padded);
-    const float* from = row;
-    if (is_plain(a.x) && a.dim == padded)
-      from = (const float*)row_of(a.x, b, h, i);
-    else
-      load_row(a.x, b, h, i, a.dim, row);
-    vf square = set1(0.f);
-    for (int64_t c = 0; c < padded; c += W) {
-      const vf x = load(from + c) - load(mean + c);
-      store(row + c, x);
-      square = fma(x, x, square);
-    }
-    float norm2 = sum_lanes(square), inverse_top = 1.f;
-    // A square that left the range of fp32 on either side: divide by the largest entry first, if that is a number.
-    if (!(norm2 > 1e-30f && norm2 < 1e30f)) {
-      finite = finite && all_finite(row, a.dim);
-      const float top = max_abs(row, a.dim);
-      inverse_top = top > 0 ? 1.f / top : 0.f;
-      square = set1(0.f);
+  for (int64_t i = block * a.block; i < end;) {
+    float norm2[kSummed], inverse[kSummed];
+    for (int64_t m = 0; m < kSummed; ++m) norm2[m] = inverse[m] = 1.f;
+    int64_t count = 0;
+    for (; i < end && count < kSummed; ++i) {
+      if (!counts_row(a.segments, a.segment_stride, b, i)) continue;
+      float* row = rows + count * padded;
+      const float* from = row;
+      if (in_place)
+        from = (const float*)row_of(a.x, b, h, i);
+      else
+        load_row(a.x, b, h, i, a.dim, row);
+      vf square = set1(0.f);
       for (int64_t c = 0; c < padded; c += W) {
-        const vf x = load(row + c) * set1(inverse_top);
+        const vf x = load(from + c) - load(mean + c);
+        store(row + c, x);
         square = fma(x, x, square);
       }
-      norm2 = sum_lanes(square);
+      norm2[count] = sum_lanes(square);
+      if (!(norm2[count] > 1e-30f && norm2[count] < 1e30f))
+        finite = rescue_norm(row, padded, a.dim, norm2[count], inverse[count]) && finite;
+      ++count;
     }
-    const vf inverse = set1(norm2 > 0 ? inverse_top / sqrtf(norm2) : 0.f);
+    for (int64_t m = 0; m < kSummed; ++m) inverse[m] = norm2[m] > 0 ? inverse[m] / sqrtf(norm2[m]) : 0.f;
     for (int64_t c = 0; c < padded; c += W) {
-      vf x = load(row + c);
-      store(sum + c, load(sum + c) + x);
-      store(unit + c, fma(x, inverse, load(unit + c)));
+      vf s = set1(0.f), u = set1(0.f);
+      for (int64_t m = 0; m < count; ++m) {
+        const vf x = load(rows + m * padded + c);
+        s = s + x;
+        u = fma(x, set1(inverse[m]), u);
+      }
+      store(sum + c, load(sum + c) + s);
+      store(unit + c, load(unit + c) + u);
     }
+    n += count;
   }
-  flush_sums(sum, unit, padded);
-  sum += 2 * padded, unit += 2 * padded;
   const float share = n ? 1.f / (float)n : 0.f;
   float square = 0.f;
   for (int64_t c = 0; c < a.dim; ++c) {
@@ -183,9 +191,10 @@ struct HeadMean {
 // `mean`: whose mean is subtracted, or none if that of the arguments.
 static void summarize_together(const tamis_summarize_args& a, HeadMean mean, int* error) {
   const int64_t blocks = (a.seq + a.block - 1) / a.block, padded = round_up(a.dim, 16);
-  float* scratch = (float*)aligned_alloc(64, round_up(6 * padded * 4, 64));
+  const int64_t bytes = (1 + kSummed + 2) * padded * 4;
+  float* scratch = (float*)aligned_alloc(64, round_up(bytes, 64));
   if (scratch)
-    memset(scratch, 0, 6 * padded * 4);
+    memset(scratch, 0, bytes);
   else
     fail(error, TAMIS_NO_MEMORY);
 #pragma omp for schedule(static) nowait
