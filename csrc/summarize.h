@@ -31,7 +31,8 @@ static bool rescue_norm(const float* row, int64_t padded, int64_t dim, float& no
   return all_finite(row, dim);
 }
 
-// Sums of so many rows are added up: rounding grows with the longer chain. In `rows` they lie less their mean.
+// Sums of so many rows, of even and of odd ones, are added up: rounding grows with the longer chain. In `rows` they lie
+// less their mean.
 constexpr int64_t kSummed = 16;
 
 // `mean`, which may be zero, and `rows` are zero from dim on, in whole vectors; behind the rows lie the two sums.
@@ -70,14 +71,14 @@ static void summarize_block(const tamis_summarize_args& a, int64_t b, int64_t h,
     }
     for (int64_t m = 0; m < kSummed; ++m) inverse[m] = norm2[m] > 0 ? inverse[m] / sqrtf(norm2[m]) : 0.f;
     for (int64_t c = 0; c < padded; c += W) {
-      vf s = set1(0.f), u = set1(0.f);
+      vf s[2] = {set1(0.f), set1(0.f)}, u[2] = {set1(0.f), set1(0.f)};
       for (int64_t m = 0; m < count; ++m) {
         const vf x = load(rows + m * padded + c);
-        s = s + x;
-        u = fma(x, set1(inverse[m]), u);
+        s[m % 2] = s[m % 2] + x;
+        u[m % 2] = fma(x, set1(inverse[m]), u[m % 2]);
       }
-      store(sum + c, load(sum + c) + s);
-      store(unit + c, load(unit + c) + u);
+      store(sum + c, load(sum + c) + (s[0] + s[1]));
+      store(unit + c, load(unit + c) + (u[0] + u[1]));
     }
     n += count;
   }

@@ -167,6 +167,9 @@ void check_parts(Judge& judge) {
     check_select(judge, 63, 65, causal, .5, 0);
     check_select(judge, 130, 6500, causal, 0, .5);
   }
+  check_predict(judge, 300, 700, 40, TAMIS_BF16);
+  check_predict(judge, 1, 65, 16, TAMIS_FP32);
+  check_predict(judge, 700, 700, 64, TAMIS_FP32);
   check_refusals(judge);
 }
 

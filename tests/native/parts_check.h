@@ -1,5 +1,6 @@
 // Everything of the library but attend: means, packing, choosing blocks, and calls that must be refused.
 #pragma once
+#include <algorithm>
 #include <numeric>
 
 #include "attend_check.h"
@@ -216,6 +217,54 @@ inline void check_select(Judge& judge, int64_t q_len, int64_t kv_len, bool causa
       for (int64_t j = count; j < width; ++j) judge.equal(indices[row * width + j], -1, "the tail of the indices");
     }
     judge.equal(judged >= rows * 9 / 10, true, "most rows far from ties");
+  }
+}
+
+// A prediction is its parts, each called for itself, bit by bit; by any number of threads.
+inline void check_predict(Judge& judge, int64_t q_len, int64_t kv_len, int64_t dim, int dtype) {
+  oracle::Problem p;
+  p.batch = 2, p.heads = 4, p.kv_heads = 2, p.q_len = q_len, p.kv_len = kv_len, p.dim = dim, p.causal = true;
+  const int64_t q_shape[] = {p.batch, p.heads, q_len, dim}, k_shape[] = {p.batch, p.kv_heads, kv_len, dim};
+  const int64_t rows = p.batch * p.heads * p.q_blocks(), width = p.kv_blocks(), words = (width + 63) / 64;
+  const int64_t kv_heads = p.batch * p.kv_heads;
+  Random random(q_len + dim);
+  std::vector<double> q_drawn = normals(random, p.batch * p.heads * q_len * dim);
+  std::vector<double> k_drawn = normals(random, kv_heads * kv_len * dim);
+  const Stored q(q_drawn, q_shape, dtype, dense), k(k_drawn, k_shape, dtype, dense);
+  const std::vector<float> theta(p.heads, -1.f), cdf(p.heads, .6f);
+  const char* target = judge.target.c_str();
+  judge.at = "predict " + std::to_string(q_len) + " x " + std::to_string(kv_len) + " x " + std::to_string(dim);
+  std::vector<uint64_t> expected;
+  for (const int threads : {0, 1, 3}) {  // 0: the parts
+    std::vector<float> mean(kv_heads * dim, NAN), q_means(rows * dim, NAN), q_alike(rows, NAN);
+    std::vector<float> k_means(kv_heads * width * dim, NAN), k_alike(kv_heads * width, NAN);
+    std::vector<uint64_t> bits(rows * words, ~0ull);
+    std::vector<int32_t> numbers(rows, -1);
+    tamis_predict_args a;
+    memset(&a, 0, sizeof a);
+    const int own = threads ? 0 : 1;  // threads of the parts, which a prediction does not ask
+    a.key_mean = summarize_args(k, k_shape, 64, own), a.key_mean.means = mean.data();
+    a.query = summarize_args(q, q_shape, p.block_q, own);
+    a.query.means = q_means.data(), a.query.similarity = q_alike.data();
+    a.key = summarize_args(k, k_shape, p.block_kv, own);
+    a.key.mean = mean.data(), a.key.means = k_means.data(), a.key.similarity = k_alike.data();
+    tamis_select_args& s = a.select;
+    s.batch = p.batch, s.heads = p.heads, s.kv_heads = p.kv_heads, s.head_dim = dim, s.scale = .4f, s.sink = 1;
+    s.q_means = q_means.data(), s.k_means = k_means.data();
+    s.q_similarity = q_alike.data(), s.k_similarity = k_alike.data();
+    s.similarity = theta.data(), s.cdf = cdf.data(), s.geometry = geometry_of(p);
+    s.bits = bits.data(), s.kv_num_blocks = numbers.data(), s.threads = own, a.threads = threads;
+    if (threads) {
+      judge.equal(tamis_predict(target, &a), TAMIS_OK, "status");
+      judge.equal(bits == expected, true, "the bits of the parts");
+      judge.equal(a.max_blocks, *std::max_element(numbers.begin(), numbers.end()), "max_blocks");
+    } else {
+      judge.equal(tamis_key_mean(target, &a.key_mean), TAMIS_OK, "status of key_mean");
+      judge.equal(tamis_summarize(target, &a.query), TAMIS_OK, "status of summarize");
+      judge.equal(tamis_summarize(target, &a.key), TAMIS_OK, "status of summarize");
+      judge.equal(tamis_select(target, &s), TAMIS_OK, "status of select");
+      expected = bits;
+    }
   }
 }
 
