@@ -10,6 +10,7 @@ import pytest
 import torch
 
 from tamis.bench import cpu, limits, memory, picture, roofline
+from tamis.demo.machine import machine
 
 TINY = limits.Sizes(
     kept_lengths=(512, 1024),
@@ -181,3 +182,10 @@ def test_numbers_beside_dots_do_not_meet(result: dict[str, Any]) -> None:
         and float(text.attrib["x"]) < picture.RIGHT
     }
     assert len(places) == 2
+
+
+def test_a_result_says_what_held_torch_back(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Or it would pass for one against all that torch can do."""
+    monkeypatch.delenv("MKL_ENABLE_INSTRUCTIONS", raising=False)
+    monkeypatch.setenv("ONEDNN_MAX_CPU_ISA", "AVX2")
+    assert machine()["peer_limits"] == {"ONEDNN_MAX_CPU_ISA": "AVX2"}

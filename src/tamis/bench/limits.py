@@ -305,14 +305,20 @@ def full_bf16(sizes: Sizes) -> Iterator[Bar]:
 
 
 def short(sizes: Sizes) -> Iterator[Bar]:
-    """f: short calls, where what a call costs before it computes anything counts; not to be slower is the bar."""
+    """f: short calls, where what a call costs before it computes anything counts; "full" against SDPA of its dtype."""
     for tokens in sizes.short:
         q, k, v = _normals(HEADS, tokens, 64)
-        for precision in ("int8", "full"):
-            calls: list[Callable[[], object]] = [*_sdpa(q, k, v, False), partial(attend, q, k, v, precision=precision)]
-            number = max(1, 4096 // tokens)
+        fp32, bf16 = _sdpa(q, k, v, False)
+        number = max(1, 4096 // tokens)
+        few = (q.bfloat16(), k.bfloat16(), v.bfloat16())
+        kinds: list[tuple[str, list[Callable[[], object]], float]] = [
+            ("int8", [fp32, bf16, partial(attend, q, k, v, precision="int8")], 1.5 if tokens in (512, 1024) else 1.0),
+            ("full of fp32", [fp32, partial(attend, q, k, v)], 1.0),
+            ("full of bf16", [bf16, partial(attend, *few)], 1.0),
+        ]
+        for what, calls, least in kinds:
             many: list[Callable[[], object]] = [partial(_times, number, call) for call in calls]
-            yield from _against(f"{tokens:,} tokens, d=64, {precision}", many, 2 * sizes.repeats, 1.0, number)
+            yield from _against(f"{tokens:,} tokens, d=64, {what}", many, 2 * sizes.repeats, least, number)
 
 
 def _sdpa(q: Tensor, k: Tensor, v: Tensor, is_causal: bool) -> Iterable[Callable[[], object]]:
@@ -325,10 +331,12 @@ def _against(
     what: str, calls: Sequence[Callable[[], object]], repeats: int, least: float, number: int = 1
 ) -> Iterator[Bar]:
     interleaved(calls, 1)
-    fp32, bf16, ours = interleaved(calls, repeats)
-    ratios = [min(a, b) / c for a, b, c in zip(fp32, bf16, ours, strict=True)]
-    times = [min(runs) / number for runs in (fp32, bf16, ours)]
-    note = f"{_extent(ratios)}; ms: fp32 {times[0] * 1e3:.2f}, bf16 {times[1] * 1e3:.2f}, ours {times[2] * 1e3:.2f}"
+    *peers, ours = interleaved(calls, repeats)
+    ratios = [min(theirs) / own for *theirs, own in zip(*peers, ours, strict=True)]
+    times = [min(runs) / number for runs in (*peers, ours)]
+    names = ("fp32", "bf16") if len(peers) == 2 else ("SDPA",)
+    named = ", ".join(f"{name} {seconds * 1e3:.2f}" for name, seconds in zip((*names, "ours"), times, strict=True))
+    note = f"{_extent(ratios)}; ms: {named}"
     yield _bar(
         "f",
         f"SDPA / tamis, {what}",

@@ -15,16 +15,19 @@ from tamis.backends import base
 from tamis.call import PRECISIONS, make_call
 from tamis.version import installed
 
+# What holds torch's own kernels to older instructions, so that a comparison is that of another machine.
+_PEER_LIMITS = ("ATEN_CPU_CAPABILITY", "MKL_ENABLE_INSTRUCTIONS", "ONEDNN_MAX_CPU_ISA")
 _OPTIONAL = ("triton", "transformers", "accelerate", "gguf", "onnx", "numpy", "scikit-image", "av")
 
 
 def machine() -> dict[str, Any]:
-    """Processor, threads, versions and date, as plain values."""
+    """Processor, threads, what holds torch back, versions and date, as plain values."""
     return {
         "cpu": _cpu_name(),
         "cores": os.cpu_count() or 1,
         "threads": torch.get_num_threads(),
         "target": base.load("cpu").target(torch.device("cpu")),
+        "peer_limits": {name: os.environ[name] for name in _PEER_LIMITS if name in os.environ},
         "torch": torch.__version__,
         "python": platform.python_version(),
         "tamis": installed(),
