@@ -28,15 +28,13 @@ def form(
     """
     if type(query) is not Tensor or query.dim() != 4 or (block_mask is not None and type(block_mask) is not BlockMask):
         return None
-    lists = () if block_mask is None else (block_mask.kv_num_blocks, block_mask.kv_indices)
+    lists = None if block_mask is None else (block_mask.kv_num_blocks, block_mask.kv_indices)
     shape = None if block_mask is None else (block_mask.block_size, block_mask.seq_lens)
     if type(key) is not PackedKV:
-        return replay.form((query, key, value, *lists), backend, settings, shape)
-    return (
-        None
-        if value is not None
-        else replay.form((query, *key.tensors[:7], *lists), backend, settings, shape, key.length)
-    )
+        return replay.form((query, key, value), backend, settings, shape, lists=lists)
+    if value is not None:
+        return None
+    return replay.form((query, *key.tensors[:7]), backend, settings, shape, key.length, lists=lists)
 
 
 @dataclass(frozen=True)

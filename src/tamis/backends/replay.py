@@ -54,20 +54,29 @@ class Memory(Generic[Record]):
                 self._records[form] = record
 
 
-def form(tensors: Iterable[object], backend: object, settings: tuple[Any, ...], *more: Hashable) -> Form | None:
+def form(
+    tensors: Iterable[object],
+    backend: object,
+    settings: tuple[Any, ...],
+    *more: Hashable,
+    lists: tuple[Tensor, Tensor] | None = None,
+) -> Form | None:
     """All that a call depends on but the numbers in its tensors, or None if it must take the whole way.
 
     Of `settings`, which nobody has checked yet, numbers, words and tuples of them make a form, by value and type: 1 is
-    not True. `more` is taken as it is; callers with other settings keep another `Memory`.
+    not True. `more` is taken as it is; callers with other settings keep another `Memory`. `lists` are those of a mask:
+    how wide a dense one is does not matter, for every prediction makes another width.
     """
     if torch.compiler.is_compiling() or not _PLAIN or backend not in (None, BACKEND) or not _plain_eager():
         return None
     parts: list[Any] = []
     grads = torch.is_grad_enabled()
-    for tensor in tensors:
+    for tensor in tensors if lists is None else (*tensors, *lists):
         if type(tensor) is not Tensor or _keys(tensor) not in _PLAIN or (grads and tensor.requires_grad):
             return None
         parts += (tensor.dtype, tensor.shape, tensor.stride())
+    if lists is not None and lists[1].dim() == 4 and lists[1].is_contiguous():
+        parts[-2:] = lists[1].shape[:3]
     for setting in settings:
         kind = type(setting)
         if kind not in _SETTINGS:

@@ -75,6 +75,11 @@ class AttendRecord:
             args.key.data, args.value.data = key.data_ptr(), value.data_ptr()
         if lists is not None:
             args.kv_num_blocks, args.kv_indices = lists[0].data_ptr(), lists[1].data_ptr()
+            # As wide as they are; an axis that all share stays one.
+            args.max_blocks = lists[1].shape[3]
+            args.idx_stride[:] = [
+                new if old else 0 for old, new in zip(args.idx_stride, lists[1].stride(), strict=False)
+            ]
         # Twice as fast as torch.empty.
         output, lse, counts = (torch.empty_strided(*room, dtype=dtype) for room, dtype in self.rooms)
         args.output, args.lse, args.counts = output.data_ptr(), lse.data_ptr(), counts.data_ptr()
