@@ -66,7 +66,8 @@ PUBLIC = {
     "UnsupportedError",
 }
 KERNELS = {
-    f"backends.triton.kernels.{name}" for name in ("attend", "choose", "gluon_api", "hopper", "pack", "pool", "values")
+    f"backends.triton.kernels.{name}"
+    for name in ("attend", "choose", "gluon_api", "hopper", "pack", "pool", "sight", "values")
 }
 
 

@@ -13,7 +13,7 @@ import torch
 
 import tamis
 from tamis.backends.triton import chips, launch, settings
-from tamis.bench import gpu_static
+from tamis.bench import gpu_forms, gpu_static
 from tamis.call import per_head
 
 
@@ -49,7 +49,7 @@ def test_tiles_fit_blocks(name: str) -> None:
 
 def signature(item: launch.Launch) -> Any:
     """All that decides which machine code runs."""
-    forms = gpu_static.forms(item)
+    forms = gpu_forms.forms(item)
     return item.kernel.fn.__name__, forms, sorted(item.constants.items()), item.warps, item.stages
 
 
@@ -72,43 +72,67 @@ def test_lengths_compile_nothing_anew(precision: str) -> None:
     assert [ours[0] for ours, _ in longer] == ["choose_kernel"]
 
 
+def attention(name: str, kind: str, dim: int) -> launch.Launch:
+    """The first pass of a usual call."""
+    launches = gpu_forms.attention(name, gpu_forms.usual(kind, dim))
+    return next(item for item in launches if "FLAG_ROWS" in item.constants)
+
+
+def gluon(kind: str, dim: int, **parts: str) -> launch.Launch:
+    """The kernel made for sm_90 in a usual call but for the parts given."""
+    launches = gpu_forms.gluon(gpu_forms.usual(kind, dim, gluon=True) | parts)
+    return next(item for item in launches if "SPLIT" in item.constants)
+
+
 @pytest.mark.parametrize(("name", "precision"), [("sm_80", "int8"), ("sm_90", "fp8"), ("gfx942", "full")])
 def test_machine_code_is_judged(name: str, precision: str) -> None:
     """One kernel of each maker compiles, spills nothing and has its matrix instructions (`make gpu-static`: all)."""
     kinds = {"full": {"half"}, "int8": {"int8", "half"}, "fp8": {"int8", "fp8"}}[precision]
-    item = gpu_static.attention(name, 64, torch.bfloat16, precision=precision, causal=True)
-    row = gpu_static.judge(item, name, "", kinds)
+    row = gpu_static.judge(attention(name, precision, 64), name, "", kinds)
     assert row.faults == []
     assert row.registers > 0
     assert set(row.instructions) >= kinds
 
 
+def test_a_kernel_that_others_compiled_is_judged() -> None:
+    """Triton's cache then has no log of the assembler; a process of its own would not find one either."""
+    import triton
+
+    item = next(item for item in gpu_forms.attention("sm_80", gpu_forms.usual("int8", 64)) if "GRAIN" in item.constants)
+    with triton.knobs.compilation.scope():
+        triton.knobs.compilation.always_compile = True
+        with pytest.MonkeyPatch.context() as patch:
+            patch.setattr(gpu_static, "_keep_log", lambda *_: None)
+            patch.setattr(gpu_static, "_has_log", lambda made: True)
+            assert not hasattr(gpu_static.compile_launch(item, "sm_80").metadata, "assembler_log")
+    assert gpu_static.judge(item, "sm_80", "", set()).registers > 0
+
+
 def test_the_kernel_made_for_hopper_is_judged() -> None:
     """Warps of copies hand their registers on, products are those of warpgroups; with larger tiles it spills."""
-    item = gpu_static.gluon(64, "fp8", causal=True, lists=True, stage2=False)
-    row = gpu_static.judge(item, "sm_90", "", {"int8", "fp8"})
+    row = gpu_static.judge(gluon("fp8", 64), "sm_90", "", {"int8", "fp8"})
     assert row.faults == []
     assert row.tile == "128 x 64"
     assert set(row.instructions) == {"int8", "fp8"}
-    wide = gpu_static.gluon(192, "fp8", causal=False, lists=False, stage2=False)
+    wide = gluon("fp8", 192, sight="plain", lists="no lists")
     mutant = wide._replace(constants=wide.constants | {"DV": 256, "VALUE_DIM": 256})
     assert "bytes of spills" in " ".join(gpu_static.judge(mutant, "sm_90", "", {"int8", "fp8"}).faults)
 
 
 def test_older_instructions_are_faults(monkeypatch: pytest.MonkeyPatch) -> None:
     """What the judge wants of the kernel made for sm_90, shown machine code that has none of it."""
-    item = gpu_static.gluon(64, "int8", causal=False, lists=False, stage2=False)
+    item = gluon("int8", 64, sight="plain", lists="no lists")
     monkeypatch.setattr(
         gpu_static, "compile_launch", lambda item, name: SimpleNamespace(metadata=SimpleNamespace(shared=0))
     )
-    monkeypatch.setattr(gpu_static, "_nvidia", lambda made, row, name: "IGMMA.64x64x32 ; HMMA.16816.F32.BF16 ;")
+    monkeypatch.setattr(gpu_static, "_nvidia", lambda made, row: "IGMMA.64x64x32 ; HMMA.16816.F32.BF16 ;")
     faults = gpu_static.judge(item, "sm_90", "", {"int8", "half"}).faults
     assert faults == ["older matrix instructions: HMMA", "registers are not handed on", "no half matrix instructions"]
 
 
 def test_the_judge_finds_faults() -> None:
     """Tiles that spill, memory that does not fit, products that are not there, and code that is none."""
-    item = gpu_static.attention("sm_90", 256, torch.bfloat16, causal=True)
+    item = attention("sm_90", "full", 256)
     large = item._replace(constants=item.constants | {"TILE_Q": 128, "TILE_K": 64}, warps=4, stages=4)
     faults = " ".join(gpu_static.judge(large, "sm_90", "", {"fp8"}).faults)
     assert "bytes of spills" in faults

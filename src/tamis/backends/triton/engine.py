@@ -100,7 +100,7 @@ def attend(
         counts, flags, rows = done.counts, done.flags, done.rows
         passes = [] if flags is None else [(mend, done.flag_rows)]
     else:
-        cut = tiles(chip, inputs.kind, *shape, regular)
+        cut = tiles(chip, inputs.kind, *shape, regular and not inputs.wide)
         rows = cut.rows
         counts = torch.empty((batch, heads, geometry.num_blocks(q_len, rows), 3), dtype=torch.float64, device=device)
         flags = query.new_empty(counts.shape[:3], dtype=torch.int32)
@@ -135,11 +135,12 @@ def attend(
             device=device,
             warps=part.warps,
             stages=part.stages,
+            registers=part.registers,
             HEAD_DIM=dim,
             VALUE_DIM=value_dim,
             D=inputs.width,
             DV=value_width,
-            SLICE=0 if inputs.kind != "fp32" or inputs.width <= 64 else 32 if inputs.width <= 128 else 16,
+            SLICE=0 if inputs.kind != "fp32" or inputs.width <= 64 else 32 if inputs.width <= 128 and regular else 16,
             K_EVEN=inputs.even,
             BLOCK_Q=block_q,
             BLOCK_KV=block_kv,

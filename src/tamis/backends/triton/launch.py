@@ -17,6 +17,13 @@ class Launch(NamedTuple):
     constants: dict[str, Any]
     warps: int
     stages: int
+    registers: int | None = None
+
+    @property
+    def options(self) -> dict[str, int]:
+        """What Triton takes beside arguments and constants."""
+        options = {"num_warps": self.warps, "num_stages": self.stages}
+        return options if self.registers is None else options | {"maxnreg": self.registers}
 
 
 _noted: list[list[Launch]] = []
@@ -40,16 +47,22 @@ def run(
     device: torch.device,
     warps: int = 4,
     stages: int = 1,
+    registers: int | None = None,
     **constants: Any,
 ) -> None:
-    """Start a kernel on the current stream of `device`; a grid with a zero in it starts nothing."""
+    """Start a kernel on the current stream of `device`; a grid with a zero in it starts nothing.
+
+    registers: the most that a thread may have. Unless it is said, NVIDIA's assembler rather spills a few bytes than let
+    fewer programs share a processor.
+    """
+    item = Launch(kernel, arguments, constants, warps, stages, registers)
     if _noted:
-        _noted[-1].append(Launch(kernel, arguments, constants, warps, stages))
+        _noted[-1].append(item)
         return
     if 0 in grid:
         return
     with torch.cuda.device(device) if device.type == "cuda" else contextlib.nullcontext():
-        kernel[grid](*arguments, **constants, num_warps=warps, num_stages=stages)
+        kernel[grid](*arguments, **constants, **item.options)
 
 
 def power(size: int, least: int = 16) -> int:

@@ -53,6 +53,8 @@ def operands(
 ) -> Operands:
     """Round what has to be rounded; `used` tells which tiles of keys count for a mean or a scale.
 
+    Keys and values that are not in rows of one piece are copied: every tile of queries reads them again.
+
     `shuffled`: keys of e4m3 values are in the order that hopper.py wants.
     """
     dim, width = query.shape[3], launch.power(query.shape[3], 16 if precision == "full" else 32)
@@ -64,7 +66,9 @@ def operands(
         return Operands(q, k, packed[3], q_scale, k_scale, packed[4], q_shift, "packed", "packed", width, even)
     if precision == "full":
         kind = "fp32" if query.dtype == torch.float32 else "half"
-        return Operands(query, key, value, None, None, None, None, kind, "input", width, width == dim)
+        return Operands(
+            query, _in_rows(key), _in_rows(value), None, None, None, None, kind, "input", width, width == dim
+        )
     tiles_used = None if prepared and precision == "int8" else used()
     fp8 = precision == "fp8"
     mean, v_scale = None, None
@@ -74,8 +78,12 @@ def operands(
         prepared = room(query, key, TILE, precision)
         digest(query, key, mean, None, counted, rounded=Rounded(*prepared))
     q, q_scale, q_shift, key8, k_scale = prepared
-    v, products = value, "input" if query.dtype == torch.float16 else "bf16"
+    v, products = _in_rows(value), "input" if query.dtype == torch.float16 else "bf16"
     if v_scale is not None:
         v = fp8_values(value, v_scale, counted, tiles_used, shuffled).transpose(2, 3)
         products = "fp8"
     return Operands(q, key8.flatten(2, 3), v, q_scale, k_scale, v_scale, q_shift, precision, products, width, True)
+
+
+def _in_rows(x: Tensor) -> Tensor:
+    return x if x.stride(-1) == 1 or x.shape[-1] == 1 else x.contiguous()

@@ -14,12 +14,16 @@ from tamis.backends.triton.chips import Chip
 
 
 class Tiles(NamedTuple):
-    """How one kernel is cut: rows and keys of a tile (at most a block of the mask), warps, and pipeline stages."""
+    """How one kernel is cut: rows and keys of a tile (at most a block of the mask), warps, and pipeline stages.
+
+    registers: the most that a thread may have, where the assembler would otherwise spill for want of none.
+    """
 
     rows: int
     keys: int
     warps: int
     stages: int
+    registers: int | None = None
 
 
 def tiles(
@@ -30,23 +34,24 @@ def tiles(
     Args:
         kind: "fp32", "half" (16-bit products), "int8", "fp8", "packed", or "mend" for the second pass over edges.
         dim, value_dim: padded head dims.
-        regular: whether what rows see are intervals; positions, segments and masks take registers.
+        regular: whether what rows see are intervals and places in a tile fit 32 bits; else both take registers.
     """
     if chip.kind == "cpu":
         return Tiles(16 if q_len <= 16 else 64, 64, 4, 1)
     wide = max(dim, value_dim)
     if kind == "mend":
         return _MEND[0 if wide <= 64 else 1 if wide <= 128 else 2]
-    rows, keys, warps, stages = _TABLE[_family(chip), kind][0 if wide <= 64 else 1 if wide <= 128 else 2]
+    rows, keys, warps, stages, _ = _TABLE[_family(chip), kind][0 if wide <= 64 else 1 if wide <= 128 else 2]
     if not regular:
-        rows, keys, warps, stages = _IRREGULAR[0 if kind == "fp32" else 1 if wide <= 128 else 2]
+        rows, keys, warps, stages, _ = _IRREGULAR[0 if kind == "fp32" else 1 if wide <= 128 else 2]
+    registers = 255 if chip.kind == "cuda" and (q_len <= 16 or not regular) else None
     if q_len <= 16:
         # Decoding: few rows, and the time is that of reading the keys.
-        rows, warps = 16, 4
+        rows, warps = 16, 4 if wide <= 64 and regular else 8
     if block_q < rows:
         # A tile of half the rows has half the warps, where registers last for its channels.
         rows, warps = block_q, 4 if wide <= 64 else warps
-    return Tiles(rows, min(keys, block_kv, 64 if kind == "packed" else 128), warps, stages)
+    return Tiles(rows, min(keys, block_kv, 64 if kind == "packed" else 128), warps, stages, registers)
 
 
 def _family(chip: Chip) -> str:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import argparse
+import json
 from pathlib import Path
 from typing import TYPE_CHECKING
 
@@ -116,17 +117,22 @@ def _add_gpu_static(kinds: Commands) -> None:
     static = kinds.add_parser("gpu-static", help="compile every GPU kernel for every architecture, without a GPU")
     static.add_argument("--target", nargs="+", metavar="NAME", help="architectures such as sm_90 (all)")
     static.add_argument("--head-dim", type=int, nargs="+", choices=(64, 128, 256), metavar="D", help="64 128 256 (all)")
+    static.add_argument("--all", action="store_true", help="every call of the list, not a share of it (far longer)")
+    static.add_argument("--markdown", type=Path, metavar="FILE", help="compile nothing: print this result as a table")
     static.set_defaults(command=_gpu_static)
 
 
 def _gpu_static(options: argparse.Namespace) -> None:
     check_folder(options.json, "--json")
-    from tamis.bench import gpu_static
+    from tamis.bench import gpu_forms, gpu_static
 
+    if options.markdown is not None:
+        print(gpu_static.markdown(json.loads(options.markdown.read_text(encoding="utf-8"))))
+        return
     known = gpu_static.architectures()
     if wrong := [name for name in options.target or [] if name not in known]:
         raise UsageError(f"--target: {', '.join(wrong)} is not one of {', '.join(known)}")
-    rows = gpu_static.run(options.target or known, tuple(options.head_dim or gpu_static.DIMS))
+    rows = gpu_static.run(options.target or known, tuple(options.head_dim or gpu_forms.DIMS), whole=options.all)
     print(gpu_static.table(rows))
     if options.json is not None:
         write(options.json, "gpu-static", gpu_static.result(rows))

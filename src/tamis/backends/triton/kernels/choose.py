@@ -23,7 +23,8 @@ from __future__ import annotations
 import triton
 import triton.language as tl
 
-from tamis.backends.triton.kernels.attend import LOG2E, _ahead_less
+from tamis.backends.triton.kernels.attend import LOG2E
+from tamis.backends.triton.kernels.sight import _ahead_less
 
 _LOWEST = tl.constexpr(-2147483648)
 

@@ -81,13 +81,6 @@ def _item(place, lists, sizes, LISTS: gl.constexpr, CAUSAL: gl.constexpr, BLOCK_
 
 @gluon.jit
 def _produce(
-    descs,
-    rooms,
-    bars,
-    lists,
-    sizes,
-    v_flags,
-    flags,
     who,
     LISTS: gl.constexpr,
     CAUSAL: gl.constexpr,
@@ -98,6 +91,13 @@ def _produce(
     PARTS: gl.constexpr,
     PV8: gl.constexpr,
     MENDS: gl.constexpr,
+    descs,
+    rooms,
+    bars,
+    lists,
+    sizes,
+    v_flags,
+    flags,
 ):
     """Copy the tiles of queries, keys and values that the consumers want, as soon as there is room."""
     q_desc, k_desc, v_desc, edge_desc = descs
@@ -333,13 +333,6 @@ def _add(o, weights, v_room, slot, decay, gain, PARTS: gl.constexpr, OUT: gl.con
 
 @gluon.jit
 def _consume(
-    rooms,
-    bars,
-    tensors,
-    lists,
-    sizes,
-    kv_tiles,
-    factor,
     who,
     LISTS: gl.constexpr,
     CAUSAL: gl.constexpr,
@@ -354,6 +347,13 @@ def _consume(
     V_SCALES: gl.constexpr,
     STAGE2: gl.constexpr,
     HEADROOM: gl.constexpr,
+    rooms,
+    bars,
+    tensors,
+    lists,
+    sizes,
+    kv_tiles,
+    factor,
 ):
     """Attention for 64 query rows after 64 query rows."""
     q_room, k_room, v_room = rooms
@@ -622,7 +622,6 @@ def hopper_kernel(
         mbarrier.init(v_ready.index(i), count=1)
         mbarrier.init(v_empty.index(i), count=1 if SPLIT else 2)
     fence_async_shared()  # copies, which are asynchronous, are to find the barriers initialised
-    # Written out: a constant that a variable holds is one no more.
     rooms = (q_room, k_room, v_room)
     bars = (q_ready, q_empty, k_ready, k_empty, v_ready, v_empty)
     descs = (q_desc, k_desc, v_desc, edge_desc)
@@ -646,187 +645,19 @@ def hopper_kernel(
         section_items,
         programs,
     )
-    if SPLIT:
-        gl.warp_specialize(
-            [
-                (
-                    _consume,
-                    (
-                        rooms,
-                        bars,
-                        tensors,
-                        lists,
-                        sizes,
-                        kv_tiles,
-                        factor,
-                        0,
-                        LISTS,
-                        CAUSAL,
-                        BLOCK_KV,
-                        TILE_K,
-                        STAGES,
-                        SPLIT,
-                        PARTS,
-                        D,
-                        DV,
-                        VALUE_DIM,
-                        V_SCALES,
-                        STAGE2,
-                        HEADROOM,
-                    ),
-                ),
-                (
-                    _consume,
-                    (
-                        rooms,
-                        bars,
-                        tensors,
-                        lists,
-                        sizes,
-                        kv_tiles,
-                        factor,
-                        1,
-                        LISTS,
-                        CAUSAL,
-                        BLOCK_KV,
-                        TILE_K,
-                        STAGES,
-                        SPLIT,
-                        PARTS,
-                        D,
-                        DV,
-                        VALUE_DIM,
-                        V_SCALES,
-                        STAGE2,
-                        HEADROOM,
-                    ),
-                ),
-                (
-                    _produce,
-                    (
-                        descs,
-                        rooms,
-                        bars,
-                        lists,
-                        sizes,
-                        v_flags,
-                        flags,
-                        0,
-                        LISTS,
-                        CAUSAL,
-                        BLOCK_KV,
-                        TILE_K,
-                        STAGES,
-                        SPLIT,
-                        PARTS,
-                        PV8,
-                        MENDS,
-                    ),
-                ),
-                (
-                    _produce,
-                    (
-                        descs,
-                        rooms,
-                        bars,
-                        lists,
-                        sizes,
-                        v_flags,
-                        flags,
-                        1,
-                        LISTS,
-                        CAUSAL,
-                        BLOCK_KV,
-                        TILE_K,
-                        STAGES,
-                        SPLIT,
-                        PARTS,
-                        PV8,
-                        MENDS,
-                    ),
-                ),
-            ],
-            [4, 1, 1],
-            [MOST, FEW, FEW],
-        )
-    else:
-        gl.warp_specialize(
-            [
-                (
-                    _consume,
-                    (
-                        rooms,
-                        bars,
-                        tensors,
-                        lists,
-                        sizes,
-                        kv_tiles,
-                        factor,
-                        0,
-                        LISTS,
-                        CAUSAL,
-                        BLOCK_KV,
-                        TILE_K,
-                        STAGES,
-                        SPLIT,
-                        PARTS,
-                        D,
-                        DV,
-                        VALUE_DIM,
-                        V_SCALES,
-                        STAGE2,
-                        HEADROOM,
-                    ),
-                ),
-                (
-                    _consume,
-                    (
-                        rooms,
-                        bars,
-                        tensors,
-                        lists,
-                        sizes,
-                        kv_tiles,
-                        factor,
-                        1,
-                        LISTS,
-                        CAUSAL,
-                        BLOCK_KV,
-                        TILE_K,
-                        STAGES,
-                        SPLIT,
-                        PARTS,
-                        D,
-                        DV,
-                        VALUE_DIM,
-                        V_SCALES,
-                        STAGE2,
-                        HEADROOM,
-                    ),
-                ),
-                (
-                    _produce,
-                    (
-                        descs,
-                        rooms,
-                        bars,
-                        lists,
-                        sizes,
-                        v_flags,
-                        flags,
-                        0,
-                        LISTS,
-                        CAUSAL,
-                        BLOCK_KV,
-                        TILE_K,
-                        STAGES,
-                        SPLIT,
-                        PARTS,
-                        PV8,
-                        MENDS,
-                    ),
-                ),
-            ],
-            [4, 1],
-            [MOST, FEW],
-        )
+    consumer = (rooms, bars, tensors, lists, sizes, kv_tiles, factor)
+    producer = (descs, rooms, bars, lists, sizes, v_flags, flags)
+    # Constants written out, and on the left: those that a variable holds, or that are added to others, are no more.
+    # fmt: off
+    gl.warp_specialize(
+        [
+            (_consume, (at, LISTS, CAUSAL, BLOCK_KV, TILE_K, STAGES, SPLIT, PARTS, D, DV, VALUE_DIM, V_SCALES, STAGE2,  # noqa: RUF005
+                        HEADROOM) + consumer)
+            if at < 2
+            else (_produce, (at - 2, LISTS, CAUSAL, BLOCK_KV, TILE_K, STAGES, SPLIT, PARTS, PV8, MENDS) + producer)  # noqa: RUF005
+            for at in ((0, 1, 2, 3) if SPLIT else (0, 1, 2))
+        ],
+        [4, 1, 1] if SPLIT else [4, 1],
+        [MOST, FEW, FEW] if SPLIT else [MOST, FEW],
+    )
+    # fmt: on

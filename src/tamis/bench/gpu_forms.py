@@ -1,0 +1,375 @@
+"""Which calls `tamis bench gpu-static` compiles the kernels of, out of the many that there are.
+
+What a call may be falls into axes: head dims, block sizes, who sees whom, and so on. Of every two axes all pairs of
+values occur in some call (sm_86, which shares settings and instructions with sm_89, does without). Beyond that, each
+way in which settings.py cuts a kernel into tiles occurs with every kind of products and head dim, once where rows see
+intervals and once with all masks at a time; and of the kernel made for sm_90, whose registers are all taken, each cut
+with lists and without, causal or not, with stage 2 or without.
+
+The backend is called as on that GPU, and what it would have started is compiled. tests/test_gpu_forms.py holds the list
+against the kernels' sources: each kernel must be there, and each condition that the compiler decides, both ways.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import itertools
+import os
+from collections import Counter
+from collections.abc import Callable, Iterator, Sequence
+from typing import Any, NamedTuple, TypeAlias
+
+import torch
+from torch import Tensor
+
+import tamis
+from tamis.backends.triton import chips, hopper, launch, operands, prepare, settings
+from tamis.packed import length_tensor, tails
+
+Row: TypeAlias = "dict[str, str]"
+Axes: TypeAlias = "dict[str, tuple[str, ...]]"
+
+DIMS = (64, 128, 256)
+# The first value of an axis is the usual one; what is usual and goes without saying is "".
+_ATTENTION: Axes = {
+    "rows": ("", "64 rows", "few rows"),
+    "keys": ("", "128 keys"),
+    "sight": (
+        *("causal", "plain", "window", "causal window"),
+        *("positions", "segments", "mask", "bias", "all masks"),
+    ),
+    "lists": ("", "no lists"),
+    "stage 2": ("", "stage 2"),
+    "scores": ("", "softcap", "sinks", "vast softcap"),
+    "shape": ("", "odd", "narrow values", "narrow keys"),
+    "layout": ("", "columns", "wide"),
+}
+_GLUON: Axes = {
+    "rows": ("", "64 rows"),
+    "keys": ("", "128 keys"),
+    "sight": ("causal", "plain"),
+    "lists": ("lists", "no lists", "vast lists"),
+    "stage 2": ("", "stage 2"),
+    "shape": ("", "odd", "narrow values", "narrow keys"),
+}
+_PREDICTION: Axes = {
+    "rows": ("", "64 rows"),
+    "keys": ("", "128 keys"),
+    "sight": ("causal", "plain", "window", "segments", "mask"),
+    "rule": ("cdf", "topk", "cdf topk"),
+    "keep": ("", "keep"),
+    "sink": ("", "no sink"),
+    "long": ("", "long"),
+    "shape": ("", "odd", "narrow values", "narrow keys"),
+    "layout": ("", "columns"),
+}
+_DTYPES = ("", "fp16", "fp32")  # "": bf16
+_LENGTH = 250  # no multiple of a block, so that there is an edge; what is compiled is the same for every length
+_FEW = 16
+_LONG = 128 * 256 + 1  # more blocks than choose.py reads at a time
+_HEADS, _KV_HEADS = 4, 2
+
+
+class Call(NamedTuple):
+    """What a call is called, the kinds of product that attention must hold, and the kernels that it would start."""
+
+    what: str
+    products: set[str]
+    launches: list[launch.Launch]
+
+
+def calls(name: str, dims: Sequence[int] = DIMS) -> Iterator[Call]:
+    """Everything that is compiled for an architecture."""
+    seen: set[tuple[object, ...]] = set()
+    for call in _calls(name, dims):
+        fresh = [item for item in call.launches if not (news := _news(item)) <= seen and not seen.update(news)]
+        if fresh:
+            yield call._replace(launches=fresh)
+
+
+def _calls(name: str, dims: Sequence[int]) -> Iterator[Call]:
+    for row in attention_rows(name, dims):
+        yield Call(words(row), _products(row), attention(name, row))
+    if name == "sm_90":
+        for row in gluon_rows(dims):
+            yield Call(words(row), _products(row), gluon(row))
+    for row in prediction_rows(name, dims):
+        yield Call("predict " + words(row), set(), prediction(name, row))
+
+
+def _news(item: launch.Launch) -> set[tuple[object, ...]]:
+    """What a launch may show first: of attention's first pass the whole, of others each constant, type and width."""
+    name, constants, types = item.kernel.fn.__name__, item.constants, forms(item)
+    if name in ("attend_kernel", "hopper_kernel") and not constants.get("FLAG_ROWS"):
+        return {(name, *sorted(constants.items()), *item.options.items(), *types)}
+    width = max(constants.get(size, 0) for size in ("D", "DV", "DIM_PAD"))
+    kept = {(constant, value == width if "DIM" in constant else value) for constant, value in constants.items()}
+    named = {(parameter.name, form[0]) for parameter, form in zip(_arguments(item), types, strict=True)}
+    return {(name, *pair) for pair in (("width", width), *kept, *named)}
+
+
+def forms(item: launch.Launch) -> tuple[object, ...]:
+    """Types of the arguments as Triton specialises on them: some also on being 1, or a multiple of 16."""
+    import triton
+    from triton.backends.compiler import BaseBackend
+
+    specialize = triton.runtime.jit.native_specialize_impl
+    return tuple(
+        specialize(BaseBackend, value, False, not parameter.do_not_specialize, True)
+        for value, parameter in zip(item.arguments, _arguments(item), strict=True)
+    )
+
+
+def _arguments(item: launch.Launch) -> list[Any]:
+    """The kernel's parameters that are no constants."""
+    return [parameter for parameter in item.kernel.params if not parameter.is_constexpr]
+
+
+def _words_of(dims: Sequence[int]) -> tuple[str, ...]:
+    return tuple(f"d={dim}" for dim in dims)
+
+
+def words(row: Row) -> str:
+    """A call in words."""
+    return " ".join(value for value in row.values() if value)
+
+
+def kinds(name: str) -> tuple[str, ...]:
+    """Precisions that an architecture takes; "packed" is int8 with a `PackedKV`."""
+    chip = chips.CHIPS[name]
+    return ("full", *(("int8", "packed") if chip.int8 else ()), *(("fp8",) if chip.int8 and chip.fp8 else ()))
+
+
+def usual(kind: str, dim: int, *, gluon: bool = False) -> Row:
+    """The most usual call: causal bf16 over lists, or one of the kernel made for sm_90."""
+    axes = _GLUON if gluon else _ATTENTION
+    return {"kind": kind, "dtype": "", "dim": f"d={dim}", **{axis: values[0] for axis, values in axes.items()}}
+
+
+def attention_rows(name: str, dims: Sequence[int] = DIMS) -> list[Row]:
+    """Calls of attention by the kernel for all GPUs."""
+    axes = {"kind": kinds(name), "dtype": _DTYPES, "dim": _words_of(dims), **_ATTENTION}
+    forms = [(kind, dtype) for kind in axes["kind"] for dtype in ("", "fp32") if not dtype or kind in ("full", "int8")]
+    parts = [
+        usual(kind, dim) | {"dtype": dtype}
+        for kind, dtype in forms
+        for dim in dims
+        if (kind, dtype) != ("int8", "fp32")
+    ]
+    cuts = []
+    for (kind, dtype), dim, sight in itertools.product(forms, axes["dim"], ("causal", "all masks")):
+        for rows in _ATTENTION["rows"] if (kind, dtype) != ("int8", "fp32") else ("",):
+            part = {"kind": kind, "dim": dim, "rows": rows, "sight": sight, "shape": "", "layout": "", "dtype": dtype}
+            if (cut := (kind, dtype, dim, sight, _cut(name, part))) not in cuts:
+                cuts.append(cut)
+                parts.append(part)
+    return cover(axes, parts, _possible, pairs=name != "sm_86")
+
+
+def _cut(name: str, row: Row) -> settings.Tiles:
+    """How the kernel is cut for a call."""
+    full = "fp32" if row["dtype"] == "fp32" else "half"
+    dim, rows = int(row["dim"][2:]), 64 if row["rows"] == "64 rows" else 128
+    kind, q_len = full if row["kind"] == "full" else row["kind"], _FEW if row["rows"] == "few rows" else _LENGTH
+    return settings.tiles(chips.CHIPS[name], kind, dim, dim, rows, 64, q_len, row["sight"] == "causal")
+
+
+def gluon_rows(dims: Sequence[int] = DIMS) -> list[Row]:
+    """Calls of the kernel made for sm_90; a head dim of 192 is cut in a way of its own, one of 96 is padded to 128."""
+    dims = (64, 128, 192, 256) if tuple(dims) == DIMS else tuple(dims)
+    axes = {"kind": ("full", "int8", "fp8"), "dtype": _DTYPES, "dim": _words_of(dims), **_GLUON}
+    parts = [usual(kind, dim, gluon=True) for kind in axes["kind"] for dim in dims]
+    compiled = ("kind", "dim", "rows", "sight", "lists", "stage 2")
+    every = itertools.product(*(axes[axis][:2] if axis == "lists" else axes[axis] for axis in compiled))
+    parts += [dict(zip(compiled, values, strict=True)) | {"shape": ""} for values in every]
+    return cover(axes, parts, _fits)
+
+
+def prediction_rows(name: str, dims: Sequence[int] = DIMS) -> list[Row]:
+    """Calls of a prediction, with 8-bit copies or without, and of packing."""
+    axes = {"kind": kinds(name)[:2], "dtype": _DTYPES, "dim": _words_of(dims), **_PREDICTION}
+    return cover(axes, [], lambda row: True)
+
+
+def cover(axes: Axes, parts: Sequence[Row], possible: Callable[[Row], bool], *, pairs: bool = True) -> list[Row]:
+    """Rows, of a value for every axis, that hold all the parts given and, if wanted, every pair of values.
+
+    Each part and pair that no row holds yet becomes one, of which the other values are those that make the most new
+    pairs, of equals the rarest. `possible` says of a part of a row whether its values go together.
+    """
+    every_pair = ({a: x, b: y} for a, b in itertools.combinations(axes, 2) for x in axes[a] for y in axes[b])
+    rows: list[Row] = []
+    held: set[frozenset[tuple[str, str]]] = set()
+    times: Counter[tuple[str, str]] = Counter()
+    for part in (*parts, *(every_pair if pairs else ())):
+        if not possible(part) or any(part.items() <= row.items() for row in rows):
+            continue
+        row = dict(part)
+        for axis in axes:
+            if axis not in row:
+                values = [value for value in axes[axis] if possible(row | {axis: value})]
+                gains = {value: (-len(_pairs(row | {axis: value}) - held), times[axis, value]) for value in values}
+                row[axis] = min(values, key=gains.__getitem__)
+        rows.append({axis: row[axis] for axis in axes})
+        held |= _pairs(row)
+        times.update(row.items())
+    return rows
+
+
+def _pairs(row: Row) -> set[frozenset[tuple[str, str]]]:
+    return {frozenset(pair) for pair in itertools.combinations(row.items(), 2)}
+
+
+def _possible(row: Row) -> bool:
+    """Without lists blocks are 128 rows by 64 keys, and a `PackedKV` is laid out in one way."""
+    if row.get("lists") == "no lists" and (row.get("rows") == "64 rows" or row.get("keys") == "128 keys"):
+        return False
+    return row.get("kind") != "packed" or not row.get("layout")
+
+
+def _fits(row: Row) -> bool:
+    """What the kernel made for sm_90 takes."""
+    if not _possible(row) or (row.get("kind") == "full" and row.get("dtype") == "fp32"):
+        return False
+    if not {"kind", "dim", "shape"} <= row.keys():
+        return True
+    return hopper.cut(row["kind"], *_dims(row), 64 if row.get("rows") == "64 rows" else 128) is not None
+
+
+def _products(row: Row) -> set[str]:
+    if row["kind"] == "full":
+        return {"tf32" if row["dtype"] == "fp32" else "half"}
+    return {"int8", "fp8" if row["kind"] == "fp8" else "half"}
+
+
+def attention(name: str, row: Row) -> list[launch.Launch]:
+    """What a call starts where the kernel for all GPUs runs."""
+    with _kernel("triton"), chips.assume(name), _wide(row["layout"] == "wide"), launch.note() as launches:
+        _attend(row)
+    return launches
+
+
+def gluon(row: Row) -> list[launch.Launch]:
+    """What a call starts where the kernel made for sm_90 runs."""
+    with _kernel("gluon"), chips.assume("sm_90"), launch.note() as launches:
+        _attend(row)
+    vast = {"LISTS": 64} if row["lists"] == "vast lists" else {}
+    return [item._replace(constants=item.constants | (vast if "LISTS" in item.constants else {})) for item in launches]
+
+
+@contextlib.contextmanager
+def _wide(wide: bool) -> Iterator[None]:
+    """Inside, keys and values seem to have strides of 2^24 and more, for which there is no memory here."""
+    before = operands.Operands.wide
+    if wide:
+        operands.Operands.wide = property(lambda self: True)  # type: ignore[assignment,method-assign]
+    try:
+        yield
+    finally:
+        operands.Operands.wide = before  # type: ignore[method-assign]
+
+
+@contextlib.contextmanager
+def _kernel(name: str) -> Iterator[None]:
+    before = os.environ.get("TAMIS_GPU_KERNEL")
+    os.environ["TAMIS_GPU_KERNEL"] = name
+    try:
+        yield
+    finally:
+        del os.environ["TAMIS_GPU_KERNEL"]
+        if before is not None:
+            os.environ["TAMIS_GPU_KERNEL"] = before
+
+
+def _attend(row: Row) -> None:
+    q_len = _FEW if row["rows"] == "few rows" else _LENGTH
+    query, key, value = _inputs(row, q_len, _LENGTH)
+    options = _sight(row["sight"], q_len, _LENGTH)
+    scores = row.get("scores", "")
+    if "softcap" in scores:
+        options["softcap"] = 30.0 if scores == "softcap" else 2e38
+    mask = None
+    if row["lists"] != "no lists":
+        block_q, block_kv = _block_size(row)
+        blocks = torch.ones(1, _HEADS, -(-q_len // block_q), -(-_LENGTH // block_kv), dtype=torch.bool)
+        mask = tamis.BlockMask.from_dense(blocks, (block_q, block_kv), (q_len, _LENGTH))
+    packed = row["kind"] == "packed"
+    tamis.attend(
+        query,
+        _packed(key, value) if packed else key,
+        None if packed else value,
+        mask,
+        backend="triton",
+        precision="int8" if packed else row["kind"],
+        sink_logits=torch.zeros(_HEADS) if scores == "sinks" else None,
+        pv_threshold=5.0 if row["stage 2"] else None,
+        **options,
+    )
+
+
+def prediction(name: str, row: Row) -> list[launch.Launch]:
+    """What a prediction starts, and packing, and the means that stand in for skipped blocks."""
+    length = _LONG if row["long"] else _LENGTH
+    query, key, value = _inputs(row, _LENGTH, length)
+    rule = dict.fromkeys(row["rule"].split(), 0.5)
+    predictor = tamis.Sparge(
+        cdf=rule.get("cdf"),
+        topk=rule.get("topk"),
+        sink=not row["sink"],
+        keep={"keys": [(0, 70)]} if row["keep"] else None,
+    )
+    blocks, options = _block_size(row), _sight(row["sight"], _LENGTH, length)
+    with chips.assume(name), launch.note() as launches:
+        predictor.prepare(query, key, block_size=blocks, backend="triton", precision=row["kind"], **options)
+        prepare.summarize(value, blocks[1], None, None)
+        _packed(key, value, torch.zeros(1, length, dtype=torch.int64) if row["sight"] == "segments" else None)
+    return launches
+
+
+def _packed(key: Tensor, value: Tensor, segments: Tensor | None = None) -> tamis.PackedKV:
+    mean = prepare.key_mean(key, segments, None)
+    length = key.shape[2]
+    tensors = (*prepare.pack_kv(key, value, mean, segments), mean, length_tensor(length))
+    return tamis.PackedKV(tensors, length, tails(key, value), "triton")
+
+
+def _block_size(row: Row) -> tuple[int, int]:
+    return 64 if row["rows"] == "64 rows" else 128, 128 if row["keys"] else 64
+
+
+def _dims(row: Row) -> tuple[int, int]:
+    """Head dims of query and value: "odd" is neither a power of two nor, in bytes, a multiple of 16."""
+    dim = int(row["dim"][2:])
+    return {
+        "": (dim, dim),
+        "odd": (dim - 23, dim - 23),
+        "narrow values": (dim, dim // 2),
+        "narrow keys": (dim // 2, dim),
+    }[row["shape"]]
+
+
+def _inputs(row: Row, q_len: int, kv_len: int) -> tuple[Tensor, Tensor, Tensor]:
+    dtype = {"": torch.bfloat16, "fp16": torch.float16, "fp32": torch.float32}[row["dtype"]]
+    dim, value_dim = _dims(row)
+    shapes = ((_HEADS, q_len, dim), (_KV_HEADS, kv_len, dim), (_KV_HEADS, kv_len, value_dim))
+    inputs = tuple(torch.zeros(1, *shape, dtype=dtype) for shape in shapes)
+    if row.get("layout") == "columns":
+        inputs = tuple(x.mT.contiguous().mT for x in inputs)
+    query, key, value = inputs
+    return query, key, value
+
+
+def _sight(sight: str, q_len: int, kv_len: int) -> dict[str, Any]:
+    """The arguments of `attend` that say who sees whom."""
+    everything = sight == "all masks"
+    options: dict[str, Any] = {"causal": everything or sight in ("causal", "causal window", "positions", "bias")}
+    if everything or sight in ("window", "causal window", "positions"):
+        options["window"] = 100
+    places = torch.arange(kv_len)[-q_len:], torch.arange(kv_len)
+    if everything or sight == "positions":
+        options["positions"] = places
+    if everything or sight == "segments":
+        options["segments"] = tuple(x // 100 for x in places)
+    if everything or sight in ("mask", "bias"):
+        options["attn_mask"] = torch.ones(q_len, kv_len, dtype=torch.bool if sight == "mask" else torch.float32)
+    return options

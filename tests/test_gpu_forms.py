@@ -1,0 +1,173 @@
+"""The list of what `make gpu-static` compiles, held against the kernels: it has each, in every way to compile it."""
+
+from __future__ import annotations
+
+import ast
+import contextlib
+import functools
+import importlib
+import itertools
+import pkgutil
+import textwrap
+from types import SimpleNamespace
+from typing import Any
+
+import pytest
+import triton
+
+from tamis.backends.triton import chips, hopper, kernels, launch, settings
+from tamis.backends.triton.kernels import gluon_api
+from tamis.bench import gpu_forms, gpu_static
+
+# Conditions that come out one way in every call that there is: no settings have tiles of 128 keys.
+ONE_WAY = {("_visit", "TILE_K <= 64")}
+
+
+@functools.cache
+def launches(name: str) -> tuple[tuple[str, launch.Launch], ...]:
+    """What is compiled for an architecture, with the name of the call."""
+    return tuple((call.what, item) for call in gpu_forms.calls(name) for item in call.launches)
+
+
+def compiled() -> set[Any]:
+    """Every function that is compiled, kernels and what they call."""
+    modules = (
+        importlib.import_module(found.name) for found in pkgutil.iter_modules(kernels.__path__, f"{kernels.__name__}.")
+    )
+    return {value for module in modules for value in vars(module).values() if isinstance(value, triton.JITFunction)}
+
+
+def tree_of(function: Any) -> ast.Module:
+    return ast.parse(textwrap.dedent("".join(function.raw_src)))
+
+
+@functools.cache
+def called(function: Any) -> set[Any]:
+    """Functions that one names, and those that they do."""
+    names = {node.id for node in ast.walk(tree_of(function)) if isinstance(node, ast.Name)}
+    named = {function.fn.__globals__.get(name) for name in names}
+    found = {value for value in named if isinstance(value, triton.JITFunction)}
+    return found.union(*(called(value) for value in found))
+
+
+def test_every_kernel_is_compiled() -> None:
+    """Those are kernels that no other function calls."""
+    every = compiled()
+    helpers = set().union(*(called(function) for function in every))
+    assert {item.kernel for _, item in launches("sm_90")} == every - helpers
+
+
+@functools.cache
+def conditions(function: Any) -> list[tuple[str, dict[str, str]]]:
+    """What a function branches on, apart at `and`, `or` and `not`, and its constants of more than a name."""
+    tree = tree_of(function)
+    named = {
+        node.target.id: ast.unparse(node.value)
+        for node in ast.walk(tree)
+        if isinstance(node, ast.AnnAssign) and isinstance(node.target, ast.Name) and node.value is not None
+    }
+    found = []
+    tests = [node.test for node in ast.walk(tree) if isinstance(node, (ast.If, ast.IfExp))]
+    while tests:
+        match tests.pop():
+            case ast.BoolOp(values=parts):
+                tests += parts
+            case ast.UnaryOp(op=ast.Not(), operand=part):
+                tests.append(part)
+            case test:
+                found.append((ast.unparse(test), named))
+    return found
+
+
+def device_form(x: Any) -> Any:
+    """An argument as the compiler knows it: of a descriptor, which kind of numbers it finds."""
+    return SimpleNamespace(dtype=gluon_api._KINDS[x.base.dtype]) if hasattr(x, "base") else x
+
+
+def outcomes(name: str) -> dict[tuple[str, str, str], set[bool]]:
+    """How the conditions that arguments and constants decide come out, by kernel and function.
+
+    Others are the device's, or a caller's that gives both in its source.
+    """
+    found: dict[tuple[str, str, str], set[bool]] = {}
+    for _, item in launches(name):
+        given = [parameter.name for parameter in item.kernel.params if not parameter.is_constexpr]
+        known = item.constants | {name: device_form(x) for name, x in zip(given, item.arguments, strict=True)}
+        for function in {item.kernel} | called(item.kernel):
+            for test, named in conditions(function):
+                scope = dict(known)
+                for constant, value in named.items():
+                    with contextlib.suppress(Exception):
+                        scope[constant] = eval(value, function.fn.__globals__, scope)
+                with contextlib.suppress(Exception):
+                    value = eval(test, function.fn.__globals__, scope)
+                    if isinstance(value, bool):
+                        where = item.kernel.fn.__name__, function.fn.__name__, test
+                        found.setdefault(where, set()).add(value)
+    return found
+
+
+def test_every_condition_is_compiled_both_ways() -> None:
+    """On sm_90, which has both kernels of attention and every precision."""
+    found = outcomes("sm_90")
+    assert ("attend_kernel", "_visit", "QK8") in found
+    assert ("hopper_kernel", "_item", "LISTS > 0") in found
+    one_way = {(kernel, function, test): ways for (kernel, function, test), ways in found.items() if len(ways) < 2}
+    assert {key: ways for key, ways in one_way.items() if key[1:] not in ONE_WAY} == {}
+
+
+@pytest.mark.parametrize("name", gpu_static.architectures())
+def test_every_cut_is_compiled(name: str) -> None:
+    """Each line of settings.py that a call can meet, for each kind of products and head dim."""
+    chip = chips.CHIPS[name]
+    there = set()
+    for row in gpu_forms.attention_rows(name):
+        for item in gpu_forms.attention(name, row):
+            if item.kernel.fn.__name__ == "attend_kernel" and not item.constants["FLAG_ROWS"]:
+                shape = item.constants["TILE_Q"], item.constants["TILE_K"], item.warps, item.stages, item.registers
+                there.add((row["kind"], row["dtype"] == "fp32", max(item.constants["D"], item.constants["DV"]), shape))
+    for kind, dim, block_q, q_len, regular in itertools.product(
+        gpu_forms.kinds(name), gpu_forms.DIMS, (64, 128), (16, 1000), (True, False)
+    ):
+        for fp32 in (False, True) if kind == "full" else (False,):
+            form = ("fp32" if fp32 else "half") if kind == "full" else kind
+            cut = settings.tiles(chip, form, dim, dim, block_q, 64, q_len, regular)
+            assert (kind, fp32, dim, tuple(cut)) in there, (kind, fp32, dim, block_q, q_len, regular)
+
+
+def test_every_cut_for_hopper_is_compiled_with_everything() -> None:
+    there = {
+        tuple(item.constants[name] for name in ("D", "DV", "TILE_K", "STAGES", "SPLIT", "CAUSAL", "STAGE2", "HEADROOM"))
+        for _, item in launches("sm_90")
+        if item.kernel.fn.__name__ == "hopper_kernel"
+    }
+    for precision, dim, block_q in itertools.product(("full", "int8", "fp8"), (64, 128, 192, 256), (128, 64)):
+        cut = hopper.cut(precision, dim, dim, block_q)
+        for causal, stage2 in itertools.product((False, True), repeat=2):
+            if cut is not None:
+                form = (cut.dim, cut.value_dim, cut.keys, cut.stages, cut.split, causal, stage2)
+                assert (*form, 8 if precision == "fp8" else 0) in there
+
+
+@pytest.mark.parametrize("name", ["sm_80", "gfx942"])
+def test_every_pair_is_in_some_call(name: str) -> None:
+    """Of two axes, where the values go together: 64-row blocks have lists, and a PackedKV has one layout."""
+    rows = gpu_forms.attention_rows(name)
+    assert [row for row in rows if row["lists"] == "no lists" and "64 rows" in row.values()] == []
+    for a, b in itertools.combinations(rows[0], 2):
+        there = {(row[a], row[b]) for row in rows}
+        missing = set(itertools.product({row[a] for row in rows}, {row[b] for row in rows})) - there
+        allowed = {("64 rows", "no lists"), ("128 keys", "no lists"), ("packed", "columns"), ("packed", "wide")}
+        assert missing <= allowed, (a, b)
+
+
+def test_cover_holds_parts_and_pairs() -> None:
+    axes = {"a": ("", "x"), "b": ("", "y"), "c": ("", "z", "w")}
+    whole = {"a": "x", "b": "y", "c": "w"}
+    rows = gpu_forms.cover(axes, [whole], lambda row: (row.get("a"), row.get("b")) != ("x", ""))
+    assert rows[0] == whole
+    for a, b in itertools.combinations(axes, 2):
+        wanted = set(itertools.product(axes[a], axes[b])) - ({("x", "")} if (a, b) == ("a", "b") else set())
+        assert {(row[a], row[b]) for row in rows} == wanted
+    assert len(rows) < 2 * 2 * 3
+    assert gpu_forms.cover(axes, [{"c": "z"}], lambda row: True, pairs=False)[0]["c"] == "z"
