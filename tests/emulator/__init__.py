@@ -45,10 +45,12 @@ def installed(seed: int = 0, races: bool = True, mutation: Mutation | None = Non
         device: torch.device,
         warps: int = 4,
         stages: int = 1,
+        registers: int | None = None,
         **constants: Any,
     ) -> None:
         if launch._noted:
-            plain(kernel, grid, *arguments, device=device, warps=warps, stages=stages, **constants)
+            options = {"warps": warps, "stages": stages, "registers": registers}
+            plain(kernel, grid, *arguments, device=device, **options, **constants)
         elif 0 not in grid:
             ran.append(kernel.fn.__name__)
             run(kernel, grid, *arguments, seed=seed, races=races, source=source, **constants)
