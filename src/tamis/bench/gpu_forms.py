@@ -82,7 +82,11 @@ def calls(name: str, dims: Sequence[int] = DIMS) -> Iterator[Call]:
     """Everything that is compiled for an architecture."""
     seen: set[tuple[object, ...]] = set()
     for call in _calls(name, dims):
-        fresh = [item for item in call.launches if not (news := _news(item)) <= seen and not seen.update(news)]
+        fresh = []
+        for item in call.launches:
+            if not (news := _news(item)) <= seen:
+                seen |= news
+                fresh.append(item)
         if fresh:
             yield call._replace(launches=fresh)
 
@@ -108,7 +112,7 @@ def _news(item: launch.Launch) -> set[tuple[object, ...]]:
     return {(name, *pair) for pair in (("width", width), *kept, *named)}
 
 
-def forms(item: launch.Launch) -> tuple[object, ...]:
+def forms(item: launch.Launch) -> tuple[Any, ...]:
     """Types of the arguments as Triton specialises on them: some also on being 1, or a multiple of 16."""
     import triton
     from triton.backends.compiler import BaseBackend
