@@ -37,8 +37,14 @@ def compiled() -> set[Any]:
     return {value for module in modules for value in vars(module).values() if isinstance(value, triton.JITFunction)}
 
 
+@functools.cache
 def tree_of(function: Any) -> ast.Module:
     return ast.parse(textwrap.dedent("".join(function.raw_src)))
+
+
+@functools.cache
+def code_of(node: ast.expr) -> Any:
+    return compile(ast.Expression(node), "condition", "eval")
 
 
 @functools.cache
@@ -57,53 +63,94 @@ def test_every_kernel_is_compiled() -> None:
     assert {item.kernel for _, item in launches("sm_90")} == every - helpers
 
 
-@functools.cache
-def conditions(function: Any) -> list[tuple[str, dict[str, str]]]:
-    """What a function branches on, apart at `and`, `or` and `not`, and its constants of more than a name."""
-    tree = tree_of(function)
-    named = {
-        node.target.id: ast.unparse(node.value)
-        for node in ast.walk(tree)
-        if isinstance(node, ast.AnnAssign) and isinstance(node.target, ast.Name) and node.value is not None
-    }
-    found = []
-    tests = [node.test for node in ast.walk(tree) if isinstance(node, (ast.If, ast.IfExp))]
-    while tests:
-        match tests.pop():
-            case ast.BoolOp(values=parts):
-                tests += parts
-            case ast.UnaryOp(op=ast.Not(), operand=part):
-                tests.append(part)
-            case test:
-                found.append((ast.unparse(test), named))
-    return found
-
-
 def device_form(x: Any) -> Any:
-    """An argument as the compiler knows it: of a descriptor, which kind of numbers it finds."""
-    return SimpleNamespace(dtype=gluon_api._KINDS[x.base.dtype]) if hasattr(x, "base") else x
+    """An argument as the compiler knows it: no number, and of a descriptor which kind of numbers it finds."""
+    if hasattr(x, "base"):
+        return SimpleNamespace(dtype=gluon_api._KINDS[x.base.dtype])
+    return object() if isinstance(x, (int, float)) else x
 
 
-def outcomes(name: str) -> dict[tuple[str, str, str], set[bool]]:
-    """How the conditions that arguments and constants decide come out, by kernel and function.
+class Branches(ast.NodeVisitor):
+    """How conditions come out that arguments and constants decide, in a function and those that it calls.
 
-    Others are the device's, or a caller's that gives both in its source.
+    Known are parameters and annotated constants. Branches that are not taken are passed over; where it is the device
+    that decides, or what the caller computed, both are looked at.
     """
-    found: dict[tuple[str, str, str], set[bool]] = {}
+
+    def __init__(self, found: dict[tuple[Any, ast.expr], set[bool | None]]) -> None:
+        self.found = found
+
+    def follow(self, function: Any, known: dict[str, Any]) -> None:
+        outer = self.__dict__.copy()
+        self.function, self.known, self.names = function, dict(known), function.fn.__globals__
+        self.visit(tree_of(function))
+        self.__dict__.update(outer)
+
+    def value(self, node: ast.expr) -> Any:
+        """Of an expression; NotImplemented if it is not known."""
+        with contextlib.suppress(Exception):
+            return eval(code_of(node), self.names, self.known)
+        return NotImplemented
+
+    def note(self, test: ast.expr) -> None:
+        """Parts of a condition apart, at `and`, `or` and `not`."""
+        match test:
+            case ast.BoolOp(values=parts):
+                for part in parts:
+                    self.note(part)
+            case ast.UnaryOp(op=ast.Not(), operand=part):
+                self.note(part)
+            case _:
+                self.visit(test)
+                value = self.value(test)
+                self.found.setdefault((self.function, test), set()).add(value if isinstance(value, bool) else None)
+
+    def branch(self, node: Any) -> None:
+        self.note(node.test)
+        value = self.value(node.test)
+        for way, part in ((True, node.body), (False, node.orelse)):
+            if value is not (not way):
+                for child in part if isinstance(part, list) else [part]:
+                    self.visit(child)
+
+    visit_If = visit_IfExp = branch
+
+    def visit_AnnAssign(self, node: ast.AnnAssign) -> None:
+        assert isinstance(node.target, ast.Name)
+        assert node.value is not None
+        self.visit(node.value)
+        if (value := self.value(node.value)) is not NotImplemented:
+            self.known[node.target.id] = value
+
+    def visit_Name(self, node: ast.Name) -> None:
+        """Of a function that is handed on: it knows what its kernel does."""
+        handed = self.names.get(node.id)
+        if isinstance(handed, triton.JITFunction):
+            self.follow(handed, self.known)
+
+    def visit_Call(self, node: ast.Call) -> None:
+        for part in (*node.args, *(part.value for part in node.keywords)):
+            self.visit(part)
+        callee = self.names.get(node.func.id) if isinstance(node.func, ast.Name) else None
+        if isinstance(callee, triton.JITFunction) and not any(isinstance(part, ast.Starred) for part in node.args):
+            given = zip((parameter.name for parameter in callee.params), node.args, strict=False)
+            pairs = [*given, *((part.arg, part.value) for part in node.keywords)]
+            usual = {parameter.name: parameter.default for parameter in callee.params if parameter.has_default}
+            values = usual | {name: self.value(part) for name, part in pairs}
+            self.follow(callee, {name: value for name, value in values.items() if value is not NotImplemented})
+
+
+def outcomes(name: str) -> dict[tuple[str, str, str], set[bool | None]]:
+    """How conditions come out, by kernel and function: None where that is not known."""
+    found: dict[tuple[str, str, str], set[bool | None]] = {}
     for _, item in launches(name):
         given = [parameter.name for parameter in item.kernel.params if not parameter.is_constexpr]
         known = item.constants | {name: device_form(x) for name, x in zip(given, item.arguments, strict=True)}
-        for function in {item.kernel} | called(item.kernel):
-            for test, named in conditions(function):
-                scope = dict(known)
-                for constant, value in named.items():
-                    with contextlib.suppress(Exception):
-                        scope[constant] = eval(value, function.fn.__globals__, scope)
-                with contextlib.suppress(Exception):
-                    value = eval(test, function.fn.__globals__, scope)
-                    if isinstance(value, bool):
-                        where = item.kernel.fn.__name__, function.fn.__name__, test
-                        found.setdefault(where, set()).add(value)
+        here: dict[tuple[Any, ast.expr], set[bool | None]] = {}
+        Branches(here).follow(item.kernel, known)
+        for (function, test), ways in here.items():
+            where = item.kernel.fn.__name__, function.fn.__name__, ast.unparse(test)
+            found.setdefault(where, set()).update(ways)
     return found
 
 
@@ -112,8 +159,8 @@ def test_every_condition_is_compiled_both_ways() -> None:
     found = outcomes("sm_90")
     assert ("attend_kernel", "_visit", "QK8") in found
     assert ("hopper_kernel", "_item", "LISTS > 0") in found
-    one_way = {(kernel, function, test): ways for (kernel, function, test), ways in found.items() if len(ways) < 2}
-    assert {key: ways for key, ways in one_way.items() if key[1:] not in ONE_WAY} == {}
+    one_way = {key for key, ways in found.items() if ways in ({True}, {False})}
+    assert {key for key in one_way if key[1:] not in ONE_WAY} == set()
 
 
 @pytest.mark.parametrize("name", gpu_static.architectures())

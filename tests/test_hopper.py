@@ -21,7 +21,7 @@ from torch import Tensor
 pytest.importorskip("triton")
 
 import tamis
-from tamis.backends.triton import chips, hopper
+from tamis.backends.triton import chips, hopper, prepare
 
 PRECISIONS = ("full", "int8", "fp8")
 
@@ -244,6 +244,27 @@ def test_broken_values_stay_where_they_are_seen() -> None:
         output = attend(q, k, value, causal=True, precision="full", seed=token).output
         assert torch.equal(output[:, :, :token], clean.output[:, :, :token])
         assert not output[:, :, token:].isfinite().any()
+
+
+def test_sound_tiles_come_from_the_values_themselves() -> None:
+    """The copy holds those alone that are not: of the others nothing is written, and nothing read."""
+    q, k, v, _ = inputs(Case(q_len=200, kv_len=200))
+    v[:, :, 199] = math.nan
+    expected = attend(q, k, v, causal=True, precision="full").output.nan_to_num()
+    flagged = []
+
+    def poisoned(value: Tensor) -> tuple[Tensor, Tensor]:
+        copy, flags = prepare.sound_values(value)
+        of_token = flags.repeat_interleave(64, -1)[..., : value.shape[2]] > 0
+        assert torch.equal(copy[of_token], value[of_token].nan_to_num(0, 0, 0))
+        flagged.append(flags)
+        copy[~of_token] = math.nan
+        return copy, flags
+
+    with mock.patch.object(hopper, "sound_values", poisoned):
+        assert torch.equal(attend(q, k, v, causal=True, precision="full").output.nan_to_num(), expected)
+    assert (flagged[0] == torch.tensor([0, 0, 0, 1])).all()
+    assert (expected != 0)[:, :, :199].any(-1).all()
 
 
 @pytest.mark.parametrize("precision", PRECISIONS)

@@ -58,6 +58,17 @@ def test_the_formulas_are_what_kernels_do(
     assert gpu_traffic.least_values(call) < gpu_traffic.total(gpu_traffic.values(call))
 
 
+def test_values_are_copied_where_they_are_not_finite(engine: Engine) -> None:
+    """One tile of 64 keys of the two heads' eight; the rest is read, and a flag written for each."""
+    value = qkv(batch=1, kv_heads=2, kv_len=250, value_dim=40, dtype=torch.float16)[2]
+    value[0, 1, 70, 3] = torch.inf
+    with counted() as work:
+        copy, flags = prepare.sound_values(value)
+    assert flags.tolist() == [[[0, 0, 0, 0], [0, 1, 0, 0]]]
+    assert torch.equal(copy[0, 1, 64:128], value[0, 1, 64:128].nan_to_num(posinf=0))
+    assert found(work) == {"sound_values_kernel": (2 * 250 * 40 * 2, 64 * 40 * 2 + 8 * 4)}
+
+
 def chosen(engine: Engine, cdf: float, topk: float, visible: bool, scale: float) -> tuple[dict[str, Work], int]:
     """What a choice of blocks does, and how many blocks it keeps."""
     q, k, _ = qkv(heads=1, q_len=100, kv_len=300, dim=16)

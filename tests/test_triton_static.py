@@ -142,6 +142,28 @@ def test_the_judge_finds_faults() -> None:
     assert "does not compile" in gpu_static.judge(broken, "sm_90", "", set()).faults[0]
 
 
+def test_accepted_spills_are_these_and_no_others(monkeypatch: pytest.MonkeyPatch) -> None:
+    """More, fewer and none at all are faults where a number is accepted, and any is where none is."""
+    item = attention("sm_90", "full", 64)
+    code = SimpleNamespace(metadata=SimpleNamespace(shared=0, assembler_log="Used 200 registers, 8 bytes spill stores"))
+    code.asm = {"cubin": b""}
+    monkeypatch.setattr(gpu_static, "compile_launch", lambda item, name: code)
+    monkeypatch.setattr(gpu_static.subprocess, "run", lambda *_, **__: SimpleNamespace(stdout="HGMMA.64x64x16"))
+    here = ("sm_90", "attend_kernel", "a call")
+    for known, fault in (
+        ({}, "8 bytes of spills"),
+        ({here: 8}, None),
+        ({here: 4}, "8 bytes of spills, accepted are 4"),
+        ({here: 12}, "8 bytes of spills, accepted are 12"),
+        ({("sm_80", *here[1:]): 8}, "8 bytes of spills"),
+    ):
+        monkeypatch.setattr(gpu_static, "ACCEPTED", known)
+        assert gpu_static.judge(item, "sm_90", "a call", {"half"}).faults == ([] if fault is None else [fault])
+    monkeypatch.setattr(gpu_static, "ACCEPTED", {here: 8})
+    code.metadata.assembler_log = "Used 200 registers"
+    assert gpu_static.judge(item, "sm_90", "a call", {"half"}).faults == ["0 bytes of spills, accepted are 8"]
+
+
 def test_the_table_shows_everything() -> None:
     row = gpu_static.Row("sm_90", "attend_kernel", "int8 d=64 causal", "128 x 64", 4, 3, 200, 0, 1024, {"int8": 8}, [])
     shown = gpu_static.table([row, dataclasses.replace(row, faults=["spills"])])

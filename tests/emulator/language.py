@@ -221,8 +221,8 @@ def warp_specialize(functions_and_args: Any, worker_num_warps: Any, worker_num_r
     return current().specialize([(function, tuple(given)) for function, given in functions_and_args])
 
 
-def span(*bounds: Any) -> Iterator[Value]:
-    """`range`, whose turns are numbers of the device."""
+def span(*bounds: Any, disable_licm: bool = False) -> Iterator[Value]:
+    """`range`, whose turns are numbers of the device; what the compiler is to leave alone is no matter here."""
     dtype = tl.int64 if any(isinstance(x, Value) and x.data.dtype == torch.int64 for x in bounds) else tl.int32
     return (scalar(at, dtype) for at in range(*(int(x) for x in bounds)))
 

@@ -3,8 +3,13 @@
 What a call may be falls into axes: head dims, block sizes, who sees whom, and so on. Of every two axes all pairs of
 values occur in some call (sm_86, which shares settings and instructions with sm_89, does without). Beyond that, each
 way in which settings.py cuts a kernel into tiles occurs with every kind of products and head dim, once where rows see
-intervals and once with all masks at a time; and of the kernel made for sm_90, whose registers are all taken, each cut
-with lists and without, causal or not, with stage 2 or without.
+intervals and once with all masks at a time; of the kernel made for sm_90, whose registers are all taken, each cut
+with lists and without, causal or not, with stage 2 or without; and a prediction with all that it may have to look at,
+for every head dim and for short, long and vast rows of scores.
+
+That is the whole list, of which a share is compiled unless more is asked for: sm_80 and sm_90, one chip with matrix
+instructions of warps and one with those of warpgroups, in every call of attention by the kernel for all GPUs; of all
+other calls the usual ones and some drawn from the rest by a seed, others for each architecture.
 
 The backend is called as on that GPU, and what it would have started is compiled. tests/test_gpu_forms.py holds the list
 against the kernels' sources: each kernel must be there, and each condition that the compiler decides, both ways.
@@ -15,19 +20,16 @@ from __future__ import annotations
 import contextlib
 import itertools
 import os
-from collections import Counter
-from collections.abc import Callable, Iterator, Sequence
-from typing import Any, NamedTuple, TypeAlias
+from collections.abc import Iterator, Sequence
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
 
 import tamis
 from tamis.backends.triton import chips, hopper, launch, operands, prepare, settings
+from tamis.bench.cover import Axes, Row, cover, some
 from tamis.packed import length_tensor, tails
-
-Row: TypeAlias = "dict[str, str]"
-Axes: TypeAlias = "dict[str, tuple[str, ...]]"
 
 DIMS = (64, 128, 256)
 # The first value of an axis is the usual one; what is usual and goes without saying is "".
@@ -66,7 +68,9 @@ _PREDICTION: Axes = {
 _DTYPES = ("", "fp16", "fp32")  # "": bf16
 _LENGTH = 250  # no multiple of a block, so that there is an edge; what is compiled is the same for every length
 _FEW = 16
-_LONG = 128 * 256 + 1  # more blocks than choose.py reads at a time
+_LENGTHS = {"": _LENGTH, "long": 128 * 256 + 1, "vast": 128 * 2048 + 1}  # of rows that lists.chunk_of tells apart
+_ALL_OF = ("sm_80", "sm_90")
+_DRAWN = 6
 _HEADS, _KV_HEADS = 4, 2
 
 
@@ -78,10 +82,10 @@ class Call(NamedTuple):
     launches: list[launch.Launch]
 
 
-def calls(name: str, dims: Sequence[int] = DIMS) -> Iterator[Call]:
-    """Everything that is compiled for an architecture."""
+def calls(name: str, dims: Sequence[int] = DIMS, *, whole: bool = True) -> Iterator[Call]:
+    """Everything that is compiled for an architecture: the whole list, or a share of it."""
     seen: set[tuple[object, ...]] = set()
-    for call in _calls(name, dims):
+    for call in _calls(name, dims, whole):
         fresh = []
         for item in call.launches:
             if not (news := _news(item)) <= seen:
@@ -91,25 +95,32 @@ def calls(name: str, dims: Sequence[int] = DIMS) -> Iterator[Call]:
             yield call._replace(launches=fresh)
 
 
-def _calls(name: str, dims: Sequence[int]) -> Iterator[Call]:
-    for row in attention_rows(name, dims):
+def _calls(name: str, dims: Sequence[int], whole: bool) -> Iterator[Call]:
+    def rows(all_of: Sequence[Row], first: Sequence[Row]) -> Sequence[Row]:
+        return all_of if whole else some(all_of, first, _DRAWN, name)
+
+    attended = attention_rows(name, dims)
+    for row in attended if name in _ALL_OF else rows(attended, plain_rows(name, dims)):
         yield Call(words(row), _products(row), attention(name, row))
     if name == "sm_90":
-        for row in gluon_rows(dims):
+        for row in rows(gluon_rows(dims), plain_gluon_rows(dims)):
             yield Call(words(row), _products(row), gluon(row))
-    for row in prediction_rows(name, dims):
+    for row in rows(prediction_rows(name, dims), fullest_rows(name, dims)):
         yield Call("predict " + words(row), set(), prediction(name, row))
 
 
 def _news(item: launch.Launch) -> set[tuple[object, ...]]:
-    """What a launch may show first: of attention's first pass the whole, of others each constant, type and width."""
+    """What a launch may show first: of attention's first pass the whole, of others each constant, type and
+    width, and of those before attention which arguments there are.
+    """
     name, constants, types = item.kernel.fn.__name__, item.constants, forms(item)
     if name in ("attend_kernel", "hopper_kernel") and not constants.get("FLAG_ROWS"):
         return {(name, *sorted(constants.items()), *item.options.items(), *types)}
-    width = max(constants.get(size, 0) for size in ("D", "DV", "DIM_PAD"))
+    width = max(constants.get(size, 0) for size in ("D", "DV", "DIM_PAD", "VALUE_PAD"))
     kept = {(constant, value == width if "DIM" in constant else value) for constant, value in constants.items()}
     named = {(parameter.name, form[0]) for parameter, form in zip(_arguments(item), types, strict=True)}
-    return {(name, *pair) for pair in (("width", width), *kept, *named)}
+    news = {(name, *pair) for pair in (("width", width), *kept, *named)}
+    return news if name == "attend_kernel" else news | {(name, tuple(value is None for value in item.arguments))}
 
 
 def forms(item: launch.Launch) -> tuple[Any, ...]:
@@ -150,16 +161,17 @@ def usual(kind: str, dim: int, *, gluon: bool = False) -> Row:
     return {"kind": kind, "dtype": "", "dim": f"d={dim}", **{axis: values[0] for axis, values in axes.items()}}
 
 
+def plain_rows(name: str, dims: Sequence[int] = DIMS) -> list[Row]:
+    """The usual calls of each precision, with fp32 inputs where these make other products."""
+    forms = [(kind, dtype) for kind in kinds(name) for dtype in ("", "fp32") if not dtype or kind == "full"]
+    return [usual(kind, dim) | {"dtype": dtype} for kind, dtype in forms for dim in dims]
+
+
 def attention_rows(name: str, dims: Sequence[int] = DIMS) -> list[Row]:
     """Calls of attention by the kernel for all GPUs."""
     axes = {"kind": kinds(name), "dtype": _DTYPES, "dim": _words_of(dims), **_ATTENTION}
     forms = [(kind, dtype) for kind in axes["kind"] for dtype in ("", "fp32") if not dtype or kind in ("full", "int8")]
-    parts = [
-        usual(kind, dim) | {"dtype": dtype}
-        for kind, dtype in forms
-        for dim in dims
-        if (kind, dtype) != ("int8", "fp32")
-    ]
+    parts = plain_rows(name, dims)
     cuts = []
     for (kind, dtype), dim, sight in itertools.product(forms, axes["dim"], ("causal", "all masks")):
         for rows in _ATTENTION["rows"] if (kind, dtype) != ("int8", "fp32") else ("",):
@@ -178,50 +190,33 @@ def _cut(name: str, row: Row) -> settings.Tiles:
     return settings.tiles(chips.CHIPS[name], kind, dim, dim, rows, 64, q_len, row["sight"] == "causal")
 
 
-def gluon_rows(dims: Sequence[int] = DIMS) -> list[Row]:
-    """Calls of the kernel made for sm_90; a head dim of 192 is cut in a way of its own, one of 96 is padded to 128."""
+def plain_gluon_rows(dims: Sequence[int] = DIMS) -> list[Row]:
+    """The usual calls of the kernel made for sm_90; a head dim of 192 is cut in a way of its own, 96 padded to 128."""
     dims = (64, 128, 192, 256) if tuple(dims) == DIMS else tuple(dims)
-    axes = {"kind": ("full", "int8", "fp8"), "dtype": _DTYPES, "dim": _words_of(dims), **_GLUON}
-    parts = [usual(kind, dim, gluon=True) for kind in axes["kind"] for dim in dims]
+    return [usual(kind, dim, gluon=True) for kind in ("full", "int8", "fp8") for dim in dims]
+
+
+def gluon_rows(dims: Sequence[int] = DIMS) -> list[Row]:
+    """Calls of the kernel made for sm_90."""
+    parts = plain_gluon_rows(dims)
+    axes = {"kind": ("full", "int8", "fp8"), "dtype": _DTYPES, "dim": tuple({row["dim"]: 0 for row in parts}), **_GLUON}
     compiled = ("kind", "dim", "rows", "sight", "lists", "stage 2")
     every = itertools.product(*(axes[axis][:2] if axis == "lists" else axes[axis] for axis in compiled))
     parts += [dict(zip(compiled, values, strict=True)) | {"shape": ""} for values in every]
     return cover(axes, parts, _fits)
 
 
+def fullest_rows(name: str, dims: Sequence[int] = DIMS) -> list[Row]:
+    """Parts of predictions with all that a kernel may have to look at."""
+    parts = [{"kind": kind, "dim": dim, "long": ""} for kind in kinds(name)[:2] for dim in _words_of(dims)]
+    parts += [{"dtype": "", "dim": f"d={dims[0]}", "long": long, "layout": ""} for long in ("long", "vast")]
+    return [part | {"rule": "cdf topk", "keep": "keep", "sight": "segments"} for part in parts]
+
+
 def prediction_rows(name: str, dims: Sequence[int] = DIMS) -> list[Row]:
     """Calls of a prediction, with 8-bit copies or without, and of packing."""
     axes = {"kind": kinds(name)[:2], "dtype": _DTYPES, "dim": _words_of(dims), **_PREDICTION}
-    return cover(axes, [], lambda row: True)
-
-
-def cover(axes: Axes, parts: Sequence[Row], possible: Callable[[Row], bool], *, pairs: bool = True) -> list[Row]:
-    """Rows, of a value for every axis, that hold all the parts given and, if wanted, every pair of values.
-
-    Each part and pair that no row holds yet becomes one, of which the other values are those that make the most new
-    pairs, of equals the rarest. `possible` says of a part of a row whether its values go together.
-    """
-    every_pair = ({a: x, b: y} for a, b in itertools.combinations(axes, 2) for x in axes[a] for y in axes[b])
-    rows: list[Row] = []
-    held: set[frozenset[tuple[str, str]]] = set()
-    times: Counter[tuple[str, str]] = Counter()
-    for part in (*parts, *(every_pair if pairs else ())):
-        if not possible(part) or any(part.items() <= row.items() for row in rows):
-            continue
-        row = dict(part)
-        for axis in axes:
-            if axis not in row:
-                values = [value for value in axes[axis] if possible(row | {axis: value})]
-                gains = {value: (-len(_pairs(row | {axis: value}) - held), times[axis, value]) for value in values}
-                row[axis] = min(values, key=gains.__getitem__)
-        rows.append({axis: row[axis] for axis in axes})
-        held |= _pairs(row)
-        times.update(row.items())
-    return rows
-
-
-def _pairs(row: Row) -> set[frozenset[tuple[str, str]]]:
-    return {frozenset(pair) for pair in itertools.combinations(row.items(), 2)}
+    return cover(axes, fullest_rows(name, dims), lambda row: True)
 
 
 def _possible(row: Row) -> bool:
@@ -313,7 +308,7 @@ def _attend(row: Row) -> None:
 
 def prediction(name: str, row: Row) -> list[launch.Launch]:
     """What a prediction starts, and packing, and the means that stand in for skipped blocks."""
-    length = _LONG if row["long"] else _LENGTH
+    length = _LENGTHS[row["long"]]
     query, key, value = _inputs(row, _LENGTH, length)
     rule = dict.fromkeys(row["rule"].split(), 0.5)
     predictor = tamis.Sparge(
@@ -326,7 +321,10 @@ def prediction(name: str, row: Row) -> list[launch.Launch]:
     with chips.assume(name), launch.note() as launches:
         predictor.prepare(query, key, block_size=blocks, backend="triton", precision=row["kind"], **options)
         prepare.summarize(value, blocks[1], None, None)
-        _packed(key, value, torch.zeros(1, length, dtype=torch.int64) if row["sight"] == "segments" else None)
+        segments = torch.zeros(1, length, dtype=torch.int64) if row["sight"] == "segments" else None
+        if "fp8" in kinds(name):
+            prepare.columns(None, value, segments, None)  # what attention reads after a prediction
+        _packed(key, value, segments)
     return launches
 
 

@@ -53,7 +53,8 @@ def operands(
 ) -> Operands:
     """Round what has to be rounded; `used` tells which tiles of keys count for a mean or a scale.
 
-    Keys and values that are not in rows of one piece are copied: every tile of queries reads them again.
+    What is not in rows of one piece is copied: every tile of queries reads keys and values again, and its own pointer
+    for each entry of a tile would take the registers.
 
     `shuffled`: keys of e4m3 values are in the order that hopper.py wants.
     """
@@ -66,9 +67,8 @@ def operands(
         return Operands(q, k, packed[3], q_scale, k_scale, packed[4], q_shift, "packed", "packed", width, even)
     if precision == "full":
         kind = "fp32" if query.dtype == torch.float32 else "half"
-        return Operands(
-            query, _in_rows(key), _in_rows(value), None, None, None, None, kind, "input", width, width == dim
-        )
+        q, k, v = (_in_rows(x) for x in (query, key, value))
+        return Operands(q, k, v, None, None, None, None, kind, "input", width, width == dim)
     tiles_used = None if prepared and precision == "int8" else used()
     fp8 = precision == "fp8"
     mean, v_scale = None, None

@@ -234,6 +234,7 @@ def pack_kv(key: Tensor, value: Tensor, mean: Tensor, segments: Tensor | None) -
         (blocks * batch * heads,),
         *(value, segments, value8, value_scale, value_sum, *value.stride(), batch_stride(segments), length, heads),
         device=key.device,
+        warps=_reading_warps(launch.power(value_dim)),
         DIM=value_dim,
         DIM_PAD=launch.power(value_dim),
         TILE=TILE,
@@ -276,7 +277,10 @@ def fp8_values(
 
 
 def sound_values(value: Tensor) -> tuple[Tensor, Tensor]:
-    """A copy with 0 where values are not finite, in rows of whole 16 bytes, and which 64-key tiles had such values."""
+    """Which 64-key tiles hold values that are not finite, and a copy of those alone, with 0 for such values.
+
+    Rows of the copy are whole 16 bytes; its other tiles are never written.
+    """
     from tamis.backends.triton.kernels import values
 
     batch, heads, length, dim = value.shape

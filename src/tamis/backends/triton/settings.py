@@ -44,7 +44,7 @@ def tiles(
     rows, keys, warps, stages, _ = _TABLE[_family(chip), kind][0 if wide <= 64 else 1 if wide <= 128 else 2]
     if not regular:
         rows, keys, warps, stages, _ = _IRREGULAR[0 if kind == "fp32" else 1 if wide <= 128 else 2]
-    registers = 255 if chip.kind == "cuda" and (q_len <= 16 or not regular) else None
+    registers = 255 if chip.kind == "cuda" and (q_len <= 16 or not regular or kind == "fp32") else None
     if q_len <= 16:
         # Decoding: few rows, and the time is that of reading the keys.
         rows, warps = 16, 4 if wide <= 64 and regular else 8

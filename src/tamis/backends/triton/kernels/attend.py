@@ -151,7 +151,7 @@ def _visit(
     following = first
     if indices is not None:
         following = tl.load(indices + first, mask=first < last, other=0)
-    for step in range(first * PER_BLOCK, last * PER_BLOCK):
+    for step in tl.range(first * PER_BLOCK, last * PER_BLOCK, disable_licm=SLICE > 0):
         # The next index is fetched a turn ahead, or else the address of every tile would wait for it.
         block = following
         entry = (step + 1) // PER_BLOCK

@@ -100,7 +100,7 @@ def _produce(
     flags,
 ):
     """Copy the tiles of queries, keys and values that the consumers want, as soon as there is room."""
-    q_desc, k_desc, v_desc, edge_desc = descs
+    q_desc, k_desc, v_desc, sound_desc = descs
     q_room, k_room, v_room = rooms
     q_ready, q_empty, k_ready, k_empty, v_ready, v_empty = bars
     (
@@ -148,12 +148,18 @@ def _produce(
             start = block * BLOCK_KV + (step % PER_BLOCK) * TILE_K
             slot = base + turn % STAGES
             phase = (turn // STAGES & 1) ^ 1
+            mended = block < 0
+            if MENDS:
+                # Read before it waits. The second pass, of attend.py, adds what such values would have added.
+                at = v_flags + (batch * kv_heads + kv_head).to(gl.int64) * value_tiles + start // 64
+                flag = gl.load(at, mask=(block >= whole_end) & (start // 64 < value_tiles), other=0)
+                broken |= flag
+                mended = flag != 0
             mbarrier.wait(k_empty.index(slot), phase)
             mbarrier.expect(k_ready.index(slot), k_desc.block_type.nbytes)
             load_tile(k_desc, [batch, kv_head, start, 0], k_ready.index(slot), k_room.index(slot))
             mbarrier.wait(v_empty.index(slot), phase)
             mbarrier.expect(v_ready.index(slot), v_desc.block_type.nbytes * PARTS)
-            edge = block >= whole_end
             for part in gl.static_range(PARTS):
                 room = v_room.index(slot * PARTS + part)
                 if PV8:
@@ -161,15 +167,9 @@ def _produce(
                 elif not MENDS:
                     load_tile(v_desc, [batch, kv_head, start, part * WIDTH], v_ready.index(slot), room)
                 else:
-                    # 0 * NaN is NaN: where keys are masked, values come from a copy without any.
-                    load_tile(v_desc, [batch, kv_head, start, part * WIDTH], v_ready.index(slot), room, pred=~edge)
-                    load_tile(edge_desc, [batch, kv_head, start, part * WIDTH], v_ready.index(slot), room, pred=edge)
-            if MENDS:
-                # The second pass, of attend.py, adds what those at the edges would have added.
-                at = v_flags + (batch * kv_heads + kv_head).to(gl.int64) * value_tiles
-                for part in gl.static_range((TILE_K + 63) // 64):
-                    here = start // 64 + part
-                    broken |= gl.load(at + here, mask=edge & (here < value_tiles), other=0)
+                    # 0 * NaN is NaN: where keys are masked, values come from tiles without any.
+                    load_tile(v_desc, [batch, kv_head, start, part * WIDTH], v_ready.index(slot), room, pred=~mended)
+                    load_tile(sound_desc, [batch, kv_head, start, part * WIDTH], v_ready.index(slot), room, pred=mended)
             turn += 1
             step += 1
             block = following
@@ -529,7 +529,7 @@ def hopper_kernel(
     q_desc,
     k_desc,
     v_desc,
-    edge_desc,
+    sound_desc,
     output,
     lse,
     counts,
@@ -584,10 +584,10 @@ def hopper_kernel(
 
     An item is 128 rows, of which each consumer takes half; or, with SPLIT (blocks of 64 rows, whose lists differ), 64
     rows of one consumer with a ring and a producer of its own. Tensors that a call lacks are any other; LISTS says
-    whether there are lists: 0, or the bits of a place in them. STAGE2: whether pv_threshold is given. MENDS: values at
-    edges come from edge_desc, a copy in which those that are not finite are 0, and `flags`, int32
-    `[batch * heads, q_tiles]`, tells of them for the second pass of attend.py; v_flags, `[.., 64-key tiles]`, of where
-    they are. factor: scale * log2(e). V_SCALES: length of a row of v_scale.
+    whether there are lists: 0, or the bits of a place in them. STAGE2: whether pv_threshold is given. MENDS: at
+    edges, tiles of values that are not all finite come from sound_desc, where those that are not are 0, and `flags`,
+    int32 `[batch * heads, q_tiles]`, tells of them for the second pass of attend.py; v_flags, `[.., 64-key tiles]`, of
+    where they are. factor: scale * log2(e). V_SCALES: length of a row of v_scale.
     `counts` is that of attend.py, for tiles of 64 rows.
 
     What could be computed from other arguments is one too: a number worked out before the warps part is kept by all of
@@ -624,7 +624,7 @@ def hopper_kernel(
     fence_async_shared()  # copies, which are asynchronous, are to find the barriers initialised
     rooms = (q_room, k_room, v_room)
     bars = (q_ready, q_empty, k_ready, k_empty, v_ready, v_empty)
-    descs = (q_desc, k_desc, v_desc, edge_desc)
+    descs = (q_desc, k_desc, v_desc, sound_desc)
     tensors = (output, lse, counts, q_scale, k_scale, v_scale, q_shift, pv_threshold)
     lists = (kv_num, kv_indices, stride_numb, stride_numh, stride_idxb, stride_idxh, stride_idxq, max_blocks)
     sizes = (

@@ -75,9 +75,10 @@ def sound_values_kernel(
     WIDTH: tl.constexpr,
     TILE: tl.constexpr,
 ):
-    """Copy a tile of values with 0 for those that are not finite, and say whether there were; (tiles * batch * heads,).
+    """Copy a tile of values that are not all finite, with 0 for those, and say so; grid (tiles * batch * heads,).
 
-    The copy is `[batch * heads, length, WIDTH]`, flags are int32 `[batch * heads, tiles]`.
+    The copy is `[batch * heads, length, WIDTH]`, flags are int32 `[batch * heads, tiles]`. Other tiles stay as they
+    are: few calls have any to copy, and to write them all would take as long as to read them.
     """
     tiles = tl.cdiv(length, TILE)
     tile, head = (tl.program_id(0) % tiles).to(tl.int64), (tl.program_id(0) // tiles).to(tl.int64)
@@ -86,5 +87,7 @@ def sound_values_kernel(
     inside = (rows < length)[:, None] & (d < DIM)[None, :]
     values = tl.load(base + rows[:, None] * stride_n + d[None, :] * stride_d, mask=inside, other=0.0)
     finite = _finite(values.to(tl.float32))
-    tl.store(sound + (head * length + rows)[:, None] * WIDTH + d[None, :], tl.where(finite, values, 0.0), mask=inside)
-    tl.store(flags + head * tiles + tile, tl.max(tl.max((~finite).to(tl.int32), 1), 0))
+    flag = tl.max(tl.max((~finite).to(tl.int32), 1), 0)
+    place = (head * length + rows)[:, None] * WIDTH + d[None, :]
+    tl.store(sound + place, tl.where(finite, values, 0.0), mask=inside & (flag > 0))
+    tl.store(flags + head * tiles + tile, flag)
