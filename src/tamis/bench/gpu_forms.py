@@ -119,8 +119,10 @@ def _news(item: launch.Launch) -> set[tuple[object, ...]]:
     width = max(constants.get(size, 0) for size in ("D", "DV", "DIM_PAD", "VALUE_PAD"))
     kept = {(constant, value == width if "DIM" in constant else value) for constant, value in constants.items()}
     named = {(parameter.name, form[0]) for parameter, form in zip(_arguments(item), types, strict=True)}
-    news = {(name, *pair) for pair in (("width", width), *kept, *named)}
-    return news if name == "attend_kernel" else news | {(name, tuple(value is None for value in item.arguments))}
+    news: set[tuple[object, ...]] = {(name, *pair) for pair in (("width", width), *kept, *named)}
+    if name != "attend_kernel":
+        news.add((name, *(value is None for value in item.arguments)))
+    return news
 
 
 def forms(item: launch.Launch) -> tuple[Any, ...]:
