@@ -12,7 +12,7 @@ import pytest
 import torch
 
 import tamis
-from tamis.backends.triton import chips, launch, settings
+from tamis.backends.triton import chips, launch, prepare, settings
 from tamis.bench import gpu_forms, gpu_static
 from tamis.call import per_head
 
@@ -92,6 +92,33 @@ def test_machine_code_is_judged(name: str, precision: str) -> None:
     assert row.faults == []
     assert row.registers > 0
     assert set(row.instructions) >= kinds
+
+
+EVERYTHING = {"keys": "128 keys", "sight": "all masks", "stage 2": "stage 2"}
+
+
+@pytest.mark.parametrize(
+    ("kind", "dim", "parts"),
+    [
+        ("full", 256, {"dtype": "fp32", "scores": "vast softcap"}),
+        ("full", 128, {"dtype": "fp32", "scores": "softcap"}),
+        ("int8", 128, {"scores": "softcap"}),
+    ],
+    ids=str,
+)
+def test_masks_at_once_spill_nothing(kind: str, dim: int, parts: dict[str, str]) -> None:
+    """Pieces of fp32 queries stay out of the registers until they are multiplied, and tiles are small."""
+    row = gpu_forms.usual(kind, dim) | EVERYTHING | parts
+    item = next(item for item in gpu_forms.attention("sm_90", row) if item.constants.get("FLAG_ROWS") == 0)
+    assert gpu_static.judge(item, "sm_90", "", set()).faults == []
+
+
+def test_packing_wide_values_spills_nothing() -> None:
+    value = torch.zeros(1, 2, 250, 256)
+    with chips.assume("sm_90"), launch.note() as launches:
+        prepare.pack_kv(value, value, value[:, :, 0], None)
+    item = next(item for item in launches if item.kernel.fn.__name__ == "value_int8_kernel")
+    assert gpu_static.judge(item, "sm_90", "", set()).faults == []
 
 
 def test_a_kernel_that_others_compiled_is_judged() -> None:

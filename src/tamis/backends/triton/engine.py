@@ -140,7 +140,7 @@ def attend(
             VALUE_DIM=value_dim,
             D=inputs.width,
             DV=value_width,
-            SLICE=0 if inputs.kind != "fp32" or inputs.width <= 64 else 32 if inputs.width <= 128 and regular else 16,
+            SLICE=0 if inputs.kind != "fp32" or inputs.width <= 64 else 32 if inputs.width <= 128 else 16,
             K_EVEN=inputs.even,
             BLOCK_Q=block_q,
             BLOCK_KV=block_kv,

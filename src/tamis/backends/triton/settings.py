@@ -39,11 +39,13 @@ def tiles(
     if chip.kind == "cpu":
         return Tiles(16 if q_len <= 16 else 64, 64, 4, 1)
     wide = max(dim, value_dim)
+    column = 0 if wide <= 64 else 1 if wide <= 128 else 2
     if kind == "mend":
-        return _MEND[0 if wide <= 64 else 1 if wide <= 128 else 2]
-    rows, keys, warps, stages, _ = _TABLE[_family(chip), kind][0 if wide <= 64 else 1 if wide <= 128 else 2]
+        return _MEND[column]
+    cut = _TABLE[_family(chip), kind][column]
     if not regular:
-        rows, keys, warps, stages, _ = _IRREGULAR[0 if kind == "fp32" else 1 if wide <= 128 else 2]
+        cut = _IRREGULAR["fp32" if kind == "fp32" else "others"][column]
+    rows, keys, warps, stages, _ = cut
     registers = 255 if chip.kind == "cuda" and (q_len <= 16 or not regular or kind == "fp32") else None
     if q_len <= 16:
         # Decoding: few rows, and the time is that of reading the keys.
@@ -60,8 +62,11 @@ def _family(chip: Chip) -> str:
     return {"sm_80": "ampere", "sm_90": "hopper", "sm_100": "hopper"}.get(chip.name, "small")
 
 
-# fp32; other kinds up to 128, and above. The same everywhere, found with all kinds of mask at once.
-_IRREGULAR = (Tiles(16, 16, 8, 1), Tiles(64, 32, 8, 2), Tiles(16, 32, 8, 1))
+# For head dims up to 64, 128 and 256. The same everywhere, found with all kinds of mask at once.
+_IRREGULAR = {
+    "fp32": (Tiles(16, 32, 8, 1), Tiles(16, 32, 8, 1), Tiles(16, 16, 8, 1)),
+    "others": (Tiles(64, 32, 8, 2), Tiles(32, 32, 8, 2), Tiles(16, 32, 8, 1)),
+}
 
 # Next to never at work.
 _MEND = (Tiles(16, 16, 4, 1), Tiles(16, 32, 8, 1), Tiles(16, 16, 8, 1))
