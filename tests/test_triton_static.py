@@ -114,11 +114,12 @@ def test_masks_at_once_spill_nothing(kind: str, dim: int, parts: dict[str, str])
 
 
 def test_packing_wide_values_spills_nothing() -> None:
-    value = torch.zeros(1, 2, 250, 256)
-    with chips.assume("sm_90"), launch.note() as launches:
-        prepare.pack_kv(value, value, value[:, :, 0], None)
+    """Where rows are no multiples of 16 bytes, four warps had too few registers on sm_120."""
+    value = torch.zeros(1, 2, 250, 233, dtype=torch.bfloat16)
+    with chips.assume("sm_120"), launch.note() as launches:
+        prepare.pack_kv(value, value, value[:, :, 0].float(), torch.zeros(1, 250, dtype=torch.int64))
     item = next(item for item in launches if item.kernel.fn.__name__ == "value_int8_kernel")
-    assert gpu_static.judge(item, "sm_90", "", set()).faults == []
+    assert gpu_static.judge(item, "sm_120", "", set()).faults == []
 
 
 def test_a_kernel_that_others_compiled_is_judged() -> None:
