@@ -49,7 +49,8 @@ class Engine:
 
         kind = "fp32" if query.dtype == torch.float32 else "half"
         dims = launch.power(query.shape[-1]), launch.power(value.shape[-1])
-        tiles = settings.tiles(chips.of(torch.device(DEVICE)), kind, *dims, *block_size, query.shape[-2], regular)
+        chip, q_len = chips.of(torch.device(DEVICE)), query.shape[-2]
+        tiles = settings.tiles(chip, kind, *dims, *block_size, q_len, regular=regular, skips=True)
         return {"group": tiles.rows, "keys": tiles.keys}
 
     def _ran(self, stats: Any) -> None:

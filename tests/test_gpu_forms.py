@@ -172,14 +172,16 @@ def test_every_cut_is_compiled(name: str) -> None:
         for item in gpu_forms.attention(name, row):
             if item.kernel.fn.__name__ == "attend_kernel" and not item.constants["FLAG_ROWS"]:
                 shape = item.constants["TILE_Q"], item.constants["TILE_K"], item.warps, item.stages, item.registers
-                there.add((row["kind"], row["dtype"] == "fp32", max(item.constants["D"], item.constants["DV"]), shape))
-    for kind, dim, block_q, q_len, regular in itertools.product(
-        gpu_forms.kinds(name), gpu_forms.DIMS, (64, 128), (16, 1000), (True, False)
+                dim = max(item.constants["D"], item.constants["DV"])
+                there.add((row["kind"], row["dtype"] == "fp32", dim, row["sight"], shape))
+    sights = {"causal": {}, "causal window": {"window": True}, "all masks": {"regular": False}}
+    for kind, dim, block_q, q_len, sight, skips in itertools.product(
+        gpu_forms.kinds(name), gpu_forms.DIMS, (64, 128), (16, 1000), sights, (False, True)
     ):
         for fp32 in (False, True) if kind == "full" else (False,):
             form = ("fp32" if fp32 else "half") if kind == "full" else kind
-            cut = settings.tiles(chip, form, dim, dim, block_q, 64, q_len, regular)
-            assert (kind, fp32, dim, tuple(cut)) in there, (kind, fp32, dim, block_q, q_len, regular)
+            cut = settings.tiles(chip, form, dim, dim, block_q, 64, q_len, skips=skips, **sights[sight])
+            assert (kind, fp32, dim, sight, tuple(cut)) in there, (kind, fp32, dim, sight, block_q, q_len)
 
 
 def test_every_cut_for_hopper_is_compiled_with_everything() -> None:

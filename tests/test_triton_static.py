@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+import itertools
 import json
 from pathlib import Path
 from types import SimpleNamespace
@@ -40,8 +41,9 @@ def test_tiles_fit_blocks(name: str) -> None:
             for block_q in (64, 128):
                 for block_kv in (64, 128):
                     for q_len in (1, 16, 17, 5000):
-                        for regular in (True, False):
-                            cut = settings.tiles(chip, kind, dim, dim, block_q, block_kv, q_len, regular)
+                        for rest in itertools.product((True, False), repeat=3):
+                            given = dict(zip(("regular", "window", "skips"), rest, strict=True))
+                            cut = settings.tiles(chip, kind, dim, dim, block_q, block_kv, q_len, **given)
                             assert block_q % cut.rows == 0
                             assert block_kv % cut.keys == 0
                             assert cut.warps in (4, 8)
@@ -111,6 +113,41 @@ def test_masks_at_once_spill_nothing(kind: str, dim: int, parts: dict[str, str])
     row = gpu_forms.usual(kind, dim) | EVERYTHING | parts
     item = next(item for item in gpu_forms.attention("sm_90", row) if item.constants.get("FLAG_ROWS") == 0)
     assert gpu_static.judge(item, "sm_90", "", set()).faults == []
+
+
+@pytest.mark.parametrize("dim", [64, 128])
+def test_under_windows_products_are_not_serialised(dim: int) -> None:
+    """In 8 bits on sm_90, where the run of whole blocks would go on with the sums of the edge before it."""
+    item = next(
+        item
+        for item in gpu_forms.attention("sm_90", gpu_forms.usual("int8", dim) | {"sight": "causal window"})
+        if item.constants.get("FLAG_ROWS") == 0
+    )
+    assert gpu_static.judge(item, "sm_90", "", {"int8", "half"}).faults == []
+
+
+def test_products_of_64_rows_may_be_left_out_on_sm_100() -> None:
+    """Triton 3.6 fails on them there: tiles are smaller."""
+    row = gpu_forms.usual("full", 128) | {"rows": "64 rows", "stage 2": "stage 2"}
+    item = next(item for item in gpu_forms.attention("sm_100", row) if item.constants.get("FLAG_ROWS") == 0)
+    assert gpu_static.judge(item, "sm_100", "", {"half"}).faults == []
+
+
+@pytest.mark.parametrize(("start", "stop", "copied"), [(0, 64, False), (1, 65, True), (0, 41, True), (0, 40, True)])
+@pytest.mark.parametrize("precision", ["full", "int8"])
+def test_keys_and_values_are_loaded_by_16_bytes(precision: str, start: int, stop: int, copied: bool) -> None:
+    """What can't be is copied into longer rows: 40 is a multiple of 8, and of strides Triton sees multiples of 16."""
+    query, key, value = (torch.zeros(1, n, 250, stop, dtype=torch.bfloat16)[..., start:stop] for n in (4, 2, 2))
+    with chips.assume("sm_80"), launch.note() as launches:
+        tamis.attend(query, key, value, backend="triton", precision=precision)
+    item = next(item for item in launches if "FLAG_ROWS" in item.constants)
+    for given, x in zip((key, value), item.arguments[1:3], strict=True):
+        assert x.data_ptr() % 16 == 0
+        assert all(stride % 16 == 0 for stride in x.stride()[:3])
+        assert x.shape[3] == 64
+        if given is value or precision == "full":
+            assert (x.data_ptr() != given.data_ptr()) == copied
+    assert (item.constants["K_EVEN"], item.constants["V_EVEN"]) == (True, True)
 
 
 def test_packing_wide_values_spills_nothing() -> None:

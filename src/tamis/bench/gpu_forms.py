@@ -2,8 +2,8 @@
 
 What a call may be falls into axes: head dims, block sizes, who sees whom, and so on. Of every two axes all pairs of
 values occur in some call (sm_86, which shares settings and instructions with sm_89, does without). Beyond that, each
-way in which settings.py cuts a kernel into tiles occurs with every kind of products and head dim, once where rows see
-intervals and once with all masks at a time; of the kernel made for sm_90, whose registers are all taken, each cut
+way in which settings.py cuts a kernel into tiles occurs with every kind of products and head dim, in the usual call,
+under a window, and with all masks at a time; of the kernel made for sm_90, whose registers are all taken, each cut
 with lists and without, causal or not, with stage 2 or without; and a prediction with all that it may have to look at,
 for every head dim and for short, long and vast rows of scores.
 
@@ -175,13 +175,22 @@ def attention_rows(name: str, dims: Sequence[int] = DIMS) -> list[Row]:
     forms = [(kind, dtype) for kind in axes["kind"] for dtype in ("", "fp32") if not dtype or kind in ("full", "int8")]
     parts = plain_rows(name, dims)
     cuts = []
-    for (kind, dtype), dim, sight in itertools.product(forms, axes["dim"], ("causal", "all masks")):
+    for (kind, dtype), dim, sight in itertools.product(forms, axes["dim"], ("causal", "causal window", "all masks")):
         for rows in _ATTENTION["rows"] if (kind, dtype) != ("int8", "fp32") else ("",):
             part = {"kind": kind, "dim": dim, "rows": rows, "sight": sight, "shape": "", "layout": "", "dtype": dtype}
-            if (cut := (kind, dtype, dim, sight, _cut(name, part))) not in cuts:
-                cuts.append(cut)
-                parts.append(part)
+            if sight != "all masks":
+                part |= dict.fromkeys(("keys", "lists", "stage 2", "scores"), "")
+            for whole in _with_stage2(name, part):
+                if (cut := (kind, dtype, dim, sight, _cut(name, whole))) not in cuts:
+                    cuts.append(cut)
+                    parts.append(whole)
     return cover(axes, parts, _possible, pairs=name != "sm_86")
+
+
+def _with_stage2(name: str, part: Row) -> list[Row]:
+    """A part of a call, or where that is cut in another way two: without stage 2 and with it."""
+    without, with_it = part | {"stage 2": ""}, part | {"stage 2": "stage 2"}
+    return [part] if _cut(name, without) == _cut(name, with_it) else [without, with_it]
 
 
 def _cut(name: str, row: Row) -> settings.Tiles:
@@ -189,7 +198,9 @@ def _cut(name: str, row: Row) -> settings.Tiles:
     full = "fp32" if row["dtype"] == "fp32" else "half"
     dim, rows = int(row["dim"][2:]), 64 if row["rows"] == "64 rows" else 128
     kind, q_len = full if row["kind"] == "full" else row["kind"], _FEW if row["rows"] == "few rows" else _LENGTH
-    return settings.tiles(chips.CHIPS[name], kind, dim, dim, rows, 64, q_len, row["sight"] == "causal")
+    sight = {"regular": row["sight"] != "all masks", "window": "window" in row["sight"]}
+    skips = row.get("stage 2") == "stage 2"
+    return settings.tiles(chips.CHIPS[name], kind, dim, dim, rows, 64, q_len, **sight, skips=skips)
 
 
 def plain_gluon_rows(dims: Sequence[int] = DIMS) -> list[Row]:

@@ -100,7 +100,9 @@ def attend(
         counts, flags, rows = done.counts, done.flags, done.rows
         passes = [] if flags is None else [(mend, done.flag_rows)]
     else:
-        cut = tiles(chip, inputs.kind, *shape, regular and not inputs.wide)
+        plain = regular and not inputs.wide and not inputs.scattered
+        skips = pv_threshold is not None
+        cut = tiles(chip, inputs.kind, *shape, regular=plain, window=window is not None, skips=skips)
         rows = cut.rows
         counts = torch.empty((batch, heads, geometry.num_blocks(q_len, rows), 3), dtype=torch.float64, device=device)
         flags = query.new_empty(counts.shape[:3], dtype=torch.int32)
@@ -141,7 +143,8 @@ def attend(
             D=inputs.width,
             DV=value_width,
             SLICE=0 if inputs.kind != "fp32" or inputs.width <= 64 else 32 if inputs.width <= 128 else 16,
-            K_EVEN=inputs.even,
+            K_EVEN=inputs.k_even,
+            V_EVEN=inputs.v_even,
             BLOCK_Q=block_q,
             BLOCK_KV=block_kv,
             TILE_Q=part.rows,

@@ -9,6 +9,7 @@ import torch
 from torch import Tensor
 
 from tamis.backends.triton import launch
+from tamis.backends.triton.arguments import by_16_bytes, in_rows, widened
 from tamis.backends.triton.prepare import TILE, Rounded, columns, digest, fp8_values, int8_queries, room
 
 
@@ -19,7 +20,7 @@ class Operands:
     Attributes:
         kind: what the tiles depend on, see settings.py.
         products: of weights and values: "input" in the values' own type, "bf16", "fp8" or "packed".
-        even: whether rows of k are as long as the kernel's.
+        k_even, v_even: whether rows of k and v are as long as the kernel's.
     """
 
     q: Tensor
@@ -32,12 +33,18 @@ class Operands:
     kind: str
     products: str
     width: int
-    even: bool
+    k_even: bool
+    v_even: bool
 
     @property
     def wide(self) -> bool:
         """Whether places inside a tile of keys or values need 64 bits."""
         return max(128 * abs(x.stride(2)) + 256 * abs(x.stride(3)) for x in (self.k, self.v)) >= 2**31
+
+    @property
+    def scattered(self) -> bool:
+        """Whether keys are loaded entry by entry: those of a `PackedKV`, which is not copied, may be."""
+        return self.kind == "packed" and self.k.shape[3] % 16 != 0
 
 
 def operands(
@@ -49,26 +56,28 @@ def operands(
     precision: str,
     counted: Tensor | None,
     used: Callable[[], Tensor | None],
-    shuffled: bool,
+    gluon: bool,
 ) -> Operands:
     """Round what has to be rounded; `used` tells which tiles of keys count for a mean or a scale.
 
-    What is not in rows of one piece is copied: every tile of queries reads keys and values again, and its own pointer
+    Every tile of queries reads keys and values again, so what loads of 16 bytes cannot take is copied first: a pointer
     for each entry of a tile would take the registers.
 
-    `shuffled`: keys of e4m3 values are in the order that hopper.py wants.
+    `gluon`: as hopper.py wants them, which copies for itself, and has its own order of keys for e4m3 values.
     """
-    dim, width = query.shape[3], launch.power(query.shape[3], 16 if precision == "full" else 32)
+    width = launch.power(query.shape[3], 16 if precision == "full" else 32)
     if key is None or value is None:
         packed = [t.contiguous() for t in packed]
         k, k_scale = packed[0].flatten(2, 3), packed[1]
         q, q_scale, q_shift = int8_queries(query, packed[6])
         even = packed[0].shape[4] == width
-        return Operands(q, k, packed[3], q_scale, k_scale, packed[4], q_shift, "packed", "packed", width, even)
+        return Operands(q, k, packed[3], q_scale, k_scale, packed[4], q_shift, "packed", "packed", width, even, False)
+    value_width = launch.power(value.shape[3])
     if precision == "full":
         kind = "fp32" if query.dtype == torch.float32 else "half"
-        q, k, v = (_in_rows(x) for x in (query, key, value))
-        return Operands(q, k, v, None, None, None, None, kind, "input", width, width == dim)
+        q, k, v = in_rows(query), _rows(key, width, gluon), _rows(value, value_width, gluon)
+        k_even, v_even = k.shape[3] == width, v.shape[3] == value_width
+        return Operands(q, k, v, None, None, None, None, kind, "input", width, k_even, v_even)
     tiles_used = None if prepared and precision == "int8" else used()
     fp8 = precision == "fp8"
     mean, v_scale = None, None
@@ -78,12 +87,17 @@ def operands(
         prepared = room(query, key, TILE, precision)
         digest(query, key, mean, None, counted, rounded=Rounded(*prepared))
     q, q_scale, q_shift, key8, k_scale = prepared
-    v, products = _in_rows(value), "input" if query.dtype == torch.float16 else "bf16"
     if v_scale is not None:
-        v = fp8_values(value, v_scale, counted, tiles_used, shuffled).transpose(2, 3)
-        products = "fp8"
-    return Operands(q, key8.flatten(2, 3), v, q_scale, k_scale, v_scale, q_shift, precision, products, width, True)
+        v, products = fp8_values(value, v_scale, counted, tiles_used, gluon).transpose(2, 3), "fp8"
+    else:
+        products = "input" if query.dtype == torch.float16 else "bf16"
+        v = _rows(value if products == "input" else value.to(torch.bfloat16), value_width, gluon)
+    k, v_even = key8.flatten(2, 3), v.shape[3] == value_width
+    return Operands(q, k, v, q_scale, k_scale, v_scale, q_shift, precision, products, width, True, v_even)
 
 
-def _in_rows(x: Tensor) -> Tensor:
-    return x if x.stride(-1) == 1 or x.shape[-1] == 1 else x.contiguous()
+def _rows(x: Tensor, width: int, gluon: bool) -> Tensor:
+    """x, or a copy in rows of `width` if it can't be loaded by 16 bytes."""
+    if gluon:
+        return in_rows(x)
+    return x if by_16_bytes(x) else widened(x, width)

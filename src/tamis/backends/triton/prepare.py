@@ -15,7 +15,7 @@ from torch import Tensor
 
 from tamis import geometry
 from tamis.backends.triton import chips, launch
-from tamis.backends.triton.arguments import batch_stride
+from tamis.backends.triton.arguments import batch_stride, by_16_bytes, in_rows, widened
 
 TILE = 64  # keys that share a scale
 CHUNK_TILES = 4  # tiles of which a program adds the columns up: enough programs for a short sequence too
@@ -46,8 +46,27 @@ def _reading_warps(width: int) -> int:
     return 4 if width <= 64 else 8 if width <= 128 else 16
 
 
+def _most_registers(device: torch.device, warps: int) -> int | None:
+    """A thread's share of the 65,536 registers if a program has a processor for itself, where that can be said."""
+    return None if chips.of(device).kind != "cuda" else min(255, 65536 // (32 * warps))
+
+
 def _whole(x: Tensor | None) -> Tensor | None:
     return None if x is None else x.contiguous()
+
+
+def _rows(*tensors: Tensor | None) -> tuple[Tensor | None, ...]:
+    """The tensors, or copies: of what is not in rows of one piece, and, of more than 128 channels, rows of whole 16
+    bytes for all where one can't be loaded by them. A pointer for each entry would take the registers.
+    """
+    there = [x for x in tensors if x is not None]
+    if all(x.shape[3] <= 128 or by_16_bytes(x) for x in there):
+        return tuple(None if x is None else in_rows(x) for x in tensors)
+    return tuple(None if x is None else widened(x, launch.power(x.shape[3])) for x in tensors)
+
+
+def _narrow(x: Tensor, dim: int) -> Tensor:
+    return x if x.shape[-1] == dim else x[..., :dim].contiguous()
 
 
 def _strides(x: Tensor | None) -> tuple[int, ...]:
@@ -66,6 +85,10 @@ def columns(
 
     one = key if key is not None else value
     assert one is not None
+    key_dim = one.shape[3]
+    (key,), (value,) = _rows(key), _rows(value)
+    one = key if key is not None else value
+    assert one is not None
     segments = _whole(segments)
     batch, heads, length, _ = one.shape
     tiles = geometry.num_blocks(length, TILE)
@@ -81,13 +104,15 @@ def columns(
         tops = one.new_empty((batch, heads, chunks, value_dim), dtype=torch.float32)
         scale = one.new_empty((batch, heads, launch.power(value_dim)), dtype=torch.float32)
     wide = max(launch.power(x.shape[3]) for x in (key, value) if x is not None)
+    warps = 8 if wide <= 128 else 16
     launch.run(
         pool.columns_kernel,
         (chunks * batch * heads,),
         *(key, value, segments, used, sums, counts, tops),
         *(*_strides(key), *_strides(value), batch_stride(segments), length, heads, tiles),
         device=one.device,
-        warps=8 if wide <= 128 else 16,
+        warps=warps,
+        registers=_most_registers(one.device, warps),
         DIM=dim,
         DIM_PAD=launch.power(dim),
         VALUE_DIM=value_dim,
@@ -109,7 +134,7 @@ def columns(
         STEP=_JOINED,
         SLICE=SLICE,
     )
-    return mean, scale
+    return None if mean is None else _narrow(mean, key_dim), scale
 
 
 def _form(value: Tensor) -> torch.dtype:
@@ -164,6 +189,12 @@ def digest(
 
     one = query if query is not None else key
     assert one is not None
+    given = one.shape[3]
+    query, key = _rows(query, key)
+    one = query if query is not None else key
+    assert one is not None
+    if mean is not None and mean.shape[2] < one.shape[3]:
+        mean = widened(mean, one.shape[3])
     sides = [(x, *_counts(x, block)) for x, block in zip((query, key), block_size, strict=True)]
     pooled: list[Tensor | None] = []
     for x, batch, heads, _, blocks in sides:
@@ -177,13 +208,15 @@ def digest(
     programs = q_blocks * batch * heads
     dim, x8 = one.shape[3], rounded.query if rounded.query is not None else rounded.key
     width = 0 if x8 is None else x8.shape[-1]
+    warps = _reading_warps(launch.power(max(dim, width)))
     launch.run(
         pool.digest_kernel,
         (programs + kv_blocks * kv_batch * kv_heads,),
         *(query, key, _whole(mean), *segments, *pooled, *rounded, *_strides(query), *_strides(key)),
         *(*(batch_stride(t) for t in segments), q_len, kv_len, heads, kv_heads, q_blocks, kv_blocks, programs),
         device=one.device,
-        warps=_reading_warps(launch.power(max(dim, width))),
+        warps=warps,
+        registers=_most_registers(one.device, warps),
         DIM=dim,
         DIM_PAD=launch.power(max(dim, width)),
         WIDTH=width,
@@ -191,7 +224,7 @@ def digest(
         BLOCK_KV=block_size[1],
         TILE=TILE,
     )
-    return [t for t in pooled if t is not None]
+    return [t if t.dim() == 3 else _narrow(t, given) for t in pooled if t is not None]
 
 
 def _counts(x: Tensor | None, block: int) -> tuple[int, int, int, int]:

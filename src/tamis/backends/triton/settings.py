@@ -27,25 +27,36 @@ class Tiles(NamedTuple):
 
 
 def tiles(
-    chip: Chip, kind: str, dim: int, value_dim: int, block_q: int, block_kv: int, q_len: int, regular: bool = True
+    chip: Chip,
+    kind: str,
+    dim: int,
+    value_dim: int,
+    block_q: int,
+    block_kv: int,
+    q_len: int,
+    *,
+    regular: bool = True,
+    window: bool = False,
+    skips: bool = False,
 ) -> Tiles:
     """The tiles of a call.
 
     Args:
         kind: "fp32", "half" (16-bit products), "int8", "fp8", "packed", or "mend" for the second pass over edges.
         dim, value_dim: padded head dims.
-        regular: whether what rows see are intervals and places in a tile fit 32 bits; else both take registers.
+        regular: whether what rows see are intervals, places in a tile fit 32 bits, and keys are loaded by 16 bytes;
+            else these take registers.
+        window: whether there is one, and with it a third run of blocks.
+        skips: whether stage 2 may leave out a product.
     """
     if chip.kind == "cpu":
         return Tiles(16 if q_len <= 16 else 64, 64, 4, 1)
     wide = max(dim, value_dim)
     column = 0 if wide <= 64 else 1 if wide <= 128 else 2
     if kind == "mend":
-        return _MEND[column]
-    cut = _TABLE[_family(chip), kind][column]
-    if not regular:
-        cut = _IRREGULAR["fp32" if kind == "fp32" else "others"][column]
-    rows, keys, warps, stages, _ = cut
+        return _MEND[column]._replace(registers=255 if chip.kind == "cuda" else None)
+    halved = block_q == 64 and q_len > 16
+    rows, keys, warps, stages, _ = _line(chip, kind, column, halved, regular, window)
     registers = 255 if chip.kind == "cuda" and (q_len <= 16 or not regular or kind == "fp32") else None
     if q_len <= 16:
         # Decoding: few rows, and the time is that of reading the keys.
@@ -53,7 +64,25 @@ def tiles(
     if block_q < rows:
         # A tile of half the rows has half the warps, where registers last for its channels.
         rows, warps = block_q, 4 if wide <= 64 else warps
+    if chip.name == "sm_100" and skips and rows == 64:
+        rows = 32  # Triton 3.6 fails on a product of 64 rows under a condition
     return Tiles(rows, min(keys, block_kv, 64 if kind == "packed" else 128), warps, stages, registers)
+
+
+def _line(chip: Chip, kind: str, column: int, halved: bool, regular: bool, window: bool) -> Tiles:
+    """A line of the tables: the first that is there for the chip or its family, and for what is special in a call."""
+    family = _family(chip)
+    if not regular:
+        group = "fp32" if kind == "fp32" else "others"
+        return _IRREGULAR.get((chip.name, group), _IRREGULAR["", group])[column]
+    forms = [
+        form for form, here in (("64 rows window", halved and window), ("window", window), ("64 rows", halved)) if here
+    ]
+    for form in (*forms, ""):
+        for name in (chip.name, family):
+            if (found := _SPECIAL.get((name, kind, form, column))) is not None:
+                return found
+    return _TABLE[family, kind][column]
 
 
 def _family(chip: Chip) -> str:
@@ -62,10 +91,26 @@ def _family(chip: Chip) -> str:
     return {"sm_80": "ampere", "sm_90": "hopper", "sm_100": "hopper"}.get(chip.name, "small")
 
 
-# For head dims up to 64, 128 and 256. The same everywhere, found with all kinds of mask at once.
+# For head dims up to 64, 128 and 256. The same on all chips but those named, found with all kinds of mask at once.
 _IRREGULAR = {
-    "fp32": (Tiles(16, 32, 8, 1), Tiles(16, 32, 8, 1), Tiles(16, 16, 8, 1)),
-    "others": (Tiles(64, 32, 8, 2), Tiles(32, 32, 8, 2), Tiles(16, 32, 8, 1)),
+    ("", "fp32"): (Tiles(16, 32, 8, 1), Tiles(16, 32, 8, 1), Tiles(16, 16, 8, 1)),
+    ("", "others"): (Tiles(64, 32, 8, 2), Tiles(32, 32, 8, 2), Tiles(16, 32, 8, 1)),
+    ("sm_120", "others"): (Tiles(32, 64, 8, 2), Tiles(32, 32, 8, 2), Tiles(16, 32, 8, 1)),
+}
+
+# By chip or family, kind, what is special in a call, and place in a line below: where the usual tiles spill.
+_SPECIAL = {
+    ("sm_80", "half", "64 rows window", 0): Tiles(64, 64, 8, 3),
+    ("sm_80", "int8", "window", 2): Tiles(32, 32, 8, 3),
+    ("sm_120", "half", "", 2): Tiles(32, 32, 8, 2),
+    ("sm_120", "half", "64 rows", 0): Tiles(64, 64, 8, 3),
+    ("sm_120", "half", "64 rows window", 0): Tiles(64, 64, 8, 3),
+    ("sm_120", "half", "window", 0): Tiles(128, 64, 8, 2),
+    ("sm_120", "half", "window", 1): Tiles(64, 64, 8, 2),
+    ("sm_120", "int8", "window", 0): Tiles(64, 64, 8, 3),
+    ("sm_120", "int8", "window", 1): Tiles(64, 32, 8, 3),
+    ("sm_120", "packed", "window", 1): Tiles(64, 32, 8, 2),
+    ("small", "int8", "64 rows", 1): Tiles(64, 32, 8, 3),
 }
 
 # Next to never at work.

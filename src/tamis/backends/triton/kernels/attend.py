@@ -1,7 +1,7 @@
 """Block-sparse attention, one program for a tile of query rows of one head.
 
-Over the key tiles of the kept blocks, ascending, with scores in units of log 2 (natural ones with a mask added, sinks
-or a vast softcap, which times log2(e) might not fit fp32):
+Over the key tiles of the kept blocks, with scores in units of log 2 (natural ones with a mask added, sinks or a vast
+softcap, which times log2(e) might not fit fp32):
 
     s       = scale * log2(e) * q k^T     (softcap, + mask, -inf where not visible)
     m_local = row max of s,  m' = max(m, m_local)
@@ -9,8 +9,9 @@ or a vast softcap, which times log2(e) might not fit fp32):
     output  = o / l,  lse = (m + log2 l) / log2(e)
 
 The list of kept blocks falls into three runs: blocks at the edge of what is visible, blocks seen whole, and blocks at
-the other edge. Only the edges pay for masks. Where visibility is no interval (positions, segments, attn_mask) every
-block is an edge, and those that hold nothing visible are passed over.
+the other edge. Only the edges pay for masks. Whole blocks come first: in 8 bits, sm_90's assembler would serialise the
+products of a loop over them that goes on with the sums of an edge. Where visibility is no interval (positions,
+segments, attn_mask) every block is an edge, and those that hold nothing visible are passed over.
 
 In fp8, p is 2^(s - m_local + HEADROOM) and p v is brought to m' afterwards: against the running maximum, long flat rows
 would lose their mass. Stage 2 leaves out p v of a tile if m_local - m' <= -pv_threshold in all of its rows.
@@ -151,7 +152,7 @@ def _visit(
     following = first
     if indices is not None:
         following = tl.load(indices + first, mask=first < last, other=0)
-    for step in tl.range(first * PER_BLOCK, last * PER_BLOCK, disable_licm=SLICE > 0):
+    for step in tl.range(first * PER_BLOCK, last * PER_BLOCK, disable_licm=SLICE > 0 or (EDGE and WINDOW)):
         # The next index is fetched a turn ahead, or else the address of every tile would wait for it.
         block = following
         entry = (step + 1) // PER_BLOCK
@@ -187,7 +188,7 @@ def _visit(
             else:
                 s = tl.zeros([TILE_Q, TILE_K], tl.float32)
                 k_here = (k_at + here * stride_kn) + k_in
-                for part in tl.static_range(D // SLICE):
+                for part in tl.range(D // SLICE, num_stages=1, disable_licm=True):
                     part_ok = part * SLICE + tl.arange(0, SLICE) < HEAD_DIM
                     q_part = _tile(q + (here * 0 + part * SLICE) * stride_qd, row_ok, part_ok, False, K_EVEN)
                     k_part = _tile(k_here + (here * 0 + part * SLICE) * stride_kd, column_ok, part_ok, not EDGE, K_EVEN)
@@ -371,6 +372,7 @@ def attend_kernel(
     DV: tl.constexpr,
     SLICE: tl.constexpr,
     K_EVEN: tl.constexpr,
+    V_EVEN: tl.constexpr,
     BLOCK_Q: tl.constexpr,
     BLOCK_KV: tl.constexpr,
     TILE_Q: tl.constexpr,
@@ -524,16 +526,16 @@ def attend_kernel(
         tl.store(count_at + 1, tl.where(leads, kept_blocks.to(tl.float64), 0.0))
     broken = 0
     for run in tl.static_range(3):
-        # Edge, whole, edge; without a window there is no edge at the beginning.
-        if (run == 1 and REGULAR and not MENDS) or run == 2 or (run == 0 and REGULAR and WINDOW):
+        # Whole blocks, the edge before them (there is one under a window), the edge behind them.
+        if (run == 0 and REGULAR and not MENDS) or run == 2 or (run == 1 and REGULAR and WINDOW):
             o, m, total, skipped, broken = _visit(
                 o,
                 m,
                 total,
                 skipped,
                 broken,
-                begin if run == 0 else (whole_begin if run == 1 else whole_end),
-                whole_begin if run == 0 else (whole_end if run == 1 else end),
+                begin if run == 1 else (whole_begin if run == 0 else whole_end),
+                whole_begin if run == 1 else (whole_end if run == 0 else end),
                 q_tile,
                 row_factor,
                 score_shift,
@@ -567,14 +569,14 @@ def attend_kernel(
                 factor,
                 softcap,
                 threshold,
-                EDGE=run != 1,
+                EDGE=run != 0,
                 MENDS=MENDS,
                 CAUSAL=CAUSAL,
                 WINDOW=WINDOW,
                 QK8=QK8,
                 PV=PV,
                 K_EVEN=K_EVEN,
-                DV_EVEN=VALUE_DIM == DV,
+                DV_EVEN=V_EVEN,
                 HEAD_DIM=HEAD_DIM,
                 VALUE_DIM=VALUE_DIM,
                 D=D,
@@ -587,7 +589,8 @@ def attend_kernel(
                 NATURAL=NATURAL,
             )
 
-    out_at = output + (head_at * q_len + wide_rows)[:, None] * VALUE_DIM + dv[None, :]
+    out_at = output + (head_at * q_len + tile * TILE_Q) * VALUE_DIM
+    out_at += tl.arange(0, TILE_Q)[:, None] * VALUE_DIM + dv[None, :]
     if MENDS:
         inside = row_ok[:, None] & dv_ok[None, :]
         o += tl.load(out_at, mask=inside, other=0.0).to(tl.float32)

@@ -121,16 +121,16 @@ def columns_kernel(
         if used is not None:
             counted = counted & (tl.load(used + head * tiles + tile, mask=tile < tiles, other=0) != 0)
         if k is not None:
-            base = k + batch * stride_kb + (head % heads) * stride_kh + first * stride_kn
-            at = base + n.to(tl.int64)[:, None] * stride_kn + d.to(tl.int64)[None, :] * stride_kd
+            base = k + batch * stride_kb + (head % heads) * stride_kh
+            at = base + (first + n)[:, None] * stride_kn + d.to(tl.int64)[None, :] * stride_kd
             keys = tl.load(at, mask=counted[:, None] & (d < DIM)[None, :], other=0.0).to(tl.float32)
             counts_too = counted & (_row_bits(keys) < _INFINITY)
             # Divided before it is summed: the sum of keys near the end of the fp32 range does not fit there.
             total += tl.where(counts_too[:, None], keys, 0.0) * (1.0 / (TILES * TILE))
             number += counts_too.to(tl.int32)
         if v is not None:
-            base = v + batch * stride_vb + (head % heads) * stride_vh + first * stride_vn
-            at = base + n.to(tl.int64)[:, None] * stride_vn + e.to(tl.int64)[None, :] * stride_vd
+            base = v + batch * stride_vb + (head % heads) * stride_vh
+            at = base + (first + n)[:, None] * stride_vn + e.to(tl.int64)[None, :] * stride_vd
             values = tl.abs(tl.load(at, mask=counted[:, None] & (e < VALUE_DIM)[None, :], other=0.0).to(tl.float32))
             top = tl.maximum(top, tl.where(_finite(values), values, 0.0))
     place = head * chunks + chunk
@@ -216,7 +216,7 @@ def _digest_queries(
         first = block * BLOCK + part * TILE
         there = first + n < length
         counted = _counted(first + n, length, segments, stride_segment, batch)
-        at = base + first * stride_n + n.to(tl.int64)[:, None] * stride_n + d.to(tl.int64)[None, :] * stride_d
+        at = base + (first + n)[:, None] * stride_n + d.to(tl.int64)[None, :] * stride_d
         values = tl.load(at, mask=there[:, None] & (d < DIM)[None, :], other=0.0).to(tl.float32)  # [TILE, DIM_PAD]
         place = head * length + first
         if shifts is not None:
@@ -252,7 +252,7 @@ def _digest_keys(
     for part in range(BLOCK // TILE):
         first = block * BLOCK + part * TILE
         counted = _counted(first + n, length, segments, stride_segment, batch)
-        at = base + first * stride_n + n.to(tl.int64)[:, None] * stride_n + d.to(tl.int64)[None, :] * stride_d
+        at = base + (first + n)[:, None] * stride_n + d.to(tl.int64)[None, :] * stride_d
         values = tl.load(at, mask=(first + n < length)[:, None] & (d < DIM)[None, :], other=0.0).to(tl.float32)
         if mean is not None:
             values = values - tl.load(mean + head * DIM + d, mask=d < DIM, other=0.0)[None, :]
