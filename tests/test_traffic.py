@@ -26,7 +26,7 @@ def told(moved: list[gpu_traffic.Moved]) -> dict[str, tuple[int, int]]:
     ("dtype", "precision", "dims", "block_size", "cdf"),
     [
         (torch.bfloat16, "int8", (40, 24), (128, 64), False),
-        (torch.float32, "full", (64, 130), (64, 128), True),
+        (torch.float32, "full", (64, 144), (64, 128), True),
         (torch.float16, "fp8", (20, 64), (128, 128), True),
     ],
     ids=str,

@@ -16,7 +16,7 @@ from samples import block_mask, qkv
 from torch import Tensor
 
 import tamis
-from tamis.backends.triton import launch, settings
+from tamis.backends.triton import launch, prepare, settings
 
 FEATURES: dict[str, dict[str, Any]] = {
     "plain": {},
@@ -197,7 +197,7 @@ def test_tiles_of_every_size(engine: Engine, monkeypatch: pytest.MonkeyPatch, cu
             )
             with monkeypatch.context() as patch:
                 made = settings.Tiles(*(cut if inputs[1] is not None else (cut[0], min(cut[1], 64))), 4, 1)
-                patch.setattr("tamis.backends.triton.engine.tiles", lambda *args, made=made: made)
+                patch.setattr("tamis.backends.triton.engine.tiles", lambda *args, made=made, **kwargs: made)
                 result = engine.attend(q, *inputs, mask, precision=precision, **options, **more)
             errors = [oracle.relative_l1(r.output, exact.output) for r in (expected, result)]
             assert errors[1] <= 1.5 * errors[0] + 0.01  # stage 2 skips by tiles
@@ -297,3 +297,21 @@ def test_chooses_what_the_reference_chooses(engine: Engine, settings_of: dict[st
         theirs = predictor(q, k, backend="reference", **options)
         assert torch.equal(ours.to_dense(), theirs.to_dense())
         assert torch.equal(ours.validate().kv_num_blocks, theirs.kv_num_blocks)
+
+
+@pytest.mark.parametrize("dim", [136, 133])
+def test_wide_rows_that_are_copied_give_what_others_give(engine: Engine, dim: int) -> None:
+    """Means, scales, similarities and 8 bits of rows of 136 channels, at 144 from each other or at less."""
+    q, k, v = qkv(heads=4, kv_heads=2, q_len=70, kv_len=100, dim=dim, value_dim=dim)
+    longer = [torch.nn.functional.pad(x, (0, 144 - dim))[..., :136] for x in (q, k, v)]
+    columns, digests = [], []
+    for query, key, value in ((q, k, v), longer):
+        columns.append(prepare.columns(key, value, None, None))
+        rounded = prepare.Rounded(*prepare.room(query, key, prepare.TILE, "int8"))
+        digests.append([*prepare.digest(query, key, columns[-1][0], None, None, pools=True, rounded=rounded), *rounded])
+    (mean, scale), (mean_longer, scale_longer) = columns
+    assert torch.equal(mean, mean_longer[..., :dim])
+    assert torch.equal(scale, scale_longer)
+    for ours, theirs in zip(*digests, strict=True):
+        many = dim if ours.dim() == 4 and theirs.shape[3] == 136 else None
+        torch.testing.assert_close(ours.float(), theirs.float()[..., :many] if many else theirs.float())

@@ -7,9 +7,9 @@ under a window, and with all masks at a time; of the kernel made for sm_90, whos
 with lists and without, causal or not, with stage 2 or without; and a prediction with all that it may have to look at,
 for every head dim and for short, long and vast rows of scores.
 
-That is the whole list, of which a share is compiled unless more is asked for: sm_80 and sm_90, one chip with matrix
-instructions of warps and one with those of warpgroups, in every call of attention by the kernel for all GPUs; of all
-other calls the usual ones and some drawn from the rest by a seed, others for each architecture.
+That is the whole list, of which a share is compiled unless more is asked for: on one chip of each family (sm_80, sm_90,
+sm_120, gfx942) every cut of attention by the kernel for all GPUs; of all other calls the usual or fullest ones, on
+other chips predictions for one head dim; and a few drawn from the rest by a seed, others for each architecture.
 
 The backend is called as on that GPU, and what it would have started is compiled. tests/test_gpu_forms.py holds the list
 against the kernels' sources: each kernel must be there, and each condition that the compiler decides, both ways.
@@ -69,8 +69,8 @@ _DTYPES = ("", "fp16", "fp32")  # "": bf16
 _LENGTH = 250  # no multiple of a block, so that there is an edge; what is compiled is the same for every length
 _FEW = 16
 _LENGTHS = {"": _LENGTH, "long": 128 * 256 + 1, "vast": 128 * 2048 + 1}  # of rows that lists.chunk_of tells apart
-_ALL_OF = ("sm_80", "sm_90")
-_DRAWN = 6
+_FAMILIES = ("sm_80", "sm_90", "sm_120", "gfx942")  # one of each family of settings.py
+_DRAWN = 3
 _HEADS, _KV_HEADS = 4, 2
 
 
@@ -99,13 +99,13 @@ def _calls(name: str, dims: Sequence[int], whole: bool) -> Iterator[Call]:
     def rows(all_of: Sequence[Row], first: Sequence[Row]) -> Sequence[Row]:
         return all_of if whole else some(all_of, first, _DRAWN, name)
 
-    attended = attention_rows(name, dims)
-    for row in attended if name in _ALL_OF else rows(attended, plain_rows(name, dims)):
+    first = cut_rows(name, dims) if name in _FAMILIES else plain_rows(name, dims)
+    for row in rows(attention_rows(name, dims), first):
         yield Call(words(row), _products(row), attention(name, row))
     if name == "sm_90":
         for row in rows(gluon_rows(dims), plain_gluon_rows(dims)):
             yield Call(words(row), _products(row), gluon(row))
-    for row in rows(prediction_rows(name, dims), fullest_rows(name, dims)):
+    for row in rows(prediction_rows(name, dims), fullest_rows(name, dims if name in _FAMILIES else dims[:1])):
         yield Call("predict " + words(row), set(), prediction(name, row))
 
 
@@ -172,10 +172,16 @@ def plain_rows(name: str, dims: Sequence[int] = DIMS) -> list[Row]:
 def attention_rows(name: str, dims: Sequence[int] = DIMS) -> list[Row]:
     """Calls of attention by the kernel for all GPUs."""
     axes = {"kind": kinds(name), "dtype": _DTYPES, "dim": _words_of(dims), **_ATTENTION}
-    forms = [(kind, dtype) for kind in axes["kind"] for dtype in ("", "fp32") if not dtype or kind in ("full", "int8")]
-    parts = plain_rows(name, dims)
-    cuts = []
-    for (kind, dtype), dim, sight in itertools.product(forms, axes["dim"], ("causal", "causal window", "all masks")):
+    return cover(axes, cut_rows(name, dims), _possible, pairs=name != "sm_86")
+
+
+def cut_rows(name: str, dims: Sequence[int] = DIMS) -> list[Row]:
+    """Parts of calls that hold every cut: in the usual call, under a window, and with all masks."""
+    forms = [(kind, dtype) for kind in kinds(name) for dtype in ("", "fp32") if not dtype or kind in ("full", "int8")]
+    parts, cuts = plain_rows(name, dims), []
+    for (kind, dtype), dim, sight in itertools.product(
+        forms, _words_of(dims), ("causal", "causal window", "all masks")
+    ):
         for rows in _ATTENTION["rows"] if (kind, dtype) != ("int8", "fp32") else ("",):
             part = {"kind": kind, "dim": dim, "rows": rows, "sight": sight, "shape": "", "layout": "", "dtype": dtype}
             if sight != "all masks":
@@ -184,7 +190,7 @@ def attention_rows(name: str, dims: Sequence[int] = DIMS) -> list[Row]:
                 if (cut := (kind, dtype, dim, sight, _cut(name, whole))) not in cuts:
                     cuts.append(cut)
                     parts.append(whole)
-    return cover(axes, parts, _possible, pairs=name != "sm_86")
+    return parts
 
 
 def _with_stage2(name: str, part: Row) -> list[Row]:

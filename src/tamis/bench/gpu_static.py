@@ -41,7 +41,12 @@ _AMD = {
 
 
 # Bytes that kernels spill whatever their tiles, by architecture, kernel and call: these, neither more nor fewer.
-ACCEPTED: dict[tuple[str, str, str], int] = {}
+ACCEPTED: dict[tuple[str, str, str], int] = {
+    # Lists of 2^31 entries and more: their places have 64 bits, and with a list for each of the two warpgroups that
+    # leaves too few of the 240 registers, none of which can be had from elsewhere.
+    ("sm_90", "hopper_kernel", "fp8 d=192 64 rows 128 keys plain vast lists stage 2"): 168,
+    ("sm_90", "hopper_kernel", "fp8 fp32 d=192 64 rows 128 keys plain vast lists stage 2 odd"): 168,
+}
 
 
 @dataclass

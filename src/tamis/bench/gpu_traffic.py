@@ -4,7 +4,8 @@ Counted is what their loads and stores name, by formulas that a test holds again
 The least is each input once, the key and the value twice (a mean, or a largest entry, of the whole sequence comes
 before the rounding that it decides), and each result once. What is asked for above that comes from a cache where it
 is near: means of blocks, which tiles of scores share, and parts that are put together. Without segments, `used` and
-`must`, as in `tamis bench gpu`.
+`must`, as in `tamis bench gpu`, and for rows that are not copied first: those of more than 128 channels that can't be
+loaded by 16 bytes are.
 """
 
 from __future__ import annotations

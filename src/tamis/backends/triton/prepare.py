@@ -83,6 +83,9 @@ def columns(
     """
     from tamis.backends.triton.kernels import pool
 
+    if key is not None and value is not None and key.element_size() == 4 and max(key.shape[3], value.shape[3]) > 128:
+        # Registers do not last for both.
+        return columns(key, None, segments, used)[0], columns(None, value, segments, used)[1]
     one = key if key is not None else value
     assert one is not None
     key_dim = one.shape[3]
