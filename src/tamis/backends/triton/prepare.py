@@ -265,12 +265,14 @@ def pack_kv(key: Tensor, value: Tensor, mean: Tensor, segments: Tensor | None) -
     value8 = key.new_empty((*lead, value_dim, TILE), dtype=torch.int8)
     value_scale = key.new_empty((*lead, value_dim), dtype=torch.float32)
     value_sum = key.new_empty((*lead, value_dim), dtype=torch.int32)
+    warps = _reading_warps(launch.power(value_dim))
     launch.run(
         pack.value_int8_kernel,
         (blocks * batch * heads,),
         *(value, segments, value8, value_scale, value_sum, *value.stride(), batch_stride(segments), length, heads),
         device=key.device,
-        warps=_reading_warps(launch.power(value_dim)),
+        warps=warps,
+        registers=_most_registers(key.device, warps),
         DIM=value_dim,
         DIM_PAD=launch.power(value_dim),
         TILE=TILE,
@@ -330,6 +332,7 @@ def sound_values(value: Tensor) -> tuple[Tensor, Tensor]:
         *(value, sound, flags, *value.stride(), length, heads),
         device=value.device,
         warps=_reading_warps(pad),
+        registers=_most_registers(value.device, _reading_warps(pad)),
         DIM=dim,
         DIM_PAD=pad,
         WIDTH=width,
