@@ -96,6 +96,7 @@ _IRREGULAR = {
     ("", "fp32"): (Tiles(16, 32, 8, 1), Tiles(16, 32, 8, 1), Tiles(16, 16, 8, 1)),
     ("", "others"): (Tiles(64, 32, 8, 2), Tiles(32, 32, 8, 2), Tiles(16, 32, 8, 1)),
     ("sm_120", "others"): (Tiles(32, 64, 8, 2), Tiles(32, 32, 8, 2), Tiles(16, 32, 8, 1)),
+    ("gfx942", "others"): (Tiles(64, 32, 8, 2), Tiles(32, 32, 4, 2), Tiles(16, 32, 8, 1)),
 }
 
 # By chip or family, kind, what is special in a call, and place in a line below: where the usual tiles spill.

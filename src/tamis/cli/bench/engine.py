@@ -117,7 +117,9 @@ def _add_gpu_static(kinds: Commands) -> None:
     static = kinds.add_parser("gpu-static", help="compile every GPU kernel for every architecture, without a GPU")
     static.add_argument("--target", nargs="+", metavar="NAME", help="architectures such as sm_90 (all)")
     static.add_argument("--head-dim", type=int, nargs="+", choices=(64, 128, 256), metavar="D", help="64 128 256 (all)")
-    static.add_argument("--all", action="store_true", help="every call of the list, not a share of it (far longer)")
+    static.add_argument(
+        "--all", action="store_true", help="every pair of what calls may be, not the usual calls and cuts"
+    )
     static.add_argument("--markdown", type=Path, metavar="FILE", help="compile nothing: print this result as a table")
     static.set_defaults(command=_gpu_static)
 
