@@ -255,6 +255,32 @@ def test_batched_tensors_of_vmap_go_the_whole_way() -> None:
     assert forms == [None]
 
 
+@pytest.mark.parametrize("warm", [0, 3])
+def test_transformations_see_plain_tensors_go_the_whole_way(warm: int) -> None:
+    """Inside of them memory is not where it seems: what a call makes is wrapped."""
+    q, k, v = three()
+    predictor = tamis.Sparge()
+
+    def weighted(w: Tensor) -> Tensor:
+        outputs = [tamis.attend(q, k, v).output.sum() for _ in range(3)]
+        counts = [predictor(q, k).kv_num_blocks.sum() for _ in range(3)]
+        return w * (sum(outputs) + sum(counts))  # type: ignore[no-any-return]
+
+    for _ in range(warm):
+        tamis.sparse_attention(q, k, v)
+        tamis.attend(q, k, v)
+        predictor(q, k)
+    one = torch.ones(())
+    slope = torch.func.grad(weighted)(one)
+    assert torch.isfinite(slope)
+    assert torch.equal(torch.func.functionalize(weighted)(one), slope)
+    torch._enable_functionalization(reapply_views=False)  # type: ignore[attr-defined]
+    try:
+        assert known.form(q, k, v, None, None, ()) is None
+    finally:
+        torch._disable_functionalization()  # type: ignore[attr-defined]
+
+
 def test_negated_views_are_not_taken_for_their_memory() -> None:
     q, k, v = three()
     for _ in range(3):
@@ -323,6 +349,52 @@ def test_memory_is_bounded(monkeypatch: pytest.MonkeyPatch) -> None:
         for _ in range(2):
             tamis.attend(q, q, q)
     assert 0 < len(known.RECORDS._records) <= 4
+
+
+def test_forms_that_another_thread_forgets() -> None:
+    """Between a look and the next."""
+    memory: replay.Memory[str] = replay.Memory()
+
+    class Forgetful(dict[Any, Any]):
+        def __contains__(self, key: object) -> bool:
+            found = super().__contains__(key)
+            self.clear()
+            return found
+
+    memory._records = Forgetful()
+    for _ in range(3):
+        memory.offer((1,), "cpu", lambda: "record")
+    assert memory.get((1,)) == "record"
+
+
+def test_recording_allocates_no_second_output(monkeypatch: pytest.MonkeyPatch) -> None:
+    """There may be no room for it."""
+    q, k, v = three((1, 1, 4000, 64))
+    known.RECORDS.offer(known.form(q, k, v, None, None, (False, None, None, None, "full", None)), "cpu", lambda: None)
+    made: list[int] = []
+    empty = torch.empty
+    monkeypatch.setattr(torch, "empty", lambda *a, **o: made.append(1) or empty(*a, **o))
+    tamis.attend(q, k, v)
+    assert len(known.RECORDS._records) == 1
+    assert known.RECORDS.get(next(iter(known.RECORDS._records))) is not None
+    assert len(made) == 4  # three results, and the counts of nothing in what is remembered of the stats
+
+
+def test_no_large_table_is_kept() -> None:
+    q = drawn(1, 1, 40000, 16)
+    keeping = tamis.Sparge(topk=0.01, keep={"keys": [(0, 64)]})
+    for _ in range(3):
+        keeping(q, q)
+    assert [sparge._RECORDS.get(form) for form in sparge._RECORDS._records] == [None]
+
+
+def test_an_unknown_target_hides_no_other_error(monkeypatch: pytest.MonkeyPatch) -> None:
+    q, k, v = three()
+    monkeypatch.setenv("TAMIS_CPU_TARGET", "abacus")
+    with pytest.raises(tamis.UnsupportedError, match="fp8"):
+        tamis.attend(q, k, v, precision="fp8", backend="cpu")
+    with pytest.raises(ValueError, match="abacus"):
+        tamis.attend(q, k, v)
 
 
 def test_calls_of_many_threads_at_once() -> None:

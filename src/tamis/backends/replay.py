@@ -24,7 +24,7 @@ __all__ = ["BACKEND", "AttendRecord", "Form", "Memory", "PredictRecord", "form"]
 BACKEND = cpu.NAME
 Form = tuple[Hashable, ...]
 Record = TypeVar("Record")
-_LIMIT = 512  # forms remembered; a template is some 900 bytes
+_LIMIT = 512  # forms remembered; a record is some kilobytes
 _NOTHING: Any = object()
 _SETTINGS = frozenset((bool, int, float, str, type(None)))
 
@@ -44,11 +44,12 @@ class Memory(Generic[Record]):
         """Say that a call of this form went the whole way, to this backend; make its record if it is not the first."""
         if form is None or backend != BACKEND:
             return
-        if form not in self._records:
+        found = self._records.get(form)  # once: other threads may clear in between
+        if found is None:
             if len(self._records) >= _LIMIT:
                 self._records.clear()
             self._records[form] = _NOTHING
-        elif self._records[form] is _NOTHING:
+        elif found is _NOTHING:
             record = make()
             if record is not None:
                 self._records[form] = record
@@ -84,7 +85,10 @@ def form(
                 return None
             parts += map(type, setting)
         parts += (kind, setting)
-    return (*parts, *more, cpu.target(), torch.get_num_threads())
+    try:
+        return (*parts, *more, cpu.target(), torch.get_num_threads())
+    except ValueError:  # there is no such target: the call says so if nothing else is wrong with it
+        return None
 
 
 def _keys(tensor: Tensor) -> int:
@@ -100,9 +104,11 @@ def _plain_keys() -> frozenset[int]:
 
 
 def _plain_eager() -> bool:
-    """Whether nobody listens to the operators that run."""
+    """Whether no mode, transformation, trace or profiler stands between the caller and plain memory."""
     return not (
         torch._C._len_torch_dispatch_stack()
+        or torch._C._functorch.maybe_current_level() is not None
+        or torch._C._dispatch_tls_is_dispatch_key_included(torch._C.DispatchKey.Functionalize)
         or torch._C._is_torch_function_mode_enabled()
         or torch._C._get_tracing_state() is not None
         or torch._C._autograd._profiler_enabled()

@@ -117,7 +117,8 @@ class Sparge:
     ) -> tuple[BlockMask, Prepared]:
         """Predict, and keep of query and key what an `attend` in `precision` on the same inputs need not read again."""
         form = None
-        if type(query) is Tensor and query.dim() == 4 and attn_mask is None and positions is None and segments is None:
+        plain = type(query) is Tensor and query.dim() == 4 and type(self) is Sparge
+        if plain and attn_mask is None and positions is None and segments is None:
             settings = (causal, window, scale, block_size, precision)
             form = replay.form((query, key), backend, settings, self)
         if (record := _RECORDS.get(form)) is not None:

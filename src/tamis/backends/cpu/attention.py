@@ -132,12 +132,19 @@ def ungroup(output: Tensor, lse: Tensor, counts: Tensor, heads: int) -> tuple[Te
 
 def results(args: native.Attend, dtype: torch.dtype) -> tuple[Tensor, Tensor, Tensor]:
     """Room for what a call returns, and `args` pointing to it."""
-    lead, q_len = (args.batch, args.heads), args.geometry.q_len
-    output = torch.empty((*lead, q_len, args.value_dim), dtype=dtype)
-    lse = torch.empty((*lead, q_len), dtype=torch.float32)
-    counts = torch.empty((*lead, -(-q_len // args.geometry.block_q), 3), dtype=torch.float64)
+    output, lse, counts = (torch.empty(shape, dtype=dtype) for shape, dtype in result_shapes(args, dtype))
     args.output, args.lse, args.counts = output.data_ptr(), lse.data_ptr(), counts.data_ptr()
     return output, lse, counts
+
+
+def result_shapes(args: native.Attend, dtype: torch.dtype) -> list[tuple[tuple[int, ...], torch.dtype]]:
+    """Shape and dtype of output, log-sum-exp and counts."""
+    lead, q_len = (args.batch, args.heads), args.geometry.q_len
+    return [
+        ((*lead, q_len, args.value_dim), dtype),
+        ((*lead, q_len), torch.float32),
+        ((*lead, -(-q_len // args.geometry.block_q), 3), torch.float64),
+    ]
 
 
 def attend_args(

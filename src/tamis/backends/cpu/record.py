@@ -13,6 +13,8 @@ from tamis import geometry
 from tamis.backends.cpu import attention, library, native, prediction
 from tamis.call import Call
 
+_MOST_KEPT = 1 << 16  # bytes of one record
+
 
 @dataclass(frozen=True)
 class AttendRecord:
@@ -30,7 +32,7 @@ class AttendRecord:
     kept: list[object]
     heads: int
     group: int
-    rooms: list[tuple[tuple[torch.Size, tuple[int, ...]], torch.dtype]]
+    rooms: list[tuple[tuple[tuple[int, ...], tuple[int, ...]], torch.dtype]]
     entry: tuple[Callable[[bytes, object], int], bytes]
 
     @classmethod
@@ -52,7 +54,7 @@ class AttendRecord:
             call.precision,
             bf16_products=call.q_len >= geometry.TILE_ROWS,
         )
-        rooms = [((room.shape, room.stride()), room.dtype) for room in attention.results(args, call.query.dtype)]
+        rooms = [(_dense(shape), dtype) for shape, dtype in attention.result_shapes(args, call.query.dtype)]
         # Tensors of the call itself are the next call's business: only the threshold stays.
         group = call.num_kv_heads if grouped else 0
         return cls(bytes(args), kept[-1:], call.num_heads, group, rooms, library.entry("attend"))
@@ -111,9 +113,12 @@ class PredictRecord:
     entry: tuple[Callable[[bytes, object], int], bytes]
 
     @classmethod
-    def of(cls, call: Call, choice: prediction.Choice) -> PredictRecord:
-        """The record of a call that went well."""
+    def of(cls, call: Call, choice: prediction.Choice) -> PredictRecord | None:
+        """The record of a call that went well, or None if too much would have to be kept for it."""
         assert call.key is not None
+        must = choice[-1]
+        if must is not None and must.nbytes > _MOST_KEPT:
+            return None
         args, kept = prediction.predict_args(call.query, call.key, (None, None), choice, call.block_size, (None, None))
         num, bits, mean, *summaries = (kept[i] for i in prediction.WRITTEN)
         assert num is not None
@@ -143,3 +148,11 @@ class PredictRecord:
         function, target = self.entry
         native.check(function(target, ctypes.byref(args)))
         return num, prediction.indices(args, bits, num, trim)
+
+
+def _dense(shape: tuple[int, ...]) -> tuple[tuple[int, ...], tuple[int, ...]]:
+    """A shape and the strides of a dense tensor, without making one: outputs are large."""
+    strides = [1]
+    for size in shape[:0:-1]:
+        strides.append(strides[-1] * max(size, 1))
+    return shape, tuple(strides[::-1])
