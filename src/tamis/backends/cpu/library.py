@@ -87,9 +87,15 @@ def target(device: torch.device | None = None) -> str | None:
     return wanted or available[0]
 
 
+@functools.cache
+def _worth_a_thread() -> int:
+    """Multiplications that take as long as starting a thread: one that waits spinning starts sooner than a sleeper."""
+    return 500_000 if os.environ.get("OMP_WAIT_POLICY", "").lower() == "passive" else 250_000
+
+
 def threads(work: int) -> int:
     """Threads for so many multiplications: as many as have work for longer than starting them takes."""
-    return max(1, min(torch.get_num_threads(), work // 500_000))
+    return max(1, min(torch.get_num_threads(), work // _worth_a_thread()))
 
 
 def run(name: str, args: ctypes.Structure) -> None:
