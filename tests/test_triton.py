@@ -73,6 +73,16 @@ def test_head_dims(engine: Engine, precision: str, dim: int, value_dim: int) -> 
     check(engine, precision, q, k, v, causal=True)
 
 
+@pytest.mark.parametrize("dim", [72, 136])
+def test_wide_heads_read_no_more_of_the_query(engine: Engine, dim: int) -> None:
+    """fp32 goes in slices of channels; what lies behind a query's own would be 0 * NaN."""
+    q, k, v = qkv(heads=1, q_len=20, kv_len=90, dim=dim, value_dim=40)
+    room = torch.full((1, 1, 20, 256), float("nan"), device=q.device)
+    room[..., :dim] = q
+    assert room[..., :dim].stride(2) == 256
+    check(engine, "full", room[..., :dim], k, v, causal=True)
+
+
 @pytest.mark.parametrize(("precision", "limit"), [("int8", 0.016), ("fp8", 0.05)])
 @pytest.mark.parametrize("dim", [64, 128])
 def test_error_on_normals(engine: Engine, precision: str, limit: float, dim: int) -> None:

@@ -262,3 +262,10 @@ def test_settings_reach_a_device_without_a_copy(monkeypatch: pytest.MonkeyPatch)
     meta = torch.device("meta")  # as a GPU: values go there once
     assert per_head([1.0, 2.0], 2, "cdf", meta) is per_head((1.0, 2.0), 2, "cdf", meta)
     assert per_head([1.0, 3.0], 2, "cdf", meta) is not per_head((1.0, 2.0), 2, "cdf", meta)
+
+
+def test_newer_versions_ask_the_hook_for_its_name() -> None:
+    """Without arguments, for a key and a hash; and again with the stages."""
+    asked = gpu_static._keep_log()
+    assert len(asked) == 2
+    assert gpu_static._keep_log(None, {}) == asked

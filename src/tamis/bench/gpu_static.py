@@ -110,11 +110,17 @@ def _has_log(made: Any) -> bool:
     return hasattr(made.metadata, "assembler_log")
 
 
-def _keep_log(backend: Any, stages: dict[str, Any], *others: Any) -> None:
-    """Have what the assembler says beside the rest that is known of a kernel, where Triton would print it."""
+def _keep_log(backend: Any = None, stages: dict[str, Any] | None = None, *others: Any) -> tuple[str, str]:
+    """Have what the assembler says beside the rest that is known of a kernel, where Triton would print it.
+
+    Newer versions of Triton also ask, without arguments, for a name of what is changed and its hash.
+    """
+    known = "the log is kept", "1"
+    if stages is None:
+        return known
     assemble = stages.get("cubin")
     if assemble is None:
-        return
+        return known
 
     def run(code: Any, metadata: dict[str, Any]) -> Any:
         with contextlib.redirect_stdout(io.StringIO()) as log:
@@ -123,6 +129,7 @@ def _keep_log(backend: Any, stages: dict[str, Any], *others: Any) -> None:
         return made
 
     stages["cubin"] = run
+    return known
 
 
 def judge(item: launch.Launch, name: str, what: str, kinds: set[str]) -> Row:
@@ -177,7 +184,7 @@ def _nvidia(made: Any, row: Row) -> str:
     import triton
 
     log = made.metadata.assembler_log
-    row.registers = max(int(n) for n in re.findall(r"Used (\d+) registers", log))
+    row.registers = max((int(n) for n in re.findall(r"Used (\d+) registers", log)), default=0)
     row.spills = sum(int(n) for n in re.findall(r"(\d+) bytes spill", log))
     if re.search(r"C75(11|15|14|10)|wgmma.*serializ", log):
         row.faults.append("the assembler serialises wgmma")

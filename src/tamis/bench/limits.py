@@ -5,7 +5,7 @@ b  two threads are almost twice as fast as one, also where one head or a few row
 c  query heads that share keys are no slower than heads with their own, and pack an eighth
 d  prediction is a small share of what dense attention takes
 e  a million tokens run in bounded memory
-f  causal and short calls against torch's SDPA, the faster of fp32 and bf16
+f  causal and short calls against torch's SDPA, the faster of fp32 and bf16; short ones in "full", of their own dtype
 
 Everything that is compared runs in one process and in turn. Absolute times are the smallest of the repetitions, and
 ratios to a peer medians over them. A correctness gate runs first.

@@ -2,8 +2,8 @@
 
 A program holds, per row of its tile, the output and a tile of scores in fp32 registers (65,536 per multiprocessor, 255
 per thread at most), and `stages` tiles of key and value in shared memory. Large tiles read key and value less often;
-four warps share a tile at less cost than eight, where the registers last. `tamis bench gpu-static` compiles every line
-and fails if one spills or does not fit.
+four warps share a tile at less cost than eight, where the registers last. `tamis bench gpu-static --all` compiles every
+line and fails if one spills or does not fit.
 """
 
 from __future__ import annotations
@@ -16,7 +16,7 @@ from tamis.backends.triton.chips import Chip
 class Tiles(NamedTuple):
     """How one kernel is cut: rows and keys of a tile (at most a block of the mask), warps, and pipeline stages.
 
-    registers: the most that a thread may have, where the assembler would otherwise spill for want of none.
+    registers: the most that a thread may have, where the assembler would otherwise spill although some are free.
     """
 
     rows: int
@@ -45,7 +45,7 @@ def tiles(
         kind: "fp32", "half" (16-bit products), "int8", "fp8", "packed", or "mend" for the second pass over edges.
         dim, value_dim: padded head dims.
         regular: whether what rows see are intervals, places in a tile fit 32 bits, and keys are loaded by 16 bytes;
-            else these take registers.
+            else addresses take registers.
         window: whether there is one, and with it a third run of blocks.
         skips: whether stage 2 may leave out a product.
     """

@@ -8,8 +8,9 @@ softcap, which times log2(e) might not fit fp32):
     p       = 2^(s - m'),  l = l * 2^(m - m') + rowsum(p),  o = o * 2^(m - m') + p v
     output  = o / l,  lse = (m + log2 l) / log2(e)
 
-The list of kept blocks falls into three runs: blocks at the edge of what is visible, blocks seen whole, and blocks at
-the other edge. Only the edges pay for masks. Whole blocks come first: in 8 bits, sm_90's assembler would serialise the
+The list of kept blocks falls into three runs, visited in this order: blocks seen whole, blocks at the edge of what is
+visible before them (there is one under a window), and blocks at the edge behind them. Only the edges pay for masks.
+Whole blocks come first: in 8 bits, sm_90's assembler would serialise the
 products of a loop over them that goes on with the sums of an edge. Where visibility is no interval (positions,
 segments, attn_mask) every block is an edge, and those that hold nothing visible are passed over.
 
@@ -152,6 +153,7 @@ def _visit(
     following = first
     if indices is not None:
         following = tl.load(indices + first, mask=first < last, other=0)
+    # What does not change in the loop stays in it (`here * 0` below as well) where its registers are needed more.
     for step in tl.range(first * PER_BLOCK, last * PER_BLOCK, disable_licm=SLICE > 0 or (EDGE and WINDOW)):
         # The next index is fetched a turn ahead, or else the address of every tile would wait for it.
         block = following
@@ -190,7 +192,7 @@ def _visit(
                 k_here = (k_at + here * stride_kn) + k_in
                 for part in tl.range(D // SLICE, num_stages=1, disable_licm=True):
                     part_ok = part * SLICE + tl.arange(0, SLICE) < HEAD_DIM
-                    q_part = _tile(q + (here * 0 + part * SLICE) * stride_qd, row_ok, part_ok, False, K_EVEN)
+                    q_part = _tile(q + (here * 0 + part * SLICE) * stride_qd, row_ok, part_ok, False, HEAD_DIM == D)
                     k_part = _tile(k_here + (here * 0 + part * SLICE) * stride_kd, column_ok, part_ok, not EDGE, K_EVEN)
                     s = tl.dot(q_part, tl.trans(k_part), s, input_precision=DOT32)
                 s = s * factor

@@ -148,7 +148,7 @@ def _produce(
             start = block * BLOCK_KV + (step % PER_BLOCK) * TILE_K
             slot = base + turn % STAGES
             phase = (turn // STAGES & 1) ^ 1
-            mended = block < 0
+            mended = block < 0  # which it is not: false as the device says it
             if MENDS:
                 # Read before it waits. The second pass, of attend.py, adds what such values would have added.
                 at = v_flags + (batch * kv_heads + kv_head).to(gl.int64) * value_tiles + start // 64
