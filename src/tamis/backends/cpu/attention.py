@@ -191,7 +191,9 @@ def attend_args(
     dense_sinks = None if sink_logits is None else sink_logits.to(torch.float32).contiguous()
     dense_threshold = None if pv_threshold is None else pv_threshold.to(torch.float32).contiguous()
     args.sink_logits, args.pv_threshold = native.pointer(dense_sinks), native.pointer(dense_threshold)
-    args.threads = library.threads(query.numel() // query.shape[3] * kv_len * (query.shape[3] + args.value_dim) // 8)
+    work = query.numel() // query.shape[3] * kv_len * (query.shape[3] + args.value_dim) // 8
+    tiles = bf16_products and library.target() == "amx" and (precision == "int8" or query.dtype == torch.bfloat16)
+    args.threads = library.threads(work, tiles=tiles)
     if precision == "int8" and not packed:
         kept.append(library.attach_segments(args, geometry.without_hidden(attn_mask, places[3])))
     return args, [*kept, kv_indices, dense_sinks, dense_threshold]

@@ -88,14 +88,17 @@ def target(device: torch.device | None = None) -> str | None:
 
 
 @functools.cache
-def _worth_a_thread() -> int:
-    """Multiplications that take as long as starting a thread: one that waits spinning starts sooner than a sleeper."""
-    return 500_000 if os.environ.get("OMP_WAIT_POLICY", "").lower() == "passive" else 250_000
+def _sleeps() -> bool:
+    """Whether threads sleep when they wait, and take longer to start than those that spin."""
+    return os.environ.get("OMP_WAIT_POLICY", "").lower() == "passive"
 
 
-def threads(work: int) -> int:
-    """Threads for so many multiplications: as many as have work for longer than starting them takes."""
-    return max(1, min(torch.get_num_threads(), work // _worth_a_thread()))
+def threads(work: int, *, tiles: bool = False) -> int:
+    """Threads for so many multiplications: as many as have work for longer than starting them takes.
+
+    tiles: whether they are products of AMX, so fast that waking a sleeper takes four times as many.
+    """
+    return max(1, min(torch.get_num_threads(), work // (1_000_000 if tiles and _sleeps() else 250_000)))
 
 
 def run(name: str, args: ctypes.Structure) -> None:
