@@ -416,7 +416,7 @@ def test_what_a_program_starts_runs_on_tamis_too(tmp_path: Path) -> None:
         "    return SparseAttentionMeansim.__module__\n"
         "if __name__ == '__main__':\n"
         "    with multiprocessing.get_context('spawn').Pool(1) as pool:\n"
-        "        print(pool.map_async(place, [0]).get(60))\n"
+        "        print(pool.map_async(place, [0]).get(120))\n"
         "    code = 'import spas_sage_attn; print(spas_sage_attn.__spec__.origin)'\n"
         "    sys.exit(subprocess.run([sys.executable, '-c', code]).returncode)\n",
         encoding="utf-8",
@@ -426,7 +426,7 @@ def test_what_a_program_starts_runs_on_tamis_too(tmp_path: Path) -> None:
     environment = {**os.environ, "PYTHONPATH": source}
     with subprocess.Popen(command, env=environment, stdout=subprocess.PIPE, text=True, start_new_session=True) as run:
         try:
-            assert run.communicate(timeout=120)[0] == "['tamis.compat.autotune']\ntamis.compat\n"
+            assert run.communicate(timeout=240)[0] == "['tamis.compat.autotune']\ntamis.compat\n"
         finally:
             if run.poll() is None:
                 os.killpg(run.pid, signal.SIGKILL)  # a pool starts its workers again for ever
