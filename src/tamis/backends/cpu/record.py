@@ -23,6 +23,7 @@ class AttendRecord:
     Attributes:
         template: the bytes of `native.Attend`.
         kept: what the template points to and no call replaces.
+        heads: of the query.
         group: key heads, where one query of each head is a row of its key head's block; else 0.
         rooms: shape and strides, and dtype, of output, log-sum-exp and counts.
         entry: the function and the target.
