@@ -147,10 +147,25 @@ def test_sections_hold_whole_groups() -> None:
 
 def test_lists_of_any_size() -> None:
     mask = block_mask((150, 200), heads=4)
-    assert hopper._list_bits((None, None)) == 0
-    assert hopper._list_bits((mask.kv_num_blocks, mask.kv_indices)) == 32
+    assert hopper.list_bits((None, None)) == 0
+    assert hopper.list_bits((mask.kv_num_blocks, mask.kv_indices)) == 32
     large = torch.empty(2, 2**15, 2**8, 2**8, dtype=torch.int32, device="meta")
-    assert hopper._list_bits((large[..., 0], large)) == 64
+    assert hopper.list_bits((large[..., 0], large)) == 64
+
+
+def test_vast_lists_of_wide_values_have_no_registers() -> None:
+    """Of e4m3, over 128 channels, with a list for each warpgroup; all else takes lists of any size."""
+    large = torch.empty(2, 2**15, 2**8, 2**8, dtype=torch.int32, device="meta")
+    others = dict.fromkeys(("packed", "window", "irregular", "scores_changed"), False)
+    for precision, dim, rows in itertools.product(("full", "int8", "fp8"), (64, 128, 129, 192), (64, 128)):
+        for lists, vast in (((large[..., 0], large), True), ((large[0, :2, :2, 0], large[:1, :2, :2]), False)):
+            why = hopper.reason("sm_90", precision, torch.bfloat16, (dim, dim), rows, lists, scale=1.0, **others)
+            lacking = vast and precision == "fp8" and dim > 128 and rows == 64
+            assert why == (
+                f"the Gluon kernel has no registers for values of {dim} channels and lists of 2^31 entries in 'fp8'"
+                if lacking
+                else None
+            )
 
 
 def test_programs() -> None:

@@ -184,20 +184,28 @@ def test_every_cut_is_compiled(name: str) -> None:
             assert (kind, fp32, dim, sight, tuple(cut)) in there, (kind, fp32, dim, sight, block_q, q_len)
 
 
-def test_accepted_spills_are_of_calls_that_are_compiled() -> None:
-    here = {(name, item.kernel.fn.__name__, what) for name in ("sm_90",) for what, item in launches(name)}
-    assert set(gpu_static.ACCEPTED) <= here
-
-
-@pytest.mark.parametrize("name", ["sm_80", "sm_90", "sm_120", "gfx942"])
+@pytest.mark.parametrize("name", ["sm_80", "sm_89", "sm_90", "sm_100", "sm_120", "gfx942"])
 def test_a_share_has_every_cut(name: str) -> None:
-    """Of one architecture in each family; and the list of any is the same each time."""
+    """Of all architectures but sm_86, which shares sm_89's; and the list of any is the same each time."""
     compiled = {call.what for call in gpu_forms.calls(name, whole=False)}
     rows = gpu_forms.attention_rows(name)
     for part in gpu_forms.cut_rows(name):
         assert compiled & {gpu_forms.words(row) for row in rows if part.items() <= row.items()}, part
     again = [[call.what for call in gpu_forms.calls(name, whole=False)] for _ in range(2)]
     assert again[0] == again[1]
+
+
+@pytest.mark.parametrize("name", gpu_static.architectures())
+def test_a_share_has_usual_calls_with_stage_2(name: str) -> None:
+    """Which `sparse_attention` makes unless told otherwise."""
+    skips = {
+        (item.constants["QK8"], item.constants["PV"], item.constants["D"])
+        for call in gpu_forms.calls(name, whole=False)
+        for item in call.launches
+        if item.kernel.fn.__name__ == "attend_kernel" and "causal stage 2" in call.what
+    }
+    ways = {"full": (False, "input"), "int8": (True, "bf16"), "packed": (True, "packed"), "fp8": (True, "fp8")}
+    assert skips >= {(*ways[kind], dim) for kind in gpu_forms.kinds(name) for dim in gpu_forms.DIMS}
 
 
 def test_every_cut_for_hopper_is_compiled_with_everything() -> None:

@@ -119,6 +119,12 @@ class Value:
     def __getitem__(self, index: Any) -> Value:
         return reindex(self, index)
 
+    def item(self) -> Value:
+        """The only entry, as a scalar."""
+        if self.data.numel() != 1:
+            raise KernelError("of more entries than one none is the item")
+        return Value(self.data.reshape(()))
+
     def reshape(self, *shape: Any) -> Value:
         sizes = shape[0] if len(shape) == 1 and isinstance(shape[0], (list, tuple)) else shape
         return Value(self.data.reshape([int(size) for size in sizes]))

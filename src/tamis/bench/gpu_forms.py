@@ -7,8 +7,8 @@ under a window, and with all masks at a time; of the kernel made for sm_90, whos
 with lists and without, causal or not, with stage 2 or without; and a prediction with all that it may have to look at,
 for every head dim and for short, long and vast rows of scores.
 
-That is the whole list, of which a share is compiled unless more is asked for: on one chip of each family (sm_80, sm_90,
-sm_120, gfx942) every cut of attention by the kernel for all GPUs; of all other calls the usual or fullest ones, on
+That is the whole list, of which a share is compiled unless more is asked for: on all chips but sm_86 every cut of
+attention by the kernel for all GPUs; of all other calls the usual or fullest ones, on
 other chips predictions for one head dim; and a few drawn from the rest by a seed, others for each architecture.
 
 The backend is called as on that GPU, and what it would have started is compiled. tests/test_gpu_forms.py holds the list
@@ -70,6 +70,7 @@ _LENGTH = 250  # no multiple of a block, so that there is an edge; what is compi
 _FEW = 16
 _LENGTHS = {"": _LENGTH, "long": 128 * 256 + 1, "vast": 128 * 2048 + 1}  # of rows that lists.chunk_of tells apart
 _FAMILIES = ("sm_80", "sm_90", "sm_120", "gfx942")  # one of each family of settings.py
+_CUT = (*_FAMILIES, "sm_89", "sm_100")  # and what has cuts of its own in them, or instructions
 _DRAWN = 3
 _HEADS, _KV_HEADS = 4, 2
 
@@ -99,7 +100,7 @@ def _calls(name: str, dims: Sequence[int], whole: bool) -> Iterator[Call]:
     def rows(all_of: Sequence[Row], first: Sequence[Row]) -> Sequence[Row]:
         return all_of if whole else some(all_of, first, _DRAWN, name)
 
-    first = cut_rows(name, dims) if name in _FAMILIES else plain_rows(name, dims)
+    first = cut_rows(name, dims) if name in _CUT else plain_rows(name, dims)
     for row in rows(attention_rows(name, dims), first):
         yield Call(words(row), _products(row), attention(name, row))
     if name == "sm_90":
@@ -164,9 +165,10 @@ def usual(kind: str, dim: int, *, gluon: bool = False) -> Row:
 
 
 def plain_rows(name: str, dims: Sequence[int] = DIMS) -> list[Row]:
-    """The usual calls of each precision, with fp32 inputs where these make other products."""
+    """The usual calls of each precision, without stage 2 and with it; fp32 inputs where these make other products."""
     forms = [(kind, dtype) for kind in kinds(name) for dtype in ("", "fp32") if not dtype or kind == "full"]
-    return [usual(kind, dim) | {"dtype": dtype} for kind, dtype in forms for dim in dims]
+    varied = itertools.product(_ATTENTION["stage 2"], forms, dims)
+    return [usual(kind, dim) | {"dtype": dtype, "stage 2": skips} for skips, (kind, dtype), dim in varied]
 
 
 def attention_rows(name: str, dims: Sequence[int] = DIMS) -> list[Row]:
@@ -212,7 +214,8 @@ def _cut(name: str, row: Row) -> settings.Tiles:
 def plain_gluon_rows(dims: Sequence[int] = DIMS) -> list[Row]:
     """The usual calls of the kernel made for sm_90; a head dim of 192 is cut in a way of its own, 96 padded to 128."""
     dims = (64, 128, 192, 256) if tuple(dims) == DIMS else tuple(dims)
-    return [usual(kind, dim, gluon=True) for kind in ("full", "int8", "fp8") for dim in dims]
+    varied = itertools.product(_GLUON["stage 2"], ("full", "int8", "fp8"), dims)
+    return [usual(kind, dim, gluon=True) | {"stage 2": skips} for skips, kind, dim in varied]
 
 
 def gluon_rows(dims: Sequence[int] = DIMS) -> list[Row]:
@@ -251,7 +254,8 @@ def _fits(row: Row) -> bool:
         return False
     if not {"kind", "dim", "shape"} <= row.keys():
         return True
-    return hopper.cut(row["kind"], *_dims(row), 64 if row.get("rows") == "64 rows" else 128) is not None
+    block_q, bits = 64 if row.get("rows") == "64 rows" else 128, 64 if row.get("lists") == "vast lists" else 32
+    return hopper.cut(row["kind"], *_dims(row), block_q, bits) is not None
 
 
 def _products(row: Row) -> set[str]:

@@ -93,6 +93,7 @@ def _general(call: Call) -> str | None:
         call.query.dtype,
         (call.query.shape[3], call.value_dim),
         call.block_size[0],
+        (call.kv_num_blocks, call.kv_indices),
         packed=call.key is None,
         window=call.window is not None,
         irregular=masked,

@@ -74,6 +74,7 @@ def attend(
         query.dtype,
         (dim, value_dim),
         block_q,
+        lists,
         packed=key is None,
         window=window is not None,
         irregular=not regular or attn_mask is not None,

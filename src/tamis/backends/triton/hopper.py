@@ -2,7 +2,7 @@
 
 Its tiles are 64 query rows for each of two warpgroups. Of keys a tile holds 64, or 32 where wide heads leave no more
 registers: the compiler uses all 240 that a thread can have, and with larger tiles it spills. The ring takes what shared
-memory is left. `tamis bench gpu-static --all` compiles every kind and fails if one spills that is not accepted.
+memory is left. `tamis bench gpu-static --all` compiles every kind and fails if one spills.
 """
 
 from __future__ import annotations
@@ -55,16 +55,17 @@ def wanted() -> str:
     return name
 
 
-def cut(precision: str, dim: int, value_dim: int, block_q: int) -> Cut | None:
+def cut(precision: str, dim: int, value_dim: int, block_q: int, list_bits: int = 32) -> Cut | None:
     """The tiles of a call, or None if it has no place: e4m3 values over 192 wide spill with every tile.
 
-    There the sum of a tile has registers of its own beside the output, since it has to be added in fp32.
+    There the sum of a tile has registers of its own beside the output, since it has to be added in fp32. Over 128 wide
+    there are none left for two lists, one for each warpgroup, whose places take 64 bits.
     """
     width = launch.power(dim, 64)
     value_width = launch.power(value_dim, 64) if value_dim <= 128 else (value_dim + 63) // 64 * 64
-    if precision == "fp8" and value_width > 192:
-        return None
     split = block_q == _ROWS
+    if precision == "fp8" and value_width > (128 if split and list_bits == 64 else 192):
+        return None
     keys = 64 if max(width, value_width) <= 128 else 32
     key_bytes, value_bytes = (2 if precision == "full" else 1), (1 if precision == "fp8" else 2)
     stage = keys * (width * key_bytes + value_width * value_bytes) * (2 if split else 1)
@@ -79,6 +80,7 @@ def reason(
     dtype: torch.dtype,
     dims: tuple[int, int],
     block_q: int,
+    lists: tuple[Tensor | None, Tensor | None],
     *,
     packed: bool,
     window: bool,
@@ -90,6 +92,7 @@ def reason(
 
     Args:
         dims: of query and value.
+        lists: counts and indices of the mask, if there is one.
         irregular: whether positions, segments or a mask say who sees whom.
         scores_changed: whether there is a softcap, or sinks.
     """
@@ -105,8 +108,9 @@ def reason(
     ):
         if lacking:
             return f"the Gluon kernel does not take {what}"
-    if cut(precision, *dims, block_q) is None:
-        return f"the Gluon kernel has no registers for values of {dims[1]} channels in {precision!r}"
+    if cut(precision, *dims, block_q, list_bits(lists)) is None:
+        vast = " and lists of 2^31 entries" if cut(precision, *dims, block_q) is not None else ""
+        return f"the Gluon kernel has no registers for values of {dims[1]} channels{vast} in {precision!r}"
     return "TAMIS_GPU_KERNEL=triton" if wanted() == "triton" else None
 
 
@@ -202,7 +206,7 @@ def attend(
         STAGES=tiles.stages,
         CAUSAL=causal,
         SPLIT=tiles.split,
-        LISTS=_list_bits(lists),
+        LISTS=list_bits(lists),
         STAGE2=pv_threshold is not None,
         MENDS=flags is not None,
         # P in e4m3 has 17 powers of two below its largest number.
@@ -248,7 +252,7 @@ def _list_places(lists: tuple[Tensor | None, Tensor | None]) -> tuple[int, ...]:
     return (*num.stride()[:2], *indices.stride()[:3], indices.shape[3])
 
 
-def _list_bits(lists: tuple[Tensor | None, Tensor | None]) -> int:
+def list_bits(lists: tuple[Tensor | None, Tensor | None]) -> int:
     """0 without lists; else how many bits it takes to say where in them something is."""
     if lists[1] is None:
         return 0

@@ -75,7 +75,7 @@ def operands(
     value_width = launch.power(value.shape[3])
     if precision == "full":
         kind = "fp32" if query.dtype == torch.float32 else "half"
-        q, k, v = in_rows(query), _rows(key, width, gluon), _rows(value, value_width, gluon)
+        q, k, v = in_rows(query), _loadable(key, width, gluon), _loadable(value, value_width, gluon)
         k_even, v_even = k.shape[3] == width, v.shape[3] == value_width
         return Operands(q, k, v, None, None, None, None, kind, "input", width, k_even, v_even)
     tiles_used = None if prepared and precision == "int8" else used()
@@ -91,12 +91,12 @@ def operands(
         v, products = fp8_values(value, v_scale, counted, tiles_used, gluon).transpose(2, 3), "fp8"
     else:
         products = "input" if query.dtype == torch.float16 else "bf16"
-        v = _rows(value if products == "input" else value.to(torch.bfloat16), value_width, gluon)
+        v = _loadable(value if products == "input" else value.to(torch.bfloat16), value_width, gluon)
     k, v_even = key8.flatten(2, 3), v.shape[3] == value_width
     return Operands(q, k, v, q_scale, k_scale, v_scale, q_shift, precision, products, width, True, v_even)
 
 
-def _rows(x: Tensor, width: int, gluon: bool) -> Tensor:
+def _loadable(x: Tensor, width: int, gluon: bool) -> Tensor:
     """x, or a copy in rows of `width` if it can't be loaded by 16 bytes."""
     if gluon:
         return in_rows(x)

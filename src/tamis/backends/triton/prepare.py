@@ -307,6 +307,8 @@ def fp8_values(
         (tiles * batch * heads,),
         *(value, segments, used, scale, value8, *value.stride(), batch_stride(segments), length, heads),
         device=value.device,
+        warps=_reading_warps(pad),
+        registers=_most_registers(value.device, _reading_warps(pad)),
         DIM=dim,
         DIM_PAD=pad,
         TILE=TILE,

@@ -8,6 +8,7 @@ line and fails if one spills or does not fit.
 
 from __future__ import annotations
 
+import itertools
 from typing import NamedTuple
 
 from tamis.backends.triton.chips import Chip
@@ -56,32 +57,34 @@ def tiles(
     if kind == "mend":
         return _MEND[column]._replace(registers=255 if chip.kind == "cuda" else None)
     halved = block_q == 64 and q_len > 16
-    rows, keys, warps, stages, _ = _line(chip, kind, column, halved, regular, window)
-    registers = 255 if chip.kind == "cuda" and (q_len <= 16 or not regular or kind == "fp32") else None
+    rows, keys, warps, stages, registers = _line(chip, kind, column, halved, regular, window, skips)
+    if chip.kind == "cuda" and (q_len <= 16 or not regular or kind == "fp32"):
+        registers = 255
     if q_len <= 16:
         # Decoding: few rows, and the time is that of reading the keys.
         rows, warps = 16, 4 if wide <= 64 and regular else 8
     if block_q < rows:
         # A tile of half the rows has half the warps, where registers last for its channels.
         rows, warps = block_q, 4 if wide <= 64 else warps
-    if chip.name == "sm_100" and skips and rows == 64:
-        rows = 32  # Triton 3.6 fails on a product of 64 rows under a condition
     return Tiles(rows, min(keys, block_kv, 64 if kind == "packed" else 128), warps, stages, registers)
 
 
-def _line(chip: Chip, kind: str, column: int, halved: bool, regular: bool, window: bool) -> Tiles:
+def _line(chip: Chip, kind: str, column: int, halved: bool, regular: bool, window: bool, skips: bool) -> Tiles:
     """A line of the tables: the first that is there for the chip or its family, and for what is special in a call."""
     family = _family(chip)
     if not regular:
         group = "fp32" if kind == "fp32" else "others"
         return _IRREGULAR.get((chip.name, group), _IRREGULAR["", group])[column]
-    forms = [
-        form for form, here in (("64 rows window", halved and window), ("window", window), ("64 rows", halved)) if here
-    ]
-    for form in (*forms, ""):
-        for name in (chip.name, family):
-            if (found := _SPECIAL.get((name, kind, form, column))) is not None:
-                return found
+    forms = {
+        "stage 2": skips,
+        "64 rows window": halved and window,
+        "window": window,
+        "64 rows": halved,
+        "": True,
+    }
+    for form, name in itertools.product((form for form, here in forms.items() if here), (chip.name, family)):
+        if (found := _SPECIAL.get((name, kind, form, column))) is not None:
+            return found
     return _TABLE[family, kind][column]
 
 
@@ -103,14 +106,19 @@ _IRREGULAR = {
 _SPECIAL = {
     ("sm_80", "half", "64 rows window", 0): Tiles(64, 64, 8, 3),
     ("sm_80", "int8", "window", 2): Tiles(32, 32, 8, 3),
+    # Where a product may be left out, the output is not in tensor memory all the time.
+    ("sm_100", "half", "stage 2", 1): Tiles(128, 32, 8, 3),
+    ("sm_100", "half", "stage 2", 2): Tiles(64, 32, 8, 2),
     ("sm_120", "half", "", 2): Tiles(32, 32, 8, 2),
     ("sm_120", "half", "64 rows", 0): Tiles(64, 64, 8, 3),
     ("sm_120", "half", "64 rows window", 0): Tiles(64, 64, 8, 3),
     ("sm_120", "half", "window", 0): Tiles(128, 64, 8, 2),
-    ("sm_120", "half", "window", 1): Tiles(64, 64, 8, 2),
     ("sm_120", "int8", "window", 0): Tiles(64, 64, 8, 3),
-    ("sm_120", "int8", "window", 1): Tiles(64, 32, 8, 3),
     ("sm_120", "packed", "window", 1): Tiles(64, 32, 8, 2),
+    ("sm_120", "fp8", "64 rows", 0): Tiles(64, 64, 8, 3),
+    ("small", "half", "window", 1): Tiles(64, 64, 8, 2),
+    ("small", "int8", "window", 1): Tiles(64, 32, 8, 3),
+    ("small", "packed", "64 rows window", 0): Tiles(64, 64, 4, 2, 255),
     ("small", "int8", "64 rows", 1): Tiles(64, 32, 8, 3),
 }
 

@@ -81,6 +81,14 @@ def _broken_values(p, seen, v):
 
 
 @triton.jit
+def _largest(x):
+    """The largest of x [n], as a scalar. On sm_100 Triton 3.6 fails where `tl.max(x, 0)` decides about a product: it
+    follows layouts through that reduction, of which there is no such thing as the layout of a result.
+    """
+    return tl.max(x[:, None], 0).item()
+
+
+@triton.jit
 def _visit(
     o,
     m,
@@ -236,11 +244,11 @@ def _visit(
                 taken = True
                 if threshold is not None:
                     behind = tl.where(row_ok, m_local - reference, float("-inf"))
-                    nearest = tl.max(tl.where(behind == behind, behind, 0.0), 0)
+                    nearest = _largest(tl.where(behind == behind, behind, 0.0))
                     taken = nearest > -threshold
                     if EDGE:
                         # With no key seen there is nothing to leave out.
-                        taken = taken | (tl.max(m_local, 0) == float("-inf"))
+                        taken = taken | (_largest(m_local) == float("-inf"))
                     of_block = tl.minimum((kv_len - block * BLOCK_KV + TILE_K - 1) // TILE_K, PER_BLOCK)
                     skipped += tl.where(taken, 0.0, 1.0 / of_block)
                 # Loaded in any case: a load that may not happen is not fetched ahead.

@@ -235,12 +235,8 @@ def _visit(
     # What multiplies scores is the row's where it can be, and then one multiply-add with the maximum.
     factor = row_factor
     if QK8:
-        k_step = gl.load(k_scale + start // 64, mask=start < kv_len, other=0.0)
-        if TILE_K <= 64:
-            factor = row_factor * k_step
-        else:
-            behind = gl.load(k_scale + start // 64 + 1, mask=start + 64 < kv_len, other=0.0)
-            x = x * gl.where(n < 64, k_step, behind)[None, :]
+        gl.static_assert(TILE_K <= 64, "keys of a tile have one scale")
+        factor = row_factor * gl.load(k_scale + start // 64, mask=start < kv_len, other=0.0)
     if EDGE:
         limit = kv_len - start
         if CAUSAL:
