@@ -1,7 +1,8 @@
 // precision="int8": both products in 8 bits with 32-bit sums.
 //
 //   S[j][rows]  = (q8 . k8) * q_scale[rows] * k_scale * scale           one k_scale per 64 keys
-//   P8[j][rows] = round(254 * e^(S - block maximum)), unsigned          relative to the row's own block
+//   P8[j][rows] = round(254 * e^(S - block maximum)), unsigned          relative to the row's own block; with AVX-512
+//                                                                       e^x is that of simd_avx512.h, Words
 //   O[c][rows]  = O * alpha + (P8 . v8) * v_scale[c] * e^(block maximum - maximum) / 254
 //
 // Lanes are query rows, as in engine_full.h. A query row has a scale of its own: it costs nothing here.
@@ -158,6 +159,7 @@ struct Int8Engine {
       qk_int8<R, 1>(rows, block + j * k.dim4, k.dim4, k.dim4, sums + j, factor, s + j * kTileRows, top);
   }
 
+#ifndef TAMIS_WORDS
   // Exactly 1 at 0, so that a single key gives its value.
   static vf weight_of(vf x) { return exp2_fast(x * set1(kLog2e)); }
   static vi probability_bytes(vf e) {
@@ -184,18 +186,36 @@ struct Int8Engine {
     return either(low, high);
   }
 #endif
+#endif
   // Calls put(g, r, bytes) for every four keys and vector of rows.
   template <int R, class Put>
   void weigh_block(int r0, float* s, const vf* block_top, vf* sum, Put put) const {
-    vf base[R], total[R];
-    for (int r = 0; r < R; ++r) base[r] = where_minus_inf_zero(block_top[r]), total[r] = set1(0.f);
     for (int64_t j = keys; j & 3; ++j)  // the last four keys may be fewer: value bytes are 0 there
       for (int r = 0; r < R; ++r) store(s + j * kTileRows + (r0 + r) * W, set1(-INFINITY));
+#ifdef TAMIS_WORDS
+    // A mask may add NaN to single scores.
+    const bool numbers = !a.attn_mask.data || a.attn_mask.dtype == TAMIS_BOOL;
+    for (int r = 0; r < R; ++r)
+      sum[r] = numbers && are_tame(block_top[r]) ? weigh_rows<Words<true>>(r0 + r, s, block_top[r], put)
+                                                 : weigh_rows<Words<false>>(r0 + r, s, block_top[r], put);
+#else
+    vf base[R], total[R];
+    for (int r = 0; r < R; ++r) base[r] = where_minus_inf_zero(block_top[r]), total[r] = set1(0.f);
     for (int64_t g = 0; g * 4 < keys; ++g)
       for (int r = 0; r < R; ++r)
         put(g, r0 + r, weigh(s + g * 4 * kTileRows + (r0 + r) * W, base[r], &total[r]));
     for (int r = 0; r < R; ++r) sum[r] = kSumUnit == 1.f ? total[r] : total[r] / set1(kSumUnit);
+#endif
   }
+#ifdef TAMIS_WORDS
+  template <class Weights, class Put>
+  vf weigh_rows(int r, const float* s, vf top, Put put) const {
+    Weights words(top);
+    const float* at = s + r * W;
+    for (int64_t g = 0; g * 4 < keys; ++g, at += 4 * kTileRows) put(g, r, words.bytes(at, kTileRows));
+    return words.sum();
+  }
+#endif
   template <int R>
   void exponentials(int r0, float* s, const vf* block_top, const vf*, vf* sum) {
     weigh_block<R>(r0, s, block_top, sum,

@@ -96,6 +96,59 @@ static inline vi oppose_pairs(const int8_t* from, int8_t* to, uint16_t* forms) {
 }
 static inline int32_t sum_lanes_of(vi a) { return _mm512_reduce_add_epi32(a); }
 #endif
+#define TAMIS_WORDS 1
+// Weights e^x in 16 bits, x a score less the largest of its row, for Int8Engine::weigh_block. With u = -x to the base
+// of 2, rounded to 11 bits behind the point, the whole part of u shifts what a polynomial makes of its fraction f:
+//   w = (32512 - f (21862 - 5642 f)) >> whole(u),   32512 = 128 * 254
+// w is at most .23% off, and 1/128 of it, rounded, the byte. u beyond 16 bits saturates, which gives 0.
+// Scores of tame rows need no difference before that: sums below are exact. Others may hold NaN, which the sum shows.
+template <bool kTame>
+struct Words {
+  static constexpr float kUnit = 32512.f, kPerScore = 2048 * 1.44269504088896f, kMagic = 12582912.f;  // 1.5 * 2^23
+  vf largest, start;  // start: kMagic + kPerScore * largest, such that the largest gives 0
+  vi total;           // of pairs of keys, in units of kUnit
+  __mmask16 broken;
+
+  explicit Words(vf top) {
+    const vf magic = set1(kMagic);
+    largest = _mm512_maskz_mov_ps(_mm512_cmp_ps_mask(top, set1(-INFINITY), _CMP_NEQ_UQ), top);
+    start = kTame ? magic + (magic - _mm512_fnmadd_ps(largest, set1(kPerScore), magic)) : magic;
+    total = _mm512_setzero_si512();
+    broken = 0;
+  }
+  vi below(const float* at) {
+    vf score = load(at);
+    if (!kTame) {
+      score = score - largest;
+      broken |= _mm512_cmp_ps_mask(score, score, _CMP_UNORD_Q);
+    }
+    return _mm512_sub_epi32(bits_of(_mm512_fnmadd_ps(score, set1(kPerScore), start)), bits_of(set1(kMagic)));
+  }
+  vi weights(const float* first, const float* second) {
+    const vi pairs = _mm512_broadcast_i32x4(_mm_setr_epi8(0, 1, 8, 9, 2, 3, 10, 11, 4, 5, 12, 13, 6, 7, 14, 15));
+    const vi u = _mm512_shuffle_epi8(_mm512_packus_epi32(below(first), below(second)), pairs);
+    const vi f = _mm512_slli_epi16(u, 5);
+    const vi steep = _mm512_sub_epi16(_mm512_set1_epi16(21862), _mm512_mulhi_epu16(f, _mm512_set1_epi16(5642)));
+    const vi mantissa = _mm512_sub_epi16(_mm512_set1_epi16(32512), _mm512_mulhi_epu16(f, steep));
+    const vi w = _mm512_srlv_epi16(mantissa, _mm512_srli_epi16(u, 11));
+#ifdef TAMIS_VNNI
+    total = _mm512_dpwssd_epi32(total, w, _mm512_set1_epi16(1));
+#else
+    total = _mm512_add_epi32(total, _mm512_madd_epi16(w, _mm512_set1_epi16(1)));
+#endif
+    return _mm512_mulhrs_epi16(w, _mm512_set1_epi16(256));
+  }
+  // The weights of four keys, as bytes from 0 to 254 in each lane; their scores are so many floats apart.
+  vi bytes(const float* at, int64_t apart) {
+    const vi even = weights(at, at + 2 * apart);
+    return either(even, _mm512_slli_epi16(weights(at + apart, at + 3 * apart), 8));
+  }
+  vf sum() const { return _mm512_mask_mov_ps(to_float(total) * set1(1.f / kUnit), broken, set1(NAN)); }
+};
+// By the largest scores of rows: kPerScore times them stays below 2^22. A row of NaN alone has -inf there.
+static inline bool are_tame(vf largest) {
+  return _mm512_cmp_ps_mask(vabs(largest), set1(1024.f), _CMP_LT_OQ) == 0xffff;
+}
 static inline vf load_bf16(const uint16_t* p) {
   return _mm512_castsi512_ps(_mm512_slli_epi32(_mm512_cvtepu16_epi32(_mm256_loadu_si256((const __m256i*)p)), 16));
 }

@@ -42,7 +42,7 @@ class Engine:
     def grain(
         self, query: Tensor, value: Tensor, block_size: tuple[int, int] = (128, 64), regular: bool = True
     ) -> dict[str, int]:
-        """Query rows and keys of which stage 2 skips the product together: on a GPU the whole tile."""
+        """Query rows and keys whose product stage 2 skips together, on a GPU the whole tile; and in which order."""
         if self.backend != "triton":
             return {"group": 16, "keys": 64}
         from tamis.backends.triton import chips, launch, settings
@@ -51,7 +51,7 @@ class Engine:
         dims = launch.power(query.shape[-1]), launch.power(value.shape[-1])
         chip, q_len = chips.of(torch.device(DEVICE)), query.shape[-2]
         tiles = settings.tiles(chip, kind, *dims, *block_size, q_len, regular=regular, skips=True)
-        return {"group": tiles.rows, "keys": tiles.keys}
+        return {"group": tiles.rows, "keys": tiles.keys, "whole_first": regular}
 
     def _ran(self, stats: Any) -> None:
         assert (stats.backend, stats.target) == (self.backend, self.target)
@@ -155,7 +155,12 @@ def int8_formulas(
         return oracle.attention_gpu(query, key, value, weights=form, values=form, packed=packed, **options)
     if stats.pv_dtype == "bfloat16":
         return oracle.attention_bf16(query, key, value, packed=packed, **options)
-    return oracle.attention_int8(query, key, value, **options)
+    return oracle.attention_int8(query, key, value, words=in_words(stats), **options)
+
+
+def in_words(stats: Any) -> bool:
+    """Whether weights in 8 bits come from integers of 16, as with AVX-512: on amx too, for few rows."""
+    return stats.target in ("avx512", "avx512_vnni", "amx") and stats.pv_dtype != "bfloat16"
 
 
 def moved(what: Any, device: str) -> Any:

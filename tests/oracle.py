@@ -284,23 +284,46 @@ def _lse(scores: Tensor, shift: Tensor, sink_logits: Tensor | None) -> Tensor:
 
 @remember
 def attention_int8(
-    query: Tensor, key: Tensor, value: Tensor, *, sink_logits: Tensor | None = None, **options: Any
+    query: Tensor,
+    key: Tensor,
+    value: Tensor,
+    *,
+    words: bool = False,
+    sink_logits: Tensor | None = None,
+    **options: Any,
 ) -> Result:
     """The int8 algorithm in fp64.
 
     Steps: Q one per row, K less its mean one per 64 keys, V one per channel and 64 keys, P 1/254 of its row's largest
     in the 64 keys.
+
+    `words`: P, before it is rounded to 1/254, is a multiple of 1/32512, from a polynomial of integers in the fraction
+    of the score's base 2 logarithm, which has 11 bits; the denominator is the sum of these weights.
     """
     scores, shift, values = _int8_scores(query, key, value, **options)
     value_int, value_step = _quantise(_key_blocks(values), (-2,))
     per_block = torch.unflatten(F.pad(scores, (0, -key.shape[2] % KEY_BLOCK), value=-torch.inf), -1, (-1, KEY_BLOCK))
     local = per_block.amax(-1)  # [batch, heads, q_len, key blocks]
     local = local.masked_fill(local == -torch.inf, 0)
-    weights = torch.round(254 * torch.exp(per_block - local[..., None]))
+    if words:
+        exact = _in_words(per_block - local[..., None])
+        weights = torch.floor(exact / 128 + 0.5)
+        totals = torch.log(exact.sum(-1) / 32512) + local
+    else:
+        weights, totals = torch.round(254 * torch.exp(per_block - local[..., None])), scores
     products = torch.einsum("bhqjk,bhjkc->bhqjc", weights, value_int) * value_step.transpose(-3, -2) / 254
-    lse = _lse(scores, shift, sink_logits)
+    lse = _lse(totals, shift, sink_logits)
     shares = torch.exp(local - lse.masked_fill(lse == -torch.inf, 0)[..., None])
     return Result((shares[..., None] * products).sum(-2), lse + shift)
+
+
+def _in_words(x: Tensor) -> Tensor:
+    """32512 e^x for x <= 0, as AVX-512 has it in integers of 16 bits."""
+    below = torch.round(-x * (2048 * math.log2(math.e))).clamp(max=65535)
+    whole = torch.floor(below / 2048)
+    fraction = (below - 2048 * whole) * 32
+    slope = 21862 - torch.floor(fraction * 5642 / 65536)
+    return torch.floor((32512 - torch.floor(fraction * slope / 65536)) / torch.exp2(whole))
 
 
 @remember
@@ -395,13 +418,15 @@ def attention_stage2(
     scale: float | None = None,
     group: int = 16,
     keys: int = KEY_BLOCK,
+    whole_first: bool = False,
     **masks: Any,
 ) -> Skipped:
     """Attention without P V of a row group and `keys` keys if all rows score `pv_threshold` below their maxima so far.
 
     Groups are `group` consecutive rows inside a query block; the denominator keeps every key. A group that sees none of
-    the keys has nothing to skip and counts as done. `pv_density` is per batch and head, `margin` the distance of the
-    closest decision from its threshold.
+    the keys has nothing to skip and counts as done. Keys come in order or, `whole_first`, blocks that all rows of a
+    group see whole before the others. `pv_density` is per batch and head, `margin` the distance of the closest decision
+    from its threshold.
     """
     heads, q_len, kv_len = query.shape[1], query.shape[2], key.shape[2]
     query, key, value = query.double(), _repeat_heads(key.double(), heads), _repeat_heads(value.double(), heads)
@@ -411,27 +436,38 @@ def attention_stage2(
     seen = may_see & token_mask(blocks, block_size, q_len, kv_len)
     scores = _scores(query, key, scale=scale, softcap=None, attn_mask=masks.get("attn_mask"), seen=seen)
     weights, lse = _softmax(scores)
-    running = torch.full(query.shape[:3], -torch.inf, dtype=torch.float64)
     margin = torch.inf
     done = kept.double()
-    for j in range(-(-kv_len // keys)):
-        columns = slice(j * keys, min(kv_len, (j + 1) * keys))
-        block = columns.start // block_size[1]
-        tiles = -(-(min(kv_len, (block + 1) * block_size[1]) - block * block_size[1]) // keys)
-        local = scores[..., columns].amax(-1)
-        running = torch.maximum(running, local)
-        below = torch.where(local == -torch.inf, torch.inf, running - local)  # [batch, heads, q_len]
-        for q_block, start in enumerate(range(0, q_len, block_size[0])):
-            stop = min(q_len, start + block_size[0])
-            for first in range(start, stop, group):
-                members = slice(first, min(stop, first + group))
-                nearest = below[:, :, members].amin(-1)
-                skip = (nearest >= pv_threshold.double()) & (nearest < torch.inf)
-                margin = min([margin, *(nearest - pv_threshold.double()).abs()[nearest < torch.inf].tolist()])
-                weights[:, :, members, columns] *= ~skip[..., None, None]
-                done[:, :, q_block, block] -= skip.double() * (members.stop - members.start) / ((stop - start) * tiles)
+    limit = pv_threshold.double()
+    for start in range(0, q_len, block_size[0]):
+        stop = min(q_len, start + block_size[0])
+        for first in range(start, stop, group):
+            rows = slice(first, min(stop, first + group))
+            running = torch.full(scores[:, :, rows, 0].shape, -torch.inf, dtype=torch.float64)
+            for columns, block, share in _turns(may_see[:, :, rows], block_size[1], keys, whole_first):
+                local = scores[:, :, rows, columns].amax(-1)
+                running = torch.maximum(running, local)
+                nearest = torch.where(local == -torch.inf, torch.inf, running - local).amin(-1)  # [batch, heads]
+                skip = (nearest >= limit) & (nearest < torch.inf)
+                margin = min([margin, *(nearest - limit).abs()[nearest < torch.inf].tolist()])
+                weights[:, :, rows, columns] *= ~skip[..., None, None]
+                done[:, :, start // block_size[0], block] -= skip.double() * (
+                    share * (rows.stop - rows.start) / (stop - start)
+                )
     total = possible.sum((-1, -2)).clamp(min=1)
     return Skipped(_weighted_values(weights, value, seen), lse, done.sum((-1, -2)) / total, margin)
+
+
+def _turns(may_see: Tensor, block: int, keys: int, whole_first: bool) -> list[tuple[slice, int, float]]:
+    """Columns that are judged together, in turn: their block, and their share of it."""
+    kv_len = may_see.shape[-1]
+    turns = []
+    for at in range(-(-kv_len // block)):
+        last = min(kv_len, (at + 1) * block)
+        parts = [slice(first, min(last, first + keys)) for first in range(at * block, last, keys)]
+        whole = last == (at + 1) * block and bool(may_see[..., at * block : last].all())
+        turns += [(whole_first and not whole, part, at, 1 / len(parts)) for part in parts]
+    return [(part, at, share) for _, part, at, share in sorted(turns, key=lambda turn: turn[0])]
 
 
 def relative_l1(actual: Tensor, expected: Tensor) -> float:

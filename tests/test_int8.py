@@ -13,7 +13,7 @@ from typing import Any
 import oracle
 import pytest
 import torch
-from engines import Engine, engines, value_step
+from engines import Engine, engines, in_words, value_step
 from samples import block_mask, qkv
 from torch import Tensor
 
@@ -174,7 +174,7 @@ def test_lse(engine: Engine) -> None:
 
 
 def test_engines_agree() -> None:
-    """What separates two engines of the same formats is fp32 rounding, never a formula."""
+    """What separates two engines with the same weights is fp32 rounding, never a formula."""
     q, k, v = qkv(heads=4, kv_heads=2, q_len=260, kv_len=300, dim=40)
     mask = block_mask((260, 300), heads=4)
     results = [e.attend(q, k, v, mask, causal=True, precision="int8", pv_threshold=4.0) for e in engines()]
@@ -187,8 +187,10 @@ def test_engines_agree() -> None:
 
 
 def _formats(result: Any) -> str:
-    """What the second product is in: all kinds of 8 bits are the same numbers."""
-    return "bfloat16" if result.stats.pv_dtype == "bfloat16" else "8 bits"
+    """What the second product is in: all kinds of 8 bits are the same numbers, of two kinds of exponentials."""
+    if result.stats.pv_dtype == "bfloat16":
+        return "bfloat16"
+    return "8 bits, in words" if in_words(result.stats) else "8 bits"
 
 
 def test_smoothing_earns_its_keep(engine: Engine) -> None:
@@ -201,6 +203,15 @@ def test_smoothing_earns_its_keep(engine: Engine) -> None:
     unsmoothed = oracle.relative_l1(oracle.attention_int8(q, shifted, v, mean=zero).output, truth)
     assert ours < 0.02
     assert unsmoothed > 3 * ours
+
+
+@pytest.mark.parametrize("size", [30.0, 900.0, 3000.0])
+def test_large_scores(engine: Engine, size: float) -> None:
+    """Whose differences alone count: exponentials are of those, to the last bit that a score has."""
+    q, k, v = qkv(heads=1, q_len=70, kv_len=256, dim=16)
+    q[..., 0] = size
+    k[..., 0] = torch.tensor([1.0, -1.0]).repeat(128) * 4
+    check(engine, q, k, v)
 
 
 def test_the_lowest_mask_means_almost_never(engine: Engine) -> None:

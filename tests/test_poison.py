@@ -250,3 +250,18 @@ def test_memory_around_the_inputs(engine: Engine, precision: str) -> None:
         view = room[:, 1:5:2, 3 : 3 + x.shape[2], 2 : 2 + x.shape[3]]
         views.append(view.copy_(x))
     assert_reordered(engine.attend(*views, causal=True, precision=precision), clean, 131)
+
+
+@pytest.mark.parametrize("precision", ["full", "int8"])
+def test_a_mask_that_adds_no_number_shows_in_its_row_alone(engine: Engine, precision: str) -> None:
+    """To one score of a row that has others, as in plain torch."""
+    q, k, v = qkv(q_len=70, kv_len=130)
+    mask = torch.zeros(70, 130)
+    mask[3, 5] = math.nan
+    mask[40, 129] = math.inf
+    result = engine.attend(q, k, v, attn_mask=mask, precision=precision)
+    broken = torch.zeros(70, dtype=torch.bool)
+    broken[[3, 40]] = True
+    assert result.output[:, :, broken].isnan().all()
+    assert result.lse[:, :, broken].isnan().all()
+    assert result.output[:, :, ~broken].isfinite().all()

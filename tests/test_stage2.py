@@ -59,6 +59,23 @@ def test_skips_by_the_book(
     assert result.stats.density == pytest.approx((result.stats.qk_density + result.stats.pv_density) / 2)
 
 
+@pytest.mark.parametrize("block_size", [(128, 64), (64, 64), (128, 128)])
+@pytest.mark.parametrize("masks", [{"causal": True, "window": 290}, {"window": 160}], ids=str)
+def test_order_under_a_window(engine: Engine, block_size: tuple[int, int], masks: dict[str, Any]) -> None:
+    """Wide enough for blocks that are seen whole: on a GPU those come before the edges, and maxima grow otherwise."""
+    q, k, v = steep(300, 440, heads=4, kv_heads=2)
+    mask = block_mask((300, 440), heads=4, block_size=block_size, density=0.8)
+    given = {"pv_threshold": torch.full((4,), 0.7), "blocks": oracle.blocks_of(mask), "block_size": block_size, **masks}
+    grain = engine.grain(q, v, block_size)
+    expected = oracle.attention_stage2(q, k, v, **grain, **given)
+    assert expected.margin > MARGIN
+    result = engine.attend(q, k, v, mask, pv_threshold=0.7, **masks)
+    torch.testing.assert_close(result.stats.pv_density_per_head, expected.pv_density.mean(0), rtol=0, atol=1e-9)
+    assert oracle.relative_l1(result.output, expected.output) < 1e-5
+    other = oracle.attention_stage2(q, k, v, **grain | {"whole_first": not grain.get("whole_first", False)}, **given)
+    assert not torch.equal(other.pv_density, expected.pv_density)
+
+
 def test_error_is_the_skipped_mass(engine: Engine) -> None:
     """With values of 1 the output is the mass that was kept: what is missing lay e^-threshold below the maximum."""
     q, k, _ = steep(200, 400)
