@@ -204,29 +204,38 @@ inline void check_bf16_products(Judge& judge, const Case& c, const Inputs& in, c
                 "relative L1, bf16 products");
 }
 
+// Whether a target makes weights of 8 bits from integers of 16.
+inline bool in_words(const std::string& target) { return target.find("avx512") == 0 || target == "amx"; }
+
 // Full precision and int8 on every target, `targets` with the one first that the others are compared with.
 inline void check_attend(std::vector<Judge>& judges, Case c, const std::vector<int>& threads, bool strict) {
   const Inputs in(c);
   oracle::Problem p = c.problem;
   const oracle::Result exact = oracle::attention<double>(p), single = oracle::attention<float>(p);
   for (const bool int8 : {false, true}) {
-    oracle::Result formulas = int8 ? oracle::attention_int8(p) : exact;
+    oracle::Result either[2] = {exact, exact};  // the formulas, with weights from exponentials and from words
+    for (const bool words : {false, true})
+      if (int8) either[words] = oracle::attention_int8(p, words);
     std::vector<float> threshold;
     // A flipped step moves a score by about .01.
-    if (c.skip && !choose_thresholds(formulas, int8 ? 0.02 : 1e-4, &threshold)) {
+    if (c.skip && !choose_thresholds(either[0], int8 ? 0.02 : 1e-4, &threshold)) {
       if (strict) judges[0].at = c.name, judges[0].fail("no threshold lies far enough from every decision");
       threshold.clear();
     }
     oracle::Problem q = p;
     q.threshold = doubles(threshold);
-    if (int8 && !threshold.empty()) formulas = oracle::attention_int8(q);
+    for (const bool words : {false, true})
+      if (int8 && !threshold.empty()) either[words] = oracle::attention_int8(q, words);
     // Without a threshold q is p.
-    const oracle::Result truth = threshold.empty() ? exact : int8 ? formulas : oracle::attention<double>(q);
+    const oracle::Result truth = threshold.empty() ? exact : int8 ? either[0] : oracle::attention<double>(q);
     const oracle::Result plain = threshold.empty() ? single : oracle::attention<float>(q);
     const double eps = epsilon(c.dtype);
-    Answer first;
+    Answer firsts[2];
     for (Judge& judge : judges) {
       const std::string& target = judge.target;
+      const bool words = in_words(target);
+      const oracle::Result& formulas = either[words];
+      Answer& first = firsts[words];
       judge.at = c.name + (int8 ? ", int8" : ", full");
       const Answer answer = attend(judge, c, in, target, int8, threads[0], threshold);
       for (size_t i = 1; i < threads.size(); ++i)
@@ -259,6 +268,7 @@ inline void check_attend(std::vector<Judge>& judges, Case c, const std::vector<i
             judge.at_most(relative_l1(answer.output, truth.output, at, head), c.known_error, "relative L1 to truth");
         }
       }
+      if (first.output.empty()) first = answer;
       if (int8 && strict && target != judges[0].target) {
         const double allowed = kFlips + eps;
         judge.at_most(relative_l1(answer.output, first.output, 0, first.output.size()), allowed, "targets apart");
@@ -270,7 +280,6 @@ inline void check_attend(std::vector<Judge>& judges, Case c, const std::vector<i
           if (answer.lse[i] != first.lse[i]) apart = fmax(apart, fabs(answer.lse[i] - first.lse[i]));
         judge.at_most(apart, 1e-4, "lse of targets apart");
       }
-      if (target == judges[0].target) first = answer;
     }
   }
 }

@@ -193,9 +193,17 @@ inline double quantise(double* x, int64_t n, int64_t stride = 1) {
   return step;
 }
 
+// e^x for x <= 0 in steps of 1/32512, by integers: of -x to the base of 2, rounded to 2048ths, the whole part shifts what
+// a polynomial makes of the rest.
+inline double in_words(double x) {
+  const int64_t below = (int64_t)fmin(nearbyint(-x * 2048 / log(2.)), 65535), rest = below % 2048 * 32;
+  return (double)((32512 - (rest * (21862 - (rest * 5642 >> 16)) >> 16)) >> (below / 2048)) / 32512;
+}
+
 // The int8 algorithm in fp64: query rounded by row, key less its mean by 64 keys, value by channel of 64 keys, weights
-// to 1/254 of the row's largest among 64 keys; the denominator keeps the unrounded weights.
-inline Result attention_int8(const Problem& p) {
+// to 1/254 of the row's largest among 64 keys; the denominator keeps the unrounded weights. `words`: before that they
+// are as above.
+inline Result attention_int8(const Problem& p, bool words) {
   Result result = empty_result(p);
   std::vector<double> q = p.q, k = p.k, v = p.v, mean(p.batch * p.kv_heads * p.dim, 0);
   if (!(p.softcap > 0)) mean = key_mean(p, used_parts(p));
@@ -231,18 +239,22 @@ inline Result attention_int8(const Problem& p) {
         for (int64_t j = 0; j < p.kv_len; ++j) top = fmax(top, score[j]);
         const double high = fmax(top, sink);
         if (high == -kInf) continue;
-        for (int64_t j = 0; j < p.kv_len; ++j) total += exp(score[j] - high);
+        const auto weigh = [&](double x) { return words ? in_words(x) : exp(x); };
+        std::vector<double> locals(p.parts(), -kInf);
+        for (int64_t j = 0; j < p.kv_len; ++j) locals[j / kPart] = fmax(locals[j / kPart], score[j]);
+        for (int64_t j = 0; j < p.kv_len; ++j)
+          if (const double local = locals[j / kPart]; local > -kInf) total += weigh(score[j] - local) * exp(local - high);
         total += exp(sink - high);
         const double lse = high + log(total);
         result.lse[bh * p.q_len + i] = lse + shift;
         double* out = &result.output[(bh * p.q_len + i) * p.value_dim];
         for (int64_t part = 0; part < p.parts(); ++part) {
           const int64_t j0 = part * kPart, j1 = std::min(p.kv_len, j0 + kPart);
-          double local = -kInf;
-          for (int64_t j = j0; j < j1; ++j) local = fmax(local, score[j]);
+          const double local = locals[part];
           if (local == -kInf || rows.skip[(i - rows.first) * p.parts() + part]) continue;
           for (int64_t j = j0; j < j1; ++j) {
-            const double weight = nearbyint(254 * exp(score[j] - local)) / 254 * exp(local - lse);
+            // A word half-way between two bytes becomes the larger.
+            const double weight = floor(254 * weigh(score[j] - local) + .5) / 254 * exp(local - lse);
             for (int64_t c = 0; c < p.value_dim; ++c) out[c] += weight * v[(kv * p.kv_len + j) * p.value_dim + c];
           }
         }
