@@ -193,8 +193,8 @@ struct Int8Engine {
     for (int64_t j = keys; j & 3; ++j)  // the last four keys may be fewer: value bytes are 0 there
       for (int r = 0; r < R; ++r) store(s + j * kTileRows + (r0 + r) * W, set1(-INFINITY));
 #ifdef TAMIS_WORDS
-    // A mask may add NaN to single scores.
-    const bool numbers = !a.attn_mask.data || a.attn_mask.dtype == TAMIS_BOOL;
+    // A mask may add NaN to single scores, and a cap leave it beside numbers where scores of a row were infinite.
+    const bool numbers = !(a.softcap > 0) && (!a.attn_mask.data || a.attn_mask.dtype == TAMIS_BOOL);
     for (int r = 0; r < R; ++r)
       sum[r] = numbers && are_tame(block_top[r]) ? weigh_rows<Words<true>>(r0 + r, s, block_top[r], put)
                                                  : weigh_rows<Words<false>>(r0 + r, s, block_top[r], put);

@@ -168,6 +168,23 @@ def test_vast_lists_of_wide_values_have_no_registers() -> None:
             )
 
 
+def test_graphs_are_made_of_lists_of_unknown_size() -> None:
+    """`torch.export` with a length that varies: the size of a list is then no number."""
+
+    class Asks(torch.nn.Module):
+        def forward(self, x: torch.Tensor) -> torch.Tensor:
+            indices = torch.nonzero(x)
+            others = dict.fromkeys(("packed", "window", "irregular", "scores_changed"), False)
+            lists = indices[:, 0], indices
+            why = hopper.reason("sm_90", "fp8", torch.bfloat16, (192, 192), 64, lists, scale=1.0, **others)
+            return x + (1 if why is None else 2)
+
+    length = torch.export.Dim("length", min=2, max=2**40)
+    for strict in (False, True):
+        program = torch.export.export(Asks(), (torch.ones(9),), dynamic_shapes=({0: length},), strict=strict).module()
+        assert torch.equal(program(torch.ones(5)), torch.full((5,), 2.0))
+
+
 def test_programs() -> None:
     assert hopper.programs(torch.device("cpu"), 7) == 7
     assert hopper.programs(torch.device("cpu"), 10**6) == 132

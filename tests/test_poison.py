@@ -265,3 +265,13 @@ def test_a_mask_that_adds_no_number_shows_in_its_row_alone(engine: Engine, preci
     assert result.output[:, :, broken].isnan().all()
     assert result.lse[:, :, broken].isnan().all()
     assert result.output[:, :, ~broken].isfinite().all()
+
+
+def test_a_cap_does_not_hide_scores_that_are_no_numbers(engine: Engine) -> None:
+    """In 8 bits 0 times a scale that overflowed: beside it stand infinite scores, which the cap makes finite."""
+    q, k = torch.zeros(1, 1, 40, 16), torch.zeros(1, 1, 64, 16)
+    q[..., 0] = k[..., 0, 0] = 1e23
+    k[..., 1, 0] = -1e23
+    result = engine.attend(q, k, torch.randn(1, 1, 64, 16), softcap=1.0, precision="int8")
+    assert not result.output.isfinite().any()
+    assert result.lse.isnan().all()

@@ -8,8 +8,8 @@ with lists and without, causal or not, with stage 2 or without; and a prediction
 for every head dim and for short, long and vast rows of scores.
 
 That is the whole list, of which a share is compiled unless more is asked for: on all chips but sm_86 every cut of
-attention by the kernel for all GPUs; of all other calls the usual or fullest ones, on
-other chips predictions for one head dim; and a few drawn from the rest by a seed, others for each architecture.
+attention by the kernel for all GPUs; of all other calls the usual or fullest ones, predictions for one head dim alone
+on sm_86, sm_89 and sm_100; and a few drawn from the rest by a seed, others for each architecture.
 
 The backend is called as on that GPU, and what it would have started is compiled. tests/test_gpu_forms.py holds the list
 against the kernels' sources: each kernel must be there, and each condition that the compiler decides, both ways.

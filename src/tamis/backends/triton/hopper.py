@@ -98,7 +98,7 @@ def reason(
     """
     if chip != "sm_90":
         return f"the Gluon kernel is for sm_90, and this GPU is {chip}"
-    for lacking, what in (
+    for other, what in (
         (packed, "a PackedKV"),
         (precision == "full" and dtype == torch.float32, "fp32 products"),
         (irregular, "positions, segments and masks"),
@@ -106,11 +106,14 @@ def reason(
         (scores_changed, "softcap and sinks"),
         (scale <= 0, "a scale that is not positive"),
     ):
-        if lacking:
+        if other:
             return f"the Gluon kernel does not take {what}"
-    if cut(precision, *dims, block_q, list_bits(lists)) is None:
-        vast = " and lists of 2^31 entries" if cut(precision, *dims, block_q) is not None else ""
-        return f"the Gluon kernel has no registers for values of {dims[1]} channels{vast} in {precision!r}"
+    lacking = f"the Gluon kernel has no registers for values of {dims[1]} channels"
+    if cut(precision, *dims, block_q) is None:
+        return f"{lacking} in {precision!r}"
+    # While a graph is made sizes may not be known, nor are they asked for: the call decides when it runs.
+    if cut(precision, *dims, block_q, 64) is None and not torch.compiler.is_compiling() and list_bits(lists) == 64:
+        return f"{lacking} and lists of 2^31 entries in {precision!r}"
     return "TAMIS_GPU_KERNEL=triton" if wanted() == "triton" else None
 
 
