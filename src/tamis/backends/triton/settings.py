@@ -109,6 +109,7 @@ _SPECIAL = {
     # Where a product may be left out, the output is not in tensor memory all the time.
     ("sm_100", "half", "stage 2", 1): Tiles(128, 32, 8, 3),
     ("sm_100", "half", "stage 2", 2): Tiles(64, 32, 8, 2),
+    ("sm_100", "int8", "stage 2", 2): Tiles(64, 32, 8, 2),
     ("sm_120", "half", "", 2): Tiles(32, 32, 8, 2),
     ("sm_120", "half", "64 rows", 0): Tiles(64, 64, 8, 3),
     ("sm_120", "half", "64 rows window", 0): Tiles(64, 64, 8, 3),
