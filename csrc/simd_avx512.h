@@ -91,9 +91,9 @@ static inline int32_t sum_lanes_of(vi a) { return _mm512_reduce_add_epi32(a); }
 // Weights e^x in 16 bits, x a score less the largest of its row, for Int8Engine::weigh_block. With u = -x to the base
 // of 2, rounded to 11 bits behind the point, the whole part of u shifts what a polynomial makes of its fraction f:
 //   w = (32512 - f (21862 - 5642 f)) >> whole(u),   32512 = 128 * 254
-// w is at most .26% off, and less by up to 1 that the shift cuts off; 1/128 of it, rounded, is the byte. u beyond 16 bits
-// saturates, which gives 0. Scores of tame rows need no difference before that, at half a unit of u; others may hold
-// NaN, which the sum shows.
+// w is at most .26% off, and less by up to 1 that the shift cuts off; 1/128 of it, rounded, is the byte. u beyond 16
+// bits saturates, which gives 0. Scores of tame rows need no difference before that, at half a unit of u; others may
+// hold NaN, which the sum shows.
 template <bool kTame>
 struct Words {
   static constexpr float kUnit = 32512.f, kPerScore = 2048 * 1.44269504088896f, kMagic = 12582912.f;  // 1.5 * 2^23
@@ -103,7 +103,7 @@ struct Words {
 
   explicit Words(vf top) {
     const vf magic = set1(kMagic);
-    largest = _mm512_maskz_mov_ps(_mm512_cmp_ps_mask(top, set1(-INFINITY), _CMP_NEQ_UQ), top);
+    largest = where_minus_inf_zero(top);
     start = kTame ? magic + (magic - _mm512_fnmadd_ps(largest, set1(kPerScore), magic)) : magic;
     total = _mm512_setzero_si512();
     broken = 0;

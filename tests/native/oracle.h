@@ -193,8 +193,8 @@ inline double quantise(double* x, int64_t n, int64_t stride = 1) {
   return step;
 }
 
-// e^x for x <= 0 in steps of 1/32512, by integers: of -x to the base of 2, rounded to 2048ths, the whole part shifts what
-// a polynomial makes of the rest.
+// e^x for x <= 0 in steps of 1/32512, by integers: of -x to the base of 2, rounded to 2048ths, the whole part shifts
+// what a polynomial makes of the rest.
 inline double in_words(double x) {
   const int64_t below = (int64_t)fmin(nearbyint(-x * 2048 / log(2.)), 65535), rest = below % 2048 * 32;
   return (double)((32512 - (rest * (21862 - (rest * 5642 >> 16)) >> 16)) >> (below / 2048)) / 32512;
@@ -243,7 +243,8 @@ inline Result attention_int8(const Problem& p, bool words) {
         std::vector<double> locals(p.parts(), -kInf);
         for (int64_t j = 0; j < p.kv_len; ++j) locals[j / kPart] = fmax(locals[j / kPart], score[j]);
         for (int64_t j = 0; j < p.kv_len; ++j)
-          if (const double local = locals[j / kPart]; local > -kInf) total += weigh(score[j] - local) * exp(local - high);
+          if (const double local = locals[j / kPart]; local > -kInf)
+            total += weigh(score[j] - local) * exp(local - high);
         total += exp(sink - high);
         const double lse = high + log(total);
         result.lse[bh * p.q_len + i] = lse + shift;
