@@ -118,31 +118,34 @@ const Target kTargets[] = {
     {"baseline", &tamis_kernels_baseline, always},
 };
 
-void append_names(char* list, size_t size, bool only_here) {
-  list[0] = 0;
-  for (const Target& t : kTargets) {
-    if (only_here && !t.runs_here()) continue;
-    if (list[0]) strncat(list, " ", size - strlen(list) - 1);
-    strncat(list, t.name, size - strlen(list) - 1);
+constexpr int kCount = sizeof kTargets / sizeof *kTargets;
+
+// Asked once a process: in a virtual machine each cpuid is a visit to its host, which takes some ten microseconds.
+struct Machine {
+  bool runs[kCount];
+  char here[128], built[128];
+  Machine() {
+    here[0] = built[0] = 0;
+    for (int i = 0; i < kCount; ++i) {
+      runs[i] = kTargets[i].runs_here();
+      append(built, sizeof built, kTargets[i].name);
+      if (runs[i]) append(here, sizeof here, kTargets[i].name);
+    }
   }
+  static void append(char* list, size_t size, const char* name) {
+    if (list[0]) strncat(list, " ", size - strlen(list) - 1);
+    strncat(list, name, size - strlen(list) - 1);
+  }
+};
+const Machine& machine() {
+  static const Machine one;
+  return one;
 }
 
 const tamis_kernels* find(const char* name) {
-  for (const Target& t : kTargets)
-    if (name && !strcmp(t.name, name) && t.runs_here()) return t.kernels;
+  for (int i = 0; i < kCount; ++i)
+    if (name && !strcmp(kTargets[i].name, name)) return machine().runs[i] ? kTargets[i].kernels : nullptr;
   return nullptr;
-}
-
-struct Lists {
-  char here[128], built[128];
-  Lists() {
-    append_names(here, sizeof here, true);
-    append_names(built, sizeof built, false);
-  }
-};
-const Lists& lists() {
-  static const Lists both;
-  return both;
 }
 
 template <class Args>
@@ -167,8 +170,8 @@ void tamis_large_pages(void* data, int64_t bytes) {
 }
 
 int tamis_abi_version(void) { return TAMIS_ABI_VERSION; }
-const char* tamis_targets(void) { return lists().here; }
-const char* tamis_built_targets(void) { return lists().built; }
+const char* tamis_targets(void) { return machine().here; }
+const char* tamis_built_targets(void) { return machine().built; }
 
 int tamis_attend(const char* target, const tamis_attend_args* a) {
   const int64_t entries = a->batch * a->heads * a->geometry.q_len * a->value_dim;
