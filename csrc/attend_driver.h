@@ -27,9 +27,8 @@ static inline bool group_moves(const vf& block_top, const vf& top, const float* 
 static inline int64_t channels(const tamis_attend_args& a) { return round_up(a.value_dim, 16); }
 
 template <class Engine, int R>
-static void accumulate_rows(Engine& e, int64_t tile, int r0, const State& st, const vf* block_top, const vf* top,
-                            const vf* alpha) {
-  e.template accumulate<R>(tile, r0, st.s, block_top + r0, top + r0, alpha + r0, st.o + tile * channels(e.a) * kTileRows);
+static void accumulate_rows(Engine& e, int64_t tile, int r0, const State& st, const vf* share, const vf* alpha) {
+  e.template accumulate<R>(r0, st.s, share + r0, alpha + r0, st.o + tile * channels(e.a) * kTileRows);
 }
 
 // One tile of 32 rows against the engine's current block. Returns the rows whose PV product was done.
@@ -41,17 +40,17 @@ static int64_t visit_tile(Engine& e, const Item& it, State& st, int64_t tile, in
   const int vecs = (int)((rows + W - 1) / W);
   const bool plain = sight == Sight::all && !a.attn_mask.data && !(a.softcap > 0);
   float *m = st.m + tile * kTileRows, *l = st.l + tile * kTileRows;
-  vf block_top[kVecs], top[kVecs], alpha[kVecs];
+  vf block_top[kVecs], top[kVecs], alpha[kVecs], share[kVecs];
   for (int r = 0; r < vecs; ++r) block_top[r] = set1(-INFINITY);
   for (int r = 0; r < vecs;) {
     if (Engine::kMostVecs >= 4 && r + 3 < vecs) {
-      e.template scores<Engine::kMostVecs>(tile, r, st.s, block_top + r);
+      e.template scores<Engine::kMostVecs>(tile, r, plain, st.s, block_top + r);
       r += 4;
     } else if (r + 1 < vecs) {
-      e.template scores<2>(tile, r, st.s, block_top + r);
+      e.template scores<2>(tile, r, plain, st.s, block_top + r);
       r += 2;
     } else {
-      e.template scores<1>(tile, r, st.s, block_top + r);
+      e.template scores<1>(tile, r, plain, st.s, block_top + r);
       r += 1;
     }
   }
@@ -66,10 +65,11 @@ static int64_t visit_tile(Engine& e, const Item& it, State& st, int64_t tile, in
     vf old = load(m + r * W);
     top[r] = vmax(block_top[r], old);
     alpha[r] = exp_of(old - where_minus_inf_zero(top[r]));
+    share[r] = Engine::share(block_top[r], top[r]);
     active[r] = threshold == 0 || group_moves(block_top[r], top[r], real + r * W, threshold);
-    blind[r] = !any_above(block_top[r] + load(real + r * W), set1(-INFINITY));
+    blind[r] = threshold > 0 && !any_above(block_top[r] + load(real + r * W), set1(-INFINITY));
   }
-  if (W < kGroupRows)
+  if (W < kGroupRows && threshold > 0)
     for (int r = 0; r < vecs; ++r)
       for (int i = r / (kGroupRows / W) * (kGroupRows / W), end = i + kGroupRows / W; i < end && i < vecs; ++i)
         active[r] |= active[i], blind[r] &= blind[i];
@@ -81,7 +81,7 @@ static int64_t visit_tile(Engine& e, const Item& it, State& st, int64_t tile, in
       e.template exponentials<1>(r, st.s, block_top + r, top + r, sum);
     for (int i = r; i < vecs && i < r + 2; ++i) {
       store(m + i * W, top[i]);
-      store(l + i * W, fma(load(l + i * W), alpha[i], sum[i - r] * Engine::sum_factor(block_top[i], top[i])));
+      store(l + i * W, fma(load(l + i * W), alpha[i], sum[i - r] * share[i]));
     }
   }
   int64_t done = 0;
@@ -100,42 +100,40 @@ static int64_t visit_tile(Engine& e, const Item& it, State& st, int64_t tile, in
   }
   for (int r = 0; r < vecs;) {
     if (Engine::kMostVecs >= 4 && r + 3 < vecs && active[r] && active[r + 1] && active[r + 2] && active[r + 3]) {
-      accumulate_rows<Engine, Engine::kMostVecs>(e, tile, r, st, block_top, top, alpha);
+      accumulate_rows<Engine, Engine::kMostVecs>(e, tile, r, st, share, alpha);
       r += 4;
     } else if (r + 1 < vecs && active[r] && active[r + 1]) {
-      accumulate_rows<Engine, 2>(e, tile, r, st, block_top, top, alpha);
+      accumulate_rows<Engine, 2>(e, tile, r, st, share, alpha);
       r += 2;
     } else {
-      if (active[r]) accumulate_rows<Engine, 1>(e, tile, r, st, block_top, top, alpha);
+      if (active[r]) accumulate_rows<Engine, 1>(e, tile, r, st, share, alpha);
       r += 1;
     }
   }
   return done;
 }
 
-// One part against all row tiles. Returns the rows whose PV product is done.
-template <class Engine>
-static int64_t visit_part(Engine& e, const Item& it, State& st, const Part& part) {
-  const float threshold = e.a.pv_threshold ? e.a.pv_threshold[it.h] : 0.f;
-  float real[kTileRows];
-  int64_t done = 0;
-  e.set_block(it, part.j0, part.keys);
-  for (int64_t tile = 0; tile * kTileRows < it.rows; ++tile) {
-    const int64_t rows = least(kTileRows, it.rows - tile * kTileRows);
-    if (part.sights[tile] == Sight::none) {
-      done += rows;
-      continue;
-    }
-    for (int64_t i = 0; i < kTileRows; ++i) real[i] = i < rows ? 0.f : -INFINITY;
-    done += visit_tile(e, it, st, tile, rows, part.sights[tile], part.j0, threshold, real);
-  }
-  return done;
-}
-// Returns the rows whose PV product is done, times the parts' weights.
+// All row tiles against some parts, tile by tile: its output stays in the first cache, while keys and values come from the
+// second. Returns the rows whose PV product is done, each part by its weight.
 template <class Engine>
 static double visit_parts(Engine& e, const Item& it, State& st, const Part* parts, int64_t count) {
+  const float threshold = e.a.pv_threshold ? e.a.pv_threshold[it.h] : 0.f;
+  float real[kTileRows];
   double done = 0;
-  for (int64_t n = 0; n < count; ++n) done += (double)visit_part(e, it, st, parts[n]) * parts[n].weight;
+  for (int64_t n = 0; n < count; ++n) e.set_part(n, it, parts[n].j0, parts[n].keys);
+  for (int64_t tile = 0; tile * kTileRows < it.rows; ++tile) {
+    const int64_t rows = least(kTileRows, it.rows - tile * kTileRows);
+    for (int64_t i = 0; i < kTileRows; ++i) real[i] = i < rows ? 0.f : -INFINITY;
+    for (int64_t n = 0; n < count; ++n) {
+      const Part& part = parts[n];
+      int64_t now = rows;
+      if (part.sights[tile] != Sight::none) {
+        e.use_part(n);
+        now = visit_tile(e, it, st, tile, rows, part.sights[tile], part.j0, threshold, real);
+      }
+      done += (double)now * part.weight;
+    }
+  }
   return done;
 }
 template <class Engine>

@@ -97,15 +97,17 @@ struct FullEngine {
     for (int64_t j = 0; j < n; ++j) load_row(t, it.b, it.kv_head, j0 + j, dim, buffer + j * dim);
     return buffer;
   }
-  void set_block(const Item& it, int64_t j0, int64_t n) {
+  // Makes a part ready, and makes it the one at hand.
+  void set_part(int64_t, const Item& it, int64_t j0, int64_t n) {
     keys = n;
     k = block_rows(a.key, it, j0, n, a.head_dim, kbuf, &k_ld);
     v = block_rows(a.value, it, j0, n, a.value_dim, vbuf, &v_ld);
     value_finite = -1;
   }
+  void use_part(int64_t) {}
 
   template <int R>
-  void scores(int64_t tile, int r0, float* s, vf* top) {
+  void scores(int64_t tile, int r0, bool, float* s, vf* top) {
     const float* rows = q + tile * kTileRows * a.head_dim + r0 * W;
     const vf factor = set1(a.scale);
     int64_t j = 0;
@@ -128,11 +130,11 @@ struct FullEngine {
         store(at, p);
       }
   }
-  // What `sum` must be multiplied with to be relative to the running maximum.
-  static vf sum_factor(vf, vf) { return set1(1.f); }
+  // What the block's weights must be multiplied with to be relative to the running maximum.
+  static vf share(vf, vf) { return set1(1.f); }
 
   template <int R>
-  void accumulate(int64_t, int r0, const float* s, const vf*, const vf*, const vf* alpha, float* o) {
+  void accumulate(int r0, const float* s, const vf*, const vf* alpha, float* o) {
     int64_t c = 0;
     s += r0 * W, o += r0 * W;
     for (; c + kFullTile <= a.value_dim; c += kFullTile)

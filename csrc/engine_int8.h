@@ -5,23 +5,53 @@
 //                                                                       e^x is that of simd_avx512.h, Words
 //   O[c][rows]  = O * alpha + (P8 . v8) * v_scale[c] * e^(block maximum - maximum) / 254
 //
+// Accumulators start at kSumBits, so that their bits are those of the float kSumBase + sum.
+//
 // Lanes are query rows, as in engine_full.h. A query row has a scale of its own: it costs nothing here.
 #pragma once
 #include "prepare.h"
 #include "softmax.h"
 
 constexpr float kProbLevels = 254.f;  // even, so that an offset of 127 centres it for signed products
+constexpr float kSumBase = 12582912.f;    // 1.5 * 2^23: sums of 256 * 127 * 127 on either side keep its exponent
+constexpr int32_t kSumBits = 0x4b400000;  // its bits
+
+#ifndef TAMIS_WORDS
+constexpr bool kRawScores = false;
+#endif
+
+// Stores kSumBase + q8 . k8 where kRawScores, else the scores; `top` gets the largest of them.
+template <int R, int N>
+static inline void put_scores(const vi (&acc)[N][R], const vf* factor, float* s, vf* top) {
+#pragma GCC unroll 16
+  for (int n = 0; n < N; ++n)
+#pragma GCC unroll 4
+    for (int r = 0; r < R; ++r) {
+      const vf sum = float_of_bits(acc[n][r]), x = kRawScores ? sum : (sum - set1(kSumBase)) * factor[r];
+      store(s + n * kTileRows + r * W, x);
+      top[r] = vmax(x, top[r]);
+    }
+}
+template <int R, int N>
+static inline void put_values(const vi (&acc)[N][R], const float* scale, const vf* share, const vf* alpha, float* o) {
+#pragma GCC unroll 16
+  for (int n = 0; n < N; ++n)
+#pragma GCC unroll 4
+    for (int r = 0; r < R; ++r) {
+      float* at = o + n * kTileRows + r * W;
+      const vf sum = float_of_bits(acc[n][r]) - set1(kSumBase);
+      store(at, fma(sum, share[r] * set1(scale[n]), load(at) * alpha[r]));
+    }
+}
 
 template <int R, int N>
-static inline void qk_int8(const uint8_t* q, const int8_t* k, int64_t ld, int64_t dim4, const int32_t* key_sum,
+static inline void qk_int8(const uint8_t* q, const int8_t* k, int64_t ld, int64_t dim4, const int32_t* start,
                            const vf* factor, float* s, vf* top) {
   vi acc[N][R];
 #pragma GCC unroll 16
-  for (int n = 0; n < N; ++n) {
-    vi start = set1i(-kQueryOffset * key_sum[n]);
+  for (int n = 0; n < N; ++n)
 #pragma GCC unroll 4
-    for (int r = 0; r < R; ++r) acc[n][r] = start;
-  }
+    for (int r = 0; r < R; ++r) acc[n][r] = set1i(start[n]);
   for (int64_t c = 0; c < dim4; c += 4) {
     vi row[R];
 #pragma GCC unroll 4
@@ -33,26 +63,18 @@ static inline void qk_int8(const uint8_t* q, const int8_t* k, int64_t ld, int64_
       for (int r = 0; r < R; ++r) acc[n][r] = dot4(acc[n][r], row[r], key);
     }
   }
-#pragma GCC unroll 16
-  for (int n = 0; n < N; ++n)
-#pragma GCC unroll 4
-    for (int r = 0; r < R; ++r) {
-      vf x = to_float(acc[n][r]) * factor[r];
-      store(s + n * kTileRows + r * W, x);
-      top[r] = vmax(x, top[r]);
-    }
+  put_scores<R, N>(acc, factor, s, top);
 }
 
 template <int R, int N>
-static inline void pv_int8(const uint8_t* p, const int8_t* v, int64_t fours, const int32_t* v_sum, const float* v_scale,
-                           const vf* alpha, const vf* beta, float* o) {
+static inline void pv_int8(const uint8_t* p, const int8_t* v, int64_t fours, const int32_t* start, const float* scale,
+                           const vf* share, const vf* alpha, float* o) {
   vi acc[N][R];
 #pragma GCC unroll 16
-  for (int n = 0; n < N; ++n) {
-    vi start = set1i(-kProbOffset * v_sum[n]);
+  for (int n = 0; n < N; ++n)
 #pragma GCC unroll 4
-    for (int r = 0; r < R; ++r) acc[n][r] = start;
-  }
+    for (int r = 0; r < R; ++r) acc[n][r] = set1i(start[n]);
+#pragma GCC unroll 16
   for (int64_t g = 0; g < fours; ++g) {
     vi row[R];
 #pragma GCC unroll 4
@@ -64,13 +86,38 @@ static inline void pv_int8(const uint8_t* p, const int8_t* v, int64_t fours, con
       for (int r = 0; r < R; ++r) acc[n][r] = dot4(acc[n][r], row[r], value);
     }
   }
-#pragma GCC unroll 16
-  for (int n = 0; n < N; ++n)
-#pragma GCC unroll 4
-    for (int r = 0; r < R; ++r) {
-      float* at = o + n * kTileRows + r * W;
-      store(at, fma(to_float(acc[n][r]), beta[r] * set1(v_scale[n]), load(at) * alpha[r]));
-    }
+  put_values<R, N>(acc, scale, share, alpha, o);
+}
+
+// All of a part's keys. `kDim` is dim4 where it is known, else 0. Not inlined: in a larger function GCC 12 keeps rows in
+// memory.
+template <int R, int64_t kDim>
+static __attribute__((noinline)) void qk_part(const uint8_t* q, const int8_t* k, int64_t dim, int64_t keys,
+                                              const int32_t* start, const vf* factor, float* s, vf* tops) {
+  const int64_t dim4 = kDim ? kDim : dim;
+  vf top[R], by[R];
+  for (int r = 0; r < R; ++r) top[r] = tops[r], by[r] = factor[r];
+  int64_t j = 0;
+  for (; j + kQkTile + kQkRest <= keys || j + kQkTile == keys; j += kQkTile)
+    qk_int8<R, kQkTile>(q, k + j * dim4, dim4, dim4, start + j, by, s + j * kTileRows, top);
+  for (; j + kQkRest <= keys; j += kQkRest)
+    qk_int8<R, kQkRest>(q, k + j * dim4, dim4, dim4, start + j, by, s + j * kTileRows, top);
+  for (; j < keys; ++j) qk_int8<R, 1>(q, k + j * dim4, dim4, dim4, start + j, by, s + j * kTileRows, top);
+  for (int r = 0; r < R; ++r) tops[r] = top[r];
+}
+// All channels of a part's values; `kFours` is how many four keys there are where that is known, else 0.
+template <int R, int64_t kFours>
+static __attribute__((noinline)) void pv_part(const uint8_t* p, const int8_t* v, int64_t some, int64_t channels,
+                                              const int32_t* start, const float* scale, const vf* shares,
+                                              const vf* alphas, float* o) {
+  const int64_t fours = kFours ? kFours : some;
+  vf alpha[R], share[R];
+  for (int r = 0; r < R; ++r) alpha[r] = alphas[r], share[r] = shares[r] * set1(1.f / kProbLevels);
+  int64_t c = 0;
+  for (; c + kPvTile <= channels; c += kPvTile)
+    pv_int8<R, kPvTile>(p, v + c * kKeys, fours, start + c, scale + c, share, alpha, o + c * kTileRows);
+  for (; c < channels; ++c)
+    pv_int8<R, 1>(p, v + c * kKeys, fours, start + c, scale + c, share, alpha, o + c * kTileRows);
 }
 
 // Quantises a tile of query rows, `dim` (a multiple of 4 from head_dim on) bytes each, into [dim / 4][32][4].
@@ -104,7 +151,7 @@ static void quantise_tile(const tamis_attend_args& a, const Item& it, const floa
 }
 
 struct Int8Engine {
-  static constexpr int64_t kPartsAtOnce = 1;
+  static constexpr int64_t kPartsAtOnce = 8;
   static constexpr int kMostVecs = 2;  // of rows in one register tile: 2 or 4
   const tamis_attend_args& a;
   uint8_t* q;        // [tiles][dim4 / 4][32][4], with kQueryOffset added
@@ -112,11 +159,22 @@ struct Int8Engine {
   float* row_scale;  // of each row, softmax scale included
   float* shift;      // scale * q . key_mean, natural log
   int8_t* bytes;     // one tile of quantised rows
-  int64_t keys, kv_block, head;
+  // Of one of the parts at hand, 64 keys.
+  struct Block {
+    int64_t keys, kv_block;
+    int32_t *key_start, *value_start;  // where the accumulators start
+  };
+  Block blocks[kPartsAtOnce];
+  int64_t keys, kv_block;  // of the one in use, as the next two
+  const int32_t *key_start, *value_start;
+  // Of the tile at hand, one vector of rows: whether its scores are raw, the largest of them and their factor.
+  bool raw[kTileRows / W];
+  vf raw_top[kTileRows / W], factors[kTileRows / W];
 
   static int64_t scratch_bytes(const tamis_attend_args& a) {
-    int64_t dim = round_up(a.head_dim, 16);
-    return a.geometry.block_q * (dim + 8) + kKeys * kTileRows + kTileRows * dim + 256;
+    int64_t dim = round_up(a.head_dim, 16), channels = round_up(a.value_dim, 16);
+    return a.geometry.block_q * (dim + 8) + kKeys * kTileRows + kTileRows * dim +
+           kPartsAtOnce * 4 * (kKeys + channels) + 256;
   }
   Int8Engine(const tamis_attend_args& args, const Prepared&, char* scratch) : a(args) {
     int64_t dim = round_up(a.head_dim, 16), rows = a.geometry.block_q;
@@ -125,38 +183,75 @@ struct Int8Engine {
     bytes = (int8_t*)p + kKeys * kTileRows;
     row_scale = (float*)(bytes + kTileRows * dim);
     shift = row_scale + rows;
+    const int64_t channels = round_up(a.value_dim, 16);
+    int32_t* rest = (int32_t*)(shift + rows);
+    for (Block& b : blocks) b.key_start = rest, b.value_start = rest + kKeys, rest += kKeys + channels;
   }
 
   void set_queries(const Item& it, int64_t tile, float* rows, int64_t ld, int64_t) {
-    uint8_t* to = q + tile * kTileRows * a.packed.dim4;
-    quantise_tile(a, it, rows, ld, a.packed.dim4, bytes, to, row_scale + tile * kTileRows, shift + tile * kTileRows);
+    const int64_t ld_to = a.packed.dim4;
+    uint8_t* to = q + tile * kTileRows * ld_to;
+    quantise_tile(a, it, rows, ld, ld_to, bytes, to, row_scale + tile * kTileRows, shift + tile * kTileRows);
     if (kQueryOffset)
-      for (int64_t i = 0; i < kTileRows * a.packed.dim4; ++i) to[i] = (uint8_t)(to[i] ^ 0x80);
+      for (int64_t i = 0; i < kTileRows * ld_to; ++i) to[i] = (uint8_t)(to[i] ^ 0x80);
   }
 
-  void set_block(const Item& it, int64_t j0, int64_t n) {
-    keys = n;
-    head = it.b * a.kv_heads + it.kv_head;
-    kv_block = head * a.packed.capacity + j0 / kKeys;
+  // Makes a part ready; the next, one of those the one at hand.
+  void set_part(int64_t at, const Item& it, int64_t j0, int64_t n) {
+    Block& b = blocks[at];
+    b.keys = n, b.kv_block = (it.b * a.kv_heads + it.kv_head) * a.packed.capacity + j0 / kKeys;
+    set_starts(b.key_start, a.packed.key_sum + b.kv_block * kKeys, kKeys, kQueryOffset);
+    set_starts(b.value_start, a.packed.value_sum + b.kv_block * a.value_dim, a.value_dim, kProbOffset);
+  }
+  void use_part(int64_t at) {
+    const Block& b = blocks[at];
+    keys = b.keys, kv_block = b.kv_block, key_start = b.key_start, value_start = b.value_start;
+  }
+  static void set_starts(int32_t* __restrict to, const int32_t* sums, int64_t count, int32_t offset) {
+    for (int64_t i = 0; i < count; ++i) to[i] = kSumBits - offset * sums[i];
   }
 
   template <int R>
-  void scores(int64_t tile, int r0, float* s, vf* top) {
+  void scores(int64_t tile, int r0, bool plain, float* s, vf* top) {
     const tamis_packed& k = a.packed;
     const uint8_t* rows = q + tile * kTileRows * k.dim4 + r0 * W * 4;
     const int8_t* block = k.key + kv_block * kKeys * k.dim4;
-    const int32_t* sums = k.key_sum + kv_block * kKeys;
-    vf factor[R];
-    for (int r = 0; r < R; ++r)
-      factor[r] = load(row_scale + tile * kTileRows + (r0 + r) * W) * set1(k.key_scale[kv_block]);
-    int64_t j = 0;
+    const vf* factor = set_factors<R>(tile, r0);
     s += r0 * W;
-    for (; j + kQkTile <= keys; j += kQkTile)
-      qk_int8<R, kQkTile>(rows, block + j * k.dim4, k.dim4, k.dim4, sums + j, factor, s + j * kTileRows, top);
-    for (; j + 4 <= keys; j += 4)
-      qk_int8<R, 4>(rows, block + j * k.dim4, k.dim4, k.dim4, sums + j, factor, s + j * kTileRows, top);
-    for (; j < keys; ++j)
-      qk_int8<R, 1>(rows, block + j * k.dim4, k.dim4, k.dim4, sums + j, factor, s + j * kTileRows, top);
+    if (k.dim4 == 64)
+      qk_part<R, 64>(rows, block, k.dim4, keys, key_start, factor, s, top);
+    else if (k.dim4 == 128)
+      qk_part<R, 128>(rows, block, k.dim4, keys, key_start, factor, s, top);
+    else
+      qk_part<R, 0>(rows, block, k.dim4, keys, key_start, factor, s, top);
+    if (kRawScores) settle<R>(r0, plain, s, top);
+  }
+  template <int R>
+  const vf* set_factors(int64_t tile, int r0) {
+    for (int r = r0; r < r0 + R; ++r)
+      factors[r] = load(row_scale + tile * kTileRows + r * W) * set1(a.packed.key_scale[kv_block]);
+    return factors + r0;
+  }
+  // Finite and not negative, so that the largest sum is the largest score.
+  static bool are_factors(vf x) { return !any_differs(x * set1(0.f), set1(0.f)) && !any_above(set1(0.f), x); }
+  // Weights can be made from raw scores, unless something is done to scores first or a factor is no number: then only the
+  // largest is turned into a score.
+  template <int R>
+  void settle(int r0, bool plain, float* s, vf* top) {
+    for (int r = 0; r < R; ++r) {
+      const vf factor = factors[r0 + r];
+      raw_top[r0 + r] = top[r], raw[r0 + r] = plain && are_factors(factor);
+      if (raw[r0 + r]) {
+        top[r] = (top[r] - set1(kSumBase)) * factor;
+        continue;
+      }
+      top[r] = set1(-INFINITY);
+      for (int64_t j = 0; j < keys; ++j) {
+        const vf x = (load(s + j * kTileRows + r * W) - set1(kSumBase)) * factor;
+        store(s + j * kTileRows + r * W, x);
+        top[r] = vmax(x, top[r]);
+      }
+    }
   }
 
 #ifndef TAMIS_WORDS
@@ -195,9 +290,17 @@ struct Int8Engine {
 #ifdef TAMIS_WORDS
     // A mask may add NaN to single scores, and a cap leave it beside numbers where scores of a row were infinite.
     const bool numbers = !(a.softcap > 0) && (!a.attn_mask.data || a.attn_mask.dtype == TAMIS_BOOL);
-    for (int r = 0; r < R; ++r)
-      sum[r] = numbers && are_tame(block_top[r]) ? weigh_rows<Words<true>>(r0 + r, s, block_top[r], put)
-                                                 : weigh_rows<Words<false>>(r0 + r, s, block_top[r], put);
+    for (int r = 0; r < R; ++r) {
+      const int at = r0 + r;
+      if (raw[at] && are_tame_factors(factors[at]))
+        sum[r] = weigh_rows(Words<Taken::at_once>(raw_top[at], factors[at]), at, s, put);
+      else if (raw[at])
+        sum[r] = weigh_rows(Words<Taken::as_difference>(raw_top[at], factors[at]), at, s, put);
+      else if (numbers && are_tame(block_top[r]))
+        sum[r] = weigh_rows(Words<Taken::at_once>(block_top[r], set1(1.f)), at, s, put);
+      else
+        sum[r] = weigh_rows(Words<Taken::with_care>(block_top[r], set1(1.f)), at, s, put);
+    }
 #else
     vf base[R], total[R];
     for (int r = 0; r < R; ++r) base[r] = where_minus_inf_zero(block_top[r]), total[r] = set1(0.f);
@@ -209,8 +312,7 @@ struct Int8Engine {
   }
 #ifdef TAMIS_WORDS
   template <class Weights, class Put>
-  vf weigh_rows(int r, const float* s, vf top, Put put) const {
-    Weights words(top);
+  vf weigh_rows(Weights words, int r, const float* s, Put put) const {
     const float* at = s + r * W;
     for (int64_t g = 0; g * 4 < keys; ++g, at += 4 * kTileRows) put(g, r, words.bytes(at, kTileRows));
     return words.sum();
@@ -221,23 +323,18 @@ struct Int8Engine {
     weigh_block<R>(r0, s, block_top, sum,
                    [this](int64_t g, int r, vi bytes) { storei(p + (g * kTileRows + r * W) * 4, bytes); });
   }
-  static vf sum_factor(vf block_top, vf top) { return exp_of(block_top - where_minus_inf_zero(top)); }
+  static vf share(vf block_top, vf top) { return exp_of(block_top - where_minus_inf_zero(top)); }
 
   template <int R>
-  void accumulate(int64_t, int r0, const float*, const vf* block_top, const vf* top, const vf* alpha, float* o) {
-    const tamis_packed& k = a.packed;
-    const int8_t* v = k.value + kv_block * kKeys * a.value_dim;
-    const float* v_scale = k.value_scale + kv_block * a.value_dim;
-    const int32_t* v_sum = k.value_sum + kv_block * a.value_dim;
+  void accumulate(int r0, const float*, const vf* share, const vf* alpha, float* o) const {
+    const int8_t* v = a.packed.value + kv_block * kKeys * a.value_dim;
+    const float* scale = a.packed.value_scale + kv_block * a.value_dim;
     const uint8_t* rows = p + r0 * W * 4;
-    int64_t fours = (keys + 3) / 4, c = 0;
-    vf beta[R];
-    for (int r = 0; r < R; ++r) beta[r] = sum_factor(block_top[r], top[r]) * set1(1.f / kProbLevels);
     o += r0 * W;
-    for (; c + kPvTile <= a.value_dim; c += kPvTile)
-      pv_int8<R, kPvTile>(rows, v + c * kKeys, fours, v_sum + c, v_scale + c, alpha, beta, o + c * kTileRows);
-    for (; c < a.value_dim; ++c)
-      pv_int8<R, 1>(rows, v + c * kKeys, fours, v_sum + c, v_scale + c, alpha, beta, o + c * kTileRows);
+    if (keys == kKeys)
+      pv_part<R, kKeys / 4>(rows, v, 0, a.value_dim, value_start, scale, share, alpha, o);
+    else
+      pv_part<R, 0>(rows, v, (keys + 3) / 4, a.value_dim, value_start, scale, share, alpha, o);
   }
   // A softcap must see the scores of the unsmoothed key.
   void unsmooth(int64_t tile, int vecs, float* s) const {

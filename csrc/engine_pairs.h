@@ -32,11 +32,11 @@ struct Opposed {
     form = (uint16_t*)(bytes + lines * ld);
     return at + size(lines, ld);
   }
-  // `offset` was added to all rows; `sums` are of the lines as they come. lines * ld is a multiple of 64.
-  void fill(const int8_t* from, int64_t lines, int offset, const int32_t* sums) const {
+  // `starts` would be those of the lines as they come. lines * ld is a multiple of 64.
+  void fill(const int8_t* from, int64_t lines, const int32_t* starts) const {
     int8_t* const to = bytes;
     uint16_t* const forms = form;
-    for (int64_t i = 0; i < lines; ++i) start[i] = -offset * sums[i];
+    for (int64_t i = 0; i < lines; ++i) start[i] = starts[i];
     if (ld % 64 == 0) {
       for (int64_t n = 0, i = 0; n < lines; ++n) {
         vi flipped = set1i(0);
@@ -83,6 +83,7 @@ static inline void store_forms(uint8_t* to, vi rows) {
 }
 
 struct PairEngine : Int8Engine {
+  static constexpr int64_t kPartsAtOnce = 1;  // the opposed bytes of more would not stay in the first cache
   static constexpr int kMostVecs = kTileRows / W >= 4 ? 4 : 2;
   template <int R>
   static constexpr int kLines = R == kMostVecs ? kQkTile : 4;  // of a register tile
@@ -111,38 +112,29 @@ struct PairEngine : Int8Engine {
       for (int64_t i = 0; i < kFormBytes; i += 4 * W) store_forms(to + g * kGroupBytes + i, loadi(from + g * kFormBytes + i));
   }
 
-  void set_block(const Item& it, int64_t j0, int64_t n) {
-    Int8Engine::set_block(it, j0, n);
-    const tamis_packed& k = a.packed;
-    key.fill(k.key + kv_block * kKeys * k.dim4, kKeys, kQueryOffset, k.key_sum + kv_block * kKeys);
-    value.fill(k.value + kv_block * kKeys * a.value_dim, a.value_dim, kProbOffset,
-               k.value_sum + kv_block * a.value_dim);
+  void set_part(int64_t, const Item& it, int64_t j0, int64_t n) {
+    Int8Engine::set_part(0, it, j0, n);
+    Int8Engine::use_part(0);
+    key.fill(a.packed.key + kv_block * kKeys * a.packed.dim4, kKeys, key_start);
+    value.fill(a.packed.value + kv_block * kKeys * a.value_dim, a.value_dim, value_start);
   }
+  void use_part(int64_t) {}
 
   template <int R, int N>
   void qk(const uint8_t* rows, int64_t j, const vf* factor, float* s, vf* top) const {
     vi acc[N][R];
     dot_lines<R, N>(rows, key, j, key.ld / 4, acc);
-    s += j * kTileRows;
-#pragma GCC unroll 16
-    for (int n = 0; n < N; ++n)
-#pragma GCC unroll 4
-      for (int r = 0; r < R; ++r) {
-        const vf x = to_float(acc[n][r]) * factor[r];
-        store(s + n * kTileRows + r * W, x);
-        top[r] = vmax(x, top[r]);
-      }
+    put_scores<R, N>(acc, factor, s + j * kTileRows, top);
   }
   template <int R>
-  void scores(int64_t tile, int r0, float* s, vf* top) {
+  void scores(int64_t tile, int r0, bool plain, float* s, vf* top) {
     const uint8_t* rows = q_forms + tile * kTileRows * kForms * key.ld + r0 * W * 4;
-    vf factor[R];
-    for (int r = 0; r < R; ++r)
-      factor[r] = load(row_scale + tile * kTileRows + (r0 + r) * W) * set1(a.packed.key_scale[kv_block]);
+    const vf* factor = set_factors<R>(tile, r0);
     int64_t j = 0;
     s += r0 * W;
     for (; j + kLines<R> <= keys; j += kLines<R>) qk<R, kLines<R>>(rows, j, factor, s, top);
     for (; j < keys; ++j) qk<R, 1>(rows, j, factor, s, top);
+    if (kRawScores) settle<R>(r0, plain, s, top);
   }
 
   template <int R>
@@ -152,28 +144,20 @@ struct PairEngine : Int8Engine {
   }
 
   template <int R, int N>
-  void pv(const uint8_t* rows, int64_t c, int64_t fours, const vf* alpha, const vf* beta, float* o) const {
-    const float* scale = a.packed.value_scale + kv_block * a.value_dim + c;
+  void pv(const uint8_t* rows, int64_t c, int64_t fours, const vf* share, const vf* alpha, float* o) const {
     vi acc[N][R];
     dot_lines<R, N>(rows, value, c, fours, acc);
-    o += c * kTileRows;
-#pragma GCC unroll 16
-    for (int n = 0; n < N; ++n)
-#pragma GCC unroll 4
-      for (int r = 0; r < R; ++r) {
-        float* at = o + n * kTileRows + r * W;
-        store(at, fma(to_float(acc[n][r]), beta[r] * set1(scale[n]), load(at) * alpha[r]));
-      }
+    put_values<R, N>(acc, a.packed.value_scale + kv_block * a.value_dim + c, share, alpha, o + c * kTileRows);
   }
   template <int R>
-  void accumulate(int64_t, int r0, const float*, const vf* block_top, const vf* top, const vf* alpha, float* o) {
+  void accumulate(int r0, const float*, const vf* shares, const vf* alpha, float* o) const {
     const uint8_t* rows = p_forms + r0 * W * 4;
     const int64_t fours = (keys + 3) / 4;
-    vf beta[R];
-    for (int r = 0; r < R; ++r) beta[r] = sum_factor(block_top[r], top[r]) * set1(1.f / kProbLevels);
+    vf share[R];
+    for (int r = 0; r < R; ++r) share[r] = shares[r] * set1(1.f / kProbLevels);
     int64_t c = 0;
     o += r0 * W;
-    for (; c + kLines<R> <= a.value_dim; c += kLines<R>) pv<R, kLines<R>>(rows, c, fours, alpha, beta, o);
-    for (; c < a.value_dim; ++c) pv<R, 1>(rows, c, fours, alpha, beta, o);
+    for (; c + kLines<R> <= a.value_dim; c += kLines<R>) pv<R, kLines<R>>(rows, c, fours, share, alpha, o);
+    for (; c < a.value_dim; ++c) pv<R, 1>(rows, c, fours, share, alpha, o);
   }
 };

@@ -12,10 +12,10 @@ typedef __m256i vi;
 constexpr int kQueryOffset = 128;
 constexpr int kProbOffset = 0;
 #ifdef TAMIS_VNNI
-constexpr int kQkTile = 6, kPvTile = 6;  // 12 accumulators, 2 row vectors, 1 broadcast: 15 of 16 registers
+constexpr int kQkTile = 6, kQkRest = 4, kPvTile = 6;  // 12 accumulators, 2 row vectors, 1 broadcast: 15 of 16 registers
 #else
 #define TAMIS_PAIRS 1                    // bytes are multiplied by engine_pairs.h
-constexpr int kQkTile = 3, kPvTile = 3;  // by four vectors of rows: 12 accumulators, broadcast, product, row, ones: 16
+constexpr int kQkTile = 3, kQkRest = 1, kPvTile = 3;  // by four vectors of rows: 12 accumulators, broadcast, product, row, ones: 16
 #endif
 constexpr int kFullTile = 6;             // 12 accumulators, 2 row vectors, 1 broadcast: 15 of 16 registers
 
@@ -30,6 +30,7 @@ static inline vf vmax(vf a, vf b) { return _mm256_max_ps(a, b); }
 static inline vf vmin(vf a, vf b) { return _mm256_min_ps(a, b); }
 static inline vf vabs(vf a) { return _mm256_and_ps(a, _mm256_castsi256_ps(_mm256_set1_epi32(0x7fffffff))); }
 static inline vf to_float(vi a) { return _mm256_cvtepi32_ps(a); }
+static inline vf float_of_bits(vi a) { return _mm256_castsi256_ps(a); }
 static inline vi round_to_int(vf a) { return _mm256_cvtps_epi32(a); }
 static inline vi shift_left(vi a, int n) { return _mm256_slli_epi32(a, n); }
 static inline vi either(vi a, vi b) { return _mm256_or_si256(a, b); }

@@ -12,10 +12,10 @@ typedef __m512i vi;
 constexpr int kQueryOffset = 128;
 constexpr int kProbOffset = 0;
 #ifdef TAMIS_VNNI
-constexpr int kQkTile = 12, kPvTile = 8;
+constexpr int kQkTile = 12, kQkRest = 8, kPvTile = 8;
 #else
 #define TAMIS_PAIRS 1  // bytes are multiplied by engine_pairs.h
-constexpr int kQkTile = 8, kPvTile = 8;
+constexpr int kQkTile = 8, kQkRest = 4, kPvTile = 8;
 #endif
 constexpr int kFullTile = 8;  // 16 accumulators hide the latency of two FMA pipes
 
@@ -34,6 +34,7 @@ static inline vi round_to_int(vf a) { return _mm512_cvtps_epi32(a); }
 static inline vi shift_left(vi a, int n) { return _mm512_slli_epi32(a, n); }
 static inline vi either(vi a, vi b) { return _mm512_or_si512(a, b); }
 static inline vi bits_of(vf a) { return _mm512_castps_si512(a); }
+static inline vf float_of_bits(vi a) { return _mm512_castsi512_ps(a); }
 static inline vi maxi(vi a, vi b) { return _mm512_max_epi32(a, b); }
 static inline vi addi(vi a, vi b) { return _mm512_add_epi32(a, b); }
 static inline uint32_t above_bits(vf a, vf b) { return _mm512_cmp_ps_mask(a, b, _CMP_GT_OQ); }
@@ -92,29 +93,29 @@ static inline int32_t sum_lanes_of(vi a) { return _mm512_reduce_add_epi32(a); }
 // of 2, rounded to 11 bits behind the point, the whole part of u shifts what a polynomial makes of its fraction f:
 //   w = (32512 - f (21862 - 5642 f)) >> whole(u),   32512 = 128 * 254
 // w is at most .26% off, and less by up to 1 that the shift cuts off; 1/128 of it, rounded, is the byte. u beyond 16
-// bits saturates, which gives 0. Scores of tame rows need no difference before that, at half a unit of u; others may
-// hold NaN, which the sum shows.
-template <bool kTame>
+// bits saturates, which gives 0. Where all is tame no difference is needed before that, at half a unit for all of a row's
+// u alike. Scores that are masked or capped may be NaN, which the sum shows.
+enum class Taken { at_once, as_difference, with_care };
+template <Taken kTaken>
 struct Words {
-  static constexpr float kUnit = 32512.f, kPerScore = 2048 * 1.44269504088896f, kMagic = 12582912.f;  // 1.5 * 2^23
-  vf largest, start;  // start: kMagic + kPerScore * largest, such that the largest gives 0
-  vi total;           // of pairs of keys, in units of kUnit
+  static constexpr float kUnit = 32512.f, kPerScore = 2048 * 1.44269504088896f, kMagic = 8388608.f;  // 2^23
+  vf largest, unit, start;  // start: kMagic + unit * largest, where nothing is subtracted before
+  vi total;                 // of pairs of keys, in units of kUnit
   __mmask16 broken;
 
-  explicit Words(vf top) {
-    const vf magic = set1(kMagic);
+  // Multiplied by `factor`, what is given are scores.
+  Words(vf top, vf factor) {
     largest = where_minus_inf_zero(top);
-    start = kTame ? magic + (magic - _mm512_fnmadd_ps(largest, set1(kPerScore), magic)) : magic;
+    unit = vmax(factor * set1(kPerScore), set1(1e-30f));  // above 0, so that -inf is infinitely far
+    start = kTaken == Taken::at_once ? fma(largest, unit, set1(kMagic)) : set1(kMagic);
     total = _mm512_setzero_si512();
     broken = 0;
   }
   vi below(const float* at) {
     vf score = load(at);
-    if (!kTame) {
-      score = score - largest;
-      broken |= _mm512_cmp_ps_mask(score, score, _CMP_UNORD_Q);
-    }
-    return _mm512_sub_epi32(bits_of(_mm512_fnmadd_ps(score, set1(kPerScore), start)), bits_of(set1(kMagic)));
+    if (kTaken != Taken::at_once) score = score - largest;
+    if (kTaken == Taken::with_care) broken |= _mm512_cmp_ps_mask(score, score, _CMP_UNORD_Q);
+    return _mm512_sub_epi32(bits_of(_mm512_fnmadd_ps(score, unit, start)), bits_of(set1(kMagic)));
   }
   vi weights(const float* first, const float* second) {
     const vi pairs = _mm512_broadcast_i32x4(_mm_setr_epi8(0, 1, 8, 9, 2, 3, 10, 11, 4, 5, 12, 13, 6, 7, 14, 15));
@@ -137,10 +138,15 @@ struct Words {
   }
   vf sum() const { return _mm512_mask_mov_ps(to_float(total) * set1(1.f / kUnit), broken, set1(NAN)); }
 };
-// By the largest scores of rows: kPerScore times them stays below 2^22. A row of NaN alone has -inf there.
+// Whether start stays below 2^24: by the largest scores of rows, and by what makes scores of kSumBase + products of bytes.
+// A row of NaN alone has -inf there.
 static inline bool are_tame(vf largest) {
   return _mm512_cmp_ps_mask(vabs(largest), set1(1024.f), _CMP_LT_OQ) == 0xffff;
 }
+static inline bool are_tame_factors(vf factor) {
+  return _mm512_cmp_ps_mask(factor, set1(1.69e-4f), _CMP_LT_OQ) == 0xffff;
+}
+constexpr bool kRawScores = true;
 static inline vf load_bf16(const uint16_t* p) {
   return _mm512_castsi512_ps(_mm512_slli_epi32(_mm512_cvtepu16_epi32(_mm256_loadu_si256((const __m256i*)p)), 16));
 }

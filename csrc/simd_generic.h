@@ -13,7 +13,8 @@ typedef int32_t vi __attribute__((vector_size(16)));
 // the others signed. The products with the offset are subtracted by the caller.
 constexpr int kQueryOffset = 0;
 constexpr int kProbOffset = -127;
-constexpr int kQkTile = 4, kPvTile = 4;      // keys / channels per register tile, 8-bit
+constexpr int kQkTile = 4, kQkRest = 4;      // keys per register tile, 8-bit; of the last ones
+constexpr int kPvTile = 4;                   // channels
 constexpr int kFullTile = 4;                 // the same in fp32
 
 static inline vf load(const float* p) { vf v; memcpy(&v, p, sizeof v); return v; }
@@ -33,6 +34,7 @@ static inline vf vmax(vf a, vf b) { return a > b ? a : b; }
 static inline vf vmin(vf a, vf b) { return a < b ? a : b; }
 static inline vf vabs(vf a) { return (vf)((vi)a & 0x7fffffff); }
 static inline vf to_float(vi a) { return __builtin_convertvector(a, vf); }
+static inline vf float_of_bits(vi a) { return (vf)a; }
 static inline vi round_to_int(vf a) {
   return vi{(int32_t)lrintf(a[0]), (int32_t)lrintf(a[1]), (int32_t)lrintf(a[2]), (int32_t)lrintf(a[3])};
 }

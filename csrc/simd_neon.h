@@ -13,7 +13,7 @@ constexpr int kQueryOffset = 0;
 constexpr int kProbOffset = -127;
 // 16 accumulators, two row vectors and at most eight broadcasts, of 32 registers. 12 a tile would also fit, but leaves
 // channels over at every usual head_dim, and those go one by one.
-constexpr int kQkTile = 8, kPvTile = 8;
+constexpr int kQkTile = 8, kQkRest = 4, kPvTile = 8;
 constexpr int kFullTile = 8;
 
 static inline vf load(const float* p) { return vld1q_f32(p); }
@@ -28,6 +28,7 @@ static inline vf vmax(vf a, vf b) { return vbslq_f32(vcgtq_f32(a, b), a, b); }
 static inline vf vmin(vf a, vf b) { return vbslq_f32(vcltq_f32(a, b), a, b); }
 static inline vf vabs(vf a) { return vabsq_f32(a); }
 static inline vf to_float(vi a) { return vcvtq_f32_s32(a); }
+static inline vf float_of_bits(vi a) { return vreinterpretq_f32_s32(a); }
 static inline vi round_to_int(vf a) { return vcvtnq_s32_f32(a); }
 static inline vi shift_left(vi a, int n) { return a << n; }
 static inline vi either(vi a, vi b) { return vorrq_s32(a, b); }
