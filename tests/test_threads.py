@@ -13,11 +13,13 @@ from engines import Engine
 from samples import assert_reordered, block_mask, qkv, same
 
 import tamis
+from tamis.backends.cpu import library
 
 
 @pytest.fixture(autouse=True)
-def restore_threads() -> Iterator[None]:
+def restore_threads(monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
     before = torch.get_num_threads()
+    monkeypatch.setattr(library, "_sleeps", lambda: False)  # or these calls would be too small for a second thread
     yield
     torch.set_num_threads(before)
 
@@ -39,6 +41,25 @@ def test_number_of_threads(engine: Engine, precision: str) -> None:
         assert torch.equal(first.stats.counts, one.stats.counts)
         for _ in range(5):
             assert same(run_with(threads, engine, q, k, v, mask, **options), first)
+
+
+@pytest.mark.parametrize(
+    ("asleep", "precision", "alone", "together"),
+    [(False, "int8", 64, 128), (False, "full", 64, 128), (True, "int8", 256, 384), (True, "full", 128, 256)],
+)
+def test_no_thread_is_started_for_little(
+    monkeypatch: pytest.MonkeyPatch, asleep: bool, precision: str, alone: int, together: int
+) -> None:
+    """Two heads of 64 channels: a second thread from the length on where it is worth starting, or waking."""
+    torch.set_num_threads(2)
+    monkeypatch.setattr(library, "_sleeps", lambda: asleep)
+    asked, started = library.threads, []
+    monkeypatch.setattr(library, "threads", lambda *a, **k: started.append(asked(*a, **k)) or started[-1])
+    for tokens, expected in ((alone, 1), (together, 2)):
+        started.clear()
+        with library.force_target("baseline"):
+            tamis.attend(*qkv(heads=2, q_len=tokens, dim=64), precision=precision, backend="cpu")
+        assert set(started) == {expected}  # asked twice where the form of the call came before
 
 
 @pytest.mark.parametrize("heavy", [slice(0, 1), slice(2, 4), slice(-1, None)])

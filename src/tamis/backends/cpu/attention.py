@@ -11,6 +11,8 @@ from tamis import geometry
 from tamis.backends.cpu import library, native
 
 PACK_BLOCK = 64
+# Of library.threads: int8 and tiles prepare key and value, and so meet several times a call.
+_ASLEEP = {"tiles": 5_000_000, "int8": 2_000_000, "full": 700_000}
 
 
 def packed_struct(packed: Sequence[Tensor]) -> native.Packed:
@@ -193,7 +195,7 @@ def attend_args(
     args.sink_logits, args.pv_threshold = native.pointer(dense_sinks), native.pointer(dense_threshold)
     work = query.numel() // query.shape[3] * kv_len * (query.shape[3] + args.value_dim) // 8
     tiles = bf16_products and library.target() == "amx" and (precision == "int8" or query.dtype == torch.bfloat16)
-    args.threads = library.threads(work, tiles=tiles)
+    args.threads = library.threads(work, asleep=_ASLEEP["tiles" if tiles else precision])
     if precision == "int8" and not packed:
         kept.append(library.attach_segments(args, geometry.without_hidden(attn_mask, places[3])))
     return args, [*kept, kv_indices, dense_sinks, dense_threshold]

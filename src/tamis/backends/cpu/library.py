@@ -93,12 +93,13 @@ def _sleeps() -> bool:
     return os.environ.get("OMP_WAIT_POLICY", "").lower() == "passive"
 
 
-def threads(work: int, *, tiles: bool = False) -> int:
+def threads(work: int, *, asleep: int = 1_000_000) -> int:
     """Threads for so many multiplications: as many as have work for longer than starting them takes.
 
-    tiles: whether they are products of AMX, so fast that waking a sleeper takes four times as many.
+    asleep: how many are worth waking a thread that sleeps. It is woken again wherever threads meet, and those of fast
+        products are done before.
     """
-    return max(1, min(torch.get_num_threads(), work // (1_000_000 if tiles and _sleeps() else 250_000)))
+    return max(1, min(torch.get_num_threads(), work // (asleep if _sleeps() else 250_000)))
 
 
 def run(name: str, args: ctypes.Structure) -> None:
