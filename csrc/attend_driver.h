@@ -260,14 +260,14 @@ static bool attend_item(Engine& e, const Item& it, State& st) {
 }
 
 template <class Engine>
-static void attend_together(const tamis_attend_args& a, const Prepared& prepared, const int64_t* order, int* error) {
+static void attend_together(const tamis_attend_args& a, const Prepared& prepared, const int64_t* order, Team& team) {
   const tamis_geometry& g = a.geometry;
   const int64_t q_blocks = blocks_of(g.q_len, g.block_q), items = a.batch * a.heads * q_blocks;
   const int64_t rows = g.block_q, vdim = a.value_dim, wide = round_up(greatest(a.head_dim, vdim), 16);
   const int64_t floats = 2 * rows + rows * channels(a) + kKeys * kTileRows + kTileRows * wide;
   const int64_t own = round_up(floats * 4, 64);
   char* scratch = (char*)aligned_alloc(64, round_up(own + Engine::scratch_bytes(a), 64));
-  if (!scratch) fail(error, TAMIS_NO_MEMORY);
+  if (!scratch) fail(team, TAMIS_NO_MEMORY);
   State st;
   st.o = (float*)scratch;
   st.s = st.o + rows * channels(a);
@@ -276,10 +276,10 @@ static void attend_together(const tamis_attend_args& a, const Prepared& prepared
   st.l = st.m + rows;
   {
     Engine e(a, prepared, scratch ? scratch + own : nullptr);
-#pragma omp for schedule(dynamic, 1)
+#pragma omp for schedule(dynamic, 1) nowait
     for (int64_t n = 0; n < items; ++n) {
-      if (!scratch || failed(error)) continue;
-      if (!attend_item(e, item_at(a, order[n], q_blocks), st)) fail(error, TAMIS_CORRUPT_MASK);
+      if (!scratch || failed(team)) continue;
+      if (!attend_item(e, item_at(a, order[n], q_blocks), st)) fail(team, TAMIS_CORRUPT_MASK);
     }
   }
   free(scratch);
@@ -288,17 +288,17 @@ static void attend_together(const tamis_attend_args& a, const Prepared& prepared
 template <class Engine>
 static int attend_all(const tamis_attend_args& a, Prepared& prepared) {
   const int64_t q_blocks = blocks_of(a.geometry.q_len, a.geometry.block_q), items = a.batch * a.heads * q_blocks;
-  int error = TAMIS_OK;
+  Team team;
   if (items == 0) return TAMIS_OK;
   int64_t* order = items_in_order(a, items, q_blocks);
   if (!order) return TAMIS_NO_MEMORY;
 #pragma omp parallel num_threads(a.threads)
   {
-    prepare_together(a, prepared, &error);
-    attend_together<Engine>(a, prepared, order, &error);
+    prepare_together(a, prepared, team);
+    attend_together<Engine>(a, prepared, order, team);
   }
   free(order);
-  return error;
+  return team.error;
 }
 
 static int attend(const tamis_attend_args* args) {

@@ -197,12 +197,12 @@ int tamis_predict(const char* target, tamis_predict_args* args) {
   return error;
 }
 
-void tamis_used_blocks_together(const tamis_attend_args* args, uint8_t* used, int* error) {
+void tamis_used_blocks_together(const tamis_attend_args* args, uint8_t* used, Team& team) {
   const tamis_attend_args& a = *args;
   const tamis_geometry& g = a.geometry;
   const int64_t q_blocks = blocks_of(g.q_len, g.block_q), kv_blocks = blocks_of(g.kv_len, g.block_kv);
   const int64_t parts = blocks_of(g.kv_len, TAMIS_PACK_BLOCK), group = a.heads / greatest(a.kv_heads, 1);
-#pragma omp for schedule(dynamic, 1)
+#pragma omp for schedule(dynamic, 1) nowait
   for (int64_t n = 0; n < a.batch * a.kv_heads; ++n) {
     uint8_t* mine = used + n * parts;
     if (parts) memset(mine, 0, parts);
@@ -216,13 +216,13 @@ void tamis_used_blocks_together(const tamis_attend_args* args, uint8_t* used, in
           list = a.kv_indices + b * a.idx_stride[0] + h * a.idx_stride[1] + qb * a.idx_stride[2];
         }
         if (count > (list ? a.max_blocks : kv_blocks)) {
-          fail(error, TAMIS_CORRUPT_MASK);
+          fail(team, TAMIS_CORRUPT_MASK);
           continue;
         }
         for (int64_t at = 0; at < count; ++at) {
           const int64_t kb = list ? list[at] : at;
           if (kb < 0 || kb >= kv_blocks) {
-            fail(error, TAMIS_CORRUPT_MASK);
+            fail(team, TAMIS_CORRUPT_MASK);
             break;
           }
           const int64_t first = kb * g.block_kv / TAMIS_PACK_BLOCK;
@@ -231,13 +231,14 @@ void tamis_used_blocks_together(const tamis_attend_args* args, uint8_t* used, in
         }
       }
   }
+  meet(team);
 }
 
 int tamis_used_blocks(const tamis_attend_args* args, uint8_t* used) {
-  int error = TAMIS_OK;
+  Team team;
 #pragma omp parallel num_threads(args->threads)
-  tamis_used_blocks_together(args, used, &error);
-  return error;
+  tamis_used_blocks_together(args, used, team);
+  return team.error;
 }
 
 int tamis_expand(const uint64_t* bits, int64_t rows, int64_t kv_blocks, int64_t max_blocks, int32_t* kv_indices,

@@ -105,16 +105,16 @@ static void pack_value_block(const tamis_pack_args& a, int64_t b, int64_t h, int
 static int pack_kv(const tamis_pack_args* args) {
   const tamis_pack_args& a = *args;
   const int64_t blocks = (a.seq + 63) / 64, padded = round_up(a.head_dim > a.value_dim ? a.head_dim : a.value_dim, 16);
-  int error = TAMIS_OK;
+  Team team;
 #pragma omp parallel num_threads(a.threads)
   {
     char* memory = (char*)aligned_alloc(64, PackScratch::bytes_for(padded));
-    if (!memory) fail(&error, TAMIS_NO_MEMORY);
+    if (!memory) fail(team, TAMIS_NO_MEMORY);
     PackScratch s(memory, padded);
     HeadMean mean{nullptr, nullptr};
-#pragma omp for schedule(static)
+#pragma omp for schedule(static) nowait
     for (int64_t n = 0; n < a.batch * a.kv_heads * blocks; ++n) {
-      if (!memory || failed(&error) || (a.used && !a.used[n])) continue;
+      if (!memory || failed(team) || (a.used && !a.used[n])) continue;
       const int64_t bh = n / blocks;
       mean.at(bh, false, a.packed.key_mean, a.head_dim, s.mean);
       pack_key_block(a, bh / a.kv_heads, bh % a.kv_heads, n % blocks, s);
@@ -122,5 +122,5 @@ static int pack_kv(const tamis_pack_args* args) {
     }
     free(memory);
   }
-  return error;
+  return team.error;
 }

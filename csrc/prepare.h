@@ -116,22 +116,22 @@ static int make_room(tamis_attend_args& a, Prepared& p) {
   return p.smooth && !p.sums.make_room(mean_for_call(a, p)) ? TAMIS_NO_MEMORY : TAMIS_OK;
 }
 
-static void prepare_together(const tamis_attend_args& a, Prepared& p, int* error) {
+static void prepare_together(const tamis_attend_args& a, Prepared& p, Team& team) {
   if (!p.memory) return;
   const int64_t count = a.batch * a.kv_heads * p.parts, padded = round_up(greatest(a.value_dim, a.head_dim), 16);
   const bool tiles = takes_tiles(a);
   const tamis_summarize_args mean = mean_for_call(a, p);
   const tamis_pack_args pack = pack_for_call(a, p);
-  if (!all_used(a)) tamis_used_blocks_together(&a, p.used, error);
-  if (p.smooth) key_sums_together(mean, p.sums, error);
+  if (!all_used(a)) tamis_used_blocks_together(&a, p.used, team);
+  if (p.smooth) key_sums_together(mean, p.sums, team);
   const int64_t for_pack = PackScratch::bytes_for(padded), for_tiles = round_up((64 * padded + 64 * W) * 4, 64);
   char* memory = (char*)aligned_alloc(64, for_pack + for_tiles);
-  if (!memory) fail(error, TAMIS_NO_MEMORY);
+  if (!memory) fail(team, TAMIS_NO_MEMORY);
   PackScratch s(memory, padded);
   HeadMean head{p.smooth ? &mean : nullptr, &p.sums};
-#pragma omp for schedule(static)
+#pragma omp for schedule(static) nowait
   for (int64_t n = 0; n < count; ++n) {
-    if (!memory || failed(error)) continue;
+    if (!memory || failed(team)) continue;
     const int64_t bh = n / p.parts, b = bh / a.kv_heads, h = bh % a.kv_heads;
     if (p.pack) head.at(bh, n % p.parts == 0, nullptr, a.head_dim, s.mean);
     if (!p.used[n]) continue;
@@ -142,4 +142,5 @@ static void prepare_together(const tamis_attend_args& a, Prepared& p, int* error
 #endif
   }
   free(memory);
+  meet(team);
 }

@@ -158,36 +158,37 @@ static void select_row(const tamis_select_args& a, int64_t b, int64_t h, int64_t
   a.kv_num_blocks[row] = kept;
 }
 
-static void select_together(const tamis_select_args& a, int* error) {
+static void select_together(const tamis_select_args& a, Team& team) {
   const int64_t q_blocks = blocks_of(a.geometry.q_len, a.geometry.block_q);
   const int64_t padded = round_up(blocks_of(a.geometry.kv_len, a.geometry.block_kv), 16) + 16;
   float* p = (float*)aligned_alloc(64, round_up(padded * 9, 64));
-  if (!p) fail(error, TAMIS_NO_MEMORY);
-#pragma omp for schedule(dynamic, 4)
+  if (!p) fail(team, TAMIS_NO_MEMORY);
+#pragma omp for schedule(dynamic, 4) nowait
   for (int64_t n = 0; n < a.batch * a.heads * q_blocks; ++n)
-    if (p && !failed(error))
+    if (p && !failed(team))
       select_row(a, n / q_blocks / a.heads, n / q_blocks % a.heads, n % q_blocks, p, (uint32_t*)(p + padded),
                  (uint8_t*)(p + 2 * padded));
   free(p);
 }
 
 static int select(const tamis_select_args* args) {
-  int error = TAMIS_OK;
+  Team team;
 #pragma omp parallel num_threads(args->threads)
-  select_together(*args, &error);
-  return error;
+  select_together(*args, team);
+  return team.error;
 }
 
 static int predict(const tamis_predict_args* args) {
   KeySums sums;
-  int error = sums.make_room(args->key_mean) ? TAMIS_OK : TAMIS_NO_MEMORY;
-#pragma omp parallel num_threads(args->threads) if (!error)
+  if (!sums.make_room(args->key_mean)) return TAMIS_NO_MEMORY;
+  Team team;
+#pragma omp parallel num_threads(args->threads)
   {
-    summarize_together(args->query, {nullptr, nullptr}, &error);
-    key_sums_together(args->key_mean, sums, &error);
-    summarize_together(args->key, {&args->key_mean, &sums}, &error);
-#pragma omp barrier
-    select_together(args->select, &error);
+    summarize_together(args->query, {nullptr, nullptr}, team);
+    key_sums_together(args->key_mean, sums, team);
+    summarize_together(args->key, {&args->key_mean, &sums}, team);
+    meet(team);
+    select_together(args->select, team);
   }
-  return error;
+  return team.error;
 }

@@ -148,30 +148,32 @@ static void mean_of(const tamis_summarize_args& a, const KeySums& sums, int64_t 
   }
 }
 
-static void key_sums_together(const tamis_summarize_args& a, KeySums& sums, int* error) {
+static void key_sums_together(const tamis_summarize_args& a, KeySums& sums, Team& team) {
   const int64_t parts = a.batch * a.heads * ((a.seq + 63) / 64), padded = round_up(a.dim, 16);
   float* row = (float*)aligned_alloc(64, round_up(padded * 8, 64));
   if (row)
     memset(row, 0, padded * 8);
   else
-    fail(error, TAMIS_NO_MEMORY);
-#pragma omp for schedule(static)
+    fail(team, TAMIS_NO_MEMORY);
+#pragma omp for schedule(static) nowait
   for (int64_t n = 0; n < parts; ++n)
-    if (row && !failed(error)) sum_part(a, sums, n, row);
+    if (row && !failed(team)) sum_part(a, sums, n, row);
   free(row);
+  meet(team);
 }
 
 static int key_mean(const tamis_summarize_args* args) {
   KeySums sums;
-  int error = sums.make_room(*args) ? TAMIS_OK : TAMIS_NO_MEMORY;
-#pragma omp parallel num_threads(args->threads) if (!error)
+  if (!sums.make_room(*args)) return TAMIS_NO_MEMORY;
+  Team team;
+#pragma omp parallel num_threads(args->threads)
   {
-    key_sums_together(*args, sums, &error);
-#pragma omp for schedule(static)
+    key_sums_together(*args, sums, team);
+#pragma omp for schedule(static) nowait
     for (int64_t bh = 0; bh < args->batch * args->heads; ++bh)
-      if (!failed(&error)) mean_of(*args, sums, bh, args->means + bh * args->dim);
+      if (!failed(team)) mean_of(*args, sums, bh, args->means + bh * args->dim);
   }
-  return error;
+  return team.error;
 }
 
 // The mean of the head at hand, as each thread keeps it: making it once more is cheaper than meeting the others. The
@@ -190,17 +192,17 @@ struct HeadMean {
 };
 
 // `mean`: whose mean is subtracted, or none if that of the arguments.
-static void summarize_together(const tamis_summarize_args& a, HeadMean mean, int* error) {
+static void summarize_together(const tamis_summarize_args& a, HeadMean mean, Team& team) {
   const int64_t blocks = (a.seq + a.block - 1) / a.block, padded = round_up(a.dim, 16);
   const int64_t bytes = (1 + kSummed + 2) * padded * 4;
   float* scratch = (float*)aligned_alloc(64, round_up(bytes, 64));
   if (scratch)
     memset(scratch, 0, bytes);
   else
-    fail(error, TAMIS_NO_MEMORY);
+    fail(team, TAMIS_NO_MEMORY);
 #pragma omp for schedule(static) nowait
   for (int64_t n = 0; n < a.batch * a.heads * blocks; ++n) {
-    if (!scratch || failed(error)) continue;
+    if (!scratch || failed(team)) continue;
     const int64_t bh = n / blocks;
     mean.at(bh, n % blocks == 0, a.mean, a.dim, scratch);
     summarize_block(a, bh / a.heads, bh % a.heads, n % blocks, scratch, scratch + padded);
@@ -209,8 +211,8 @@ static void summarize_together(const tamis_summarize_args& a, HeadMean mean, int
 }
 
 static int summarize(const tamis_summarize_args* args) {
-  int error = TAMIS_OK;
+  Team team;
 #pragma omp parallel num_threads(args->threads)
-  summarize_together(*args, {nullptr, nullptr}, &error);
-  return error;
+  summarize_together(*args, {nullptr, nullptr}, team);
+  return team.error;
 }

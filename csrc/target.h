@@ -13,6 +13,7 @@
 #endif
 
 #include "attend.h"
+#include "together.h"
 
 struct tamis_kernels {
   int (*attend)(const tamis_attend_args*);
@@ -26,4 +27,4 @@ struct tamis_kernels {
 // Asks for pages of 2 MB where memory is long and fresh.
 void tamis_large_pages(void* data, int64_t bytes);
 // tamis_used_blocks by the threads of a region: see together.h.
-void tamis_used_blocks_together(const tamis_attend_args* args, uint8_t* used, int* error);
+void tamis_used_blocks_together(const tamis_attend_args* args, uint8_t* used, Team& team);

@@ -45,7 +45,7 @@ def test_number_of_threads(engine: Engine, precision: str) -> None:
 
 @pytest.mark.parametrize(
     ("asleep", "precision", "alone", "together"),
-    [(False, "int8", 64, 128), (False, "full", 64, 128), (True, "int8", 256, 384), (True, "full", 128, 256)],
+    [(False, "int8", 64, 128), (False, "full", 64, 128), (True, "int8", 192, 256), (True, "full", 128, 192)],
 )
 def test_no_thread_is_started_for_little(
     monkeypatch: pytest.MonkeyPatch, asleep: bool, precision: str, alone: int, together: int

@@ -11,8 +11,8 @@ from tamis import geometry
 from tamis.backends.cpu import library, native
 
 PACK_BLOCK = 64
-# Of library.threads: int8 and tiles prepare key and value, and so meet several times a call.
-_ASLEEP = {"tiles": 5_000_000, "int8": 2_000_000, "full": 700_000}
+# Of library.threads, measured: each is some 60 us of work.
+_ASLEEP = {"tiles": 1_500_000, "int8": 1_000_000, "full": 500_000}
 
 
 def packed_struct(packed: Sequence[Tensor]) -> native.Packed:

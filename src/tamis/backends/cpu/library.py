@@ -96,8 +96,7 @@ def _sleeps() -> bool:
 def threads(work: int, *, asleep: int = 1_000_000) -> int:
     """Threads for so many multiplications: as many as have work for longer than starting them takes.
 
-    asleep: how many are worth waking a thread that sleeps. It is woken again wherever threads meet, and those of fast
-        products are done before.
+    asleep: how many are worth waking a thread that sleeps: of fast products more.
     """
     return max(1, min(torch.get_num_threads(), work // (asleep if _sleeps() else 250_000)))
 
