@@ -293,13 +293,13 @@ struct Int8Engine {
     for (int r = 0; r < R; ++r) {
       const int at = r0 + r;
       if (raw[at] && are_tame_factors(factors[at]))
-        sum[r] = weigh_rows(Words<Taken::at_once>(raw_top[at], factors[at]), at, s, put);
+        sum[r] = weigh_rows(Words<Of::products>(raw_top[at], factors[at]), at, s, put);
       else if (raw[at])
-        sum[r] = weigh_rows(Words<Taken::as_difference>(raw_top[at], factors[at]), at, s, put);
+        sum[r] = weigh_rows(Words<Of::far_products>(raw_top[at], factors[at]), at, s, put);
       else if (numbers && are_tame(block_top[r]))
-        sum[r] = weigh_rows(Words<Taken::at_once>(block_top[r], set1(1.f)), at, s, put);
+        sum[r] = weigh_rows(Words<Of::scores>(block_top[r], set1(1.f)), at, s, put);
       else
-        sum[r] = weigh_rows(Words<Taken::with_care>(block_top[r], set1(1.f)), at, s, put);
+        sum[r] = weigh_rows(Words<Of::wild_scores>(block_top[r], set1(1.f)), at, s, put);
     }
 #else
     vf base[R], total[R];

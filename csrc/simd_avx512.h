@@ -93,10 +93,14 @@ static inline int32_t sum_lanes_of(vi a) { return _mm512_reduce_add_epi32(a); }
 // of 2, rounded to 11 bits behind the point, the whole part of u shifts what a polynomial makes of its fraction f:
 //   w = (32512 - f (21862 - 5642 f)) >> whole(u),   32512 = 128 * 254
 // w is at most .26% off, and less by up to 1 that the shift cuts off; 1/128 of it, rounded, is the byte. u beyond 16
-// bits saturates, which gives 0. Where all is tame no difference is needed before that, at half a unit for all of a row's
-// u alike. Scores that are masked or capped may be NaN, which the sum shows.
-enum class Taken { at_once, as_difference, with_care };
-template <Taken kTaken>
+// bits saturates, which gives 0.
+enum class Of {
+  scores,        // no difference is taken before u: largest * unit is rounded, so all of a row are off alike, by half of u's
+  wild_scores,   // they are far from zero, or some may be NaN, which the sum shows
+  products,      // kSumBase + products of bytes; unit is changed such that largest * unit is whole: by .5 / 2^23
+  far_products,  // for which that would leave 24 bits
+};
+template <Of kOf>
 struct Words {
   static constexpr float kUnit = 32512.f, kPerScore = 2048 * 1.44269504088896f, kMagic = 8388608.f;  // 2^23
   vf largest, unit, start;  // start: kMagic + unit * largest, where nothing is subtracted before
@@ -105,17 +109,21 @@ struct Words {
 
   // Multiplied by `factor`, what is given are scores.
   Words(vf top, vf factor) {
-    largest = where_minus_inf_zero(top);
-    unit = vmax(factor * set1(kPerScore), set1(1e-30f));  // above 0, so that -inf is infinitely far
-    start = kTaken == Taken::at_once ? fma(largest, unit, set1(kMagic)) : set1(kMagic);
+    largest = where_minus_inf_zero(top), unit = factor * set1(kPerScore), start = set1(kMagic);
+    if (kOf == Of::scores) start = fma(largest, unit, start);
+    if (kOf == Of::products) {
+      const vf whole = _mm512_roundscale_ps(largest * unit, _MM_FROUND_TO_NEAREST_INT | _MM_FROUND_NO_EXC);
+      start = start + whole, unit = fma(_mm512_fnmadd_ps(largest, unit, whole), _mm512_rcp14_ps(largest), unit);
+    }
+    unit = vmax(unit, set1(1e-30f));  // -inf is infinitely far
     total = _mm512_setzero_si512();
     broken = 0;
   }
   vi below(const float* at) {
-    vf score = load(at);
-    if (kTaken != Taken::at_once) score = score - largest;
-    if (kTaken == Taken::with_care) broken |= _mm512_cmp_ps_mask(score, score, _CMP_UNORD_Q);
-    return _mm512_sub_epi32(bits_of(_mm512_fnmadd_ps(score, unit, start)), bits_of(set1(kMagic)));
+    vf x = load(at);
+    if (kOf == Of::wild_scores || kOf == Of::far_products) x = x - largest;
+    if (kOf == Of::wild_scores) broken |= _mm512_cmp_ps_mask(x, x, _CMP_UNORD_Q);
+    return _mm512_sub_epi32(bits_of(_mm512_fnmadd_ps(x, unit, start)), bits_of(set1(kMagic)));
   }
   vi weights(const float* first, const float* second) {
     const vi pairs = _mm512_broadcast_i32x4(_mm_setr_epi8(0, 1, 8, 9, 2, 3, 10, 11, 4, 5, 12, 13, 6, 7, 14, 15));
@@ -138,8 +146,8 @@ struct Words {
   }
   vf sum() const { return _mm512_mask_mov_ps(to_float(total) * set1(1.f / kUnit), broken, set1(NAN)); }
 };
-// Whether start stays below 2^24: by the largest scores of rows, and by what makes scores of kSumBase + products of bytes.
-// A row of NaN alone has -inf there.
+// Whether start stays below 2^24: by the largest scores of rows, and by the factors of products. A row of NaN alone has
+// -inf there.
 static inline bool are_tame(vf largest) {
   return _mm512_cmp_ps_mask(vabs(largest), set1(1024.f), _CMP_LT_OQ) == 0xffff;
 }
