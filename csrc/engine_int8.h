@@ -5,29 +5,33 @@
 //                                                                       e^x is that of simd_avx512.h, Words
 //   O[c][rows]  = O * alpha + (P8 . v8) * v_scale[c] * e^(block maximum - maximum) / 254
 //
-// Accumulators start at kSumBits, so that their bits are those of the float kSumBase + sum.
+// Accumulators start at kSumBits, so that their bits are those of the float kSumBase + sum; those of keys with more than
+// kMostDim bytes start at 0 and are converted.
 //
 // Lanes are query rows, as in engine_full.h. A query row has a scale of its own: it costs nothing here.
 #pragma once
 #include "prepare.h"
 #include "softmax.h"
 
-constexpr float kProbLevels = 254.f;  // even, so that an offset of 127 centres it for signed products
-constexpr float kSumBase = 12582912.f;    // 1.5 * 2^23: sums of 256 * 127 * 127 on either side keep its exponent
+constexpr float kProbLevels = 254.f;      // even, so that an offset of 127 centres it for signed products
+constexpr float kSumBase = 12582912.f;    // 1.5 * 2^23: sums of up to 2^22 on either side keep its exponent
 constexpr int32_t kSumBits = 0x4b400000;  // its bits
+constexpr int64_t kMostDim = 256;
+static_assert(kMostDim * 127 * 127 < 1 << 22 && 64 * 254 * 127 < 1 << 22, "products of keys and of values leave kSumBase");
 
 #ifndef TAMIS_WORDS
 constexpr bool kRawScores = false;
 #endif
 
-// Stores kSumBase + q8 . k8 where kRawScores, else the scores; `top` gets the largest of them.
-template <int R, int N>
+// Stores kSumBase + q8 . k8 where kRawScores, else and where `kWide` the scores; `top` gets the largest of them.
+template <bool kWide, int R, int N>
 static inline void put_scores(const vi (&acc)[N][R], const vf* factor, float* s, vf* top) {
 #pragma GCC unroll 16
   for (int n = 0; n < N; ++n)
 #pragma GCC unroll 4
     for (int r = 0; r < R; ++r) {
-      const vf sum = float_of_bits(acc[n][r]), x = kRawScores ? sum : (sum - set1(kSumBase)) * factor[r];
+      vf x = kWide ? to_float(acc[n][r]) * factor[r] : float_of_bits(acc[n][r]);
+      if (!kWide && !kRawScores) x = (x - set1(kSumBase)) * factor[r];
       store(s + n * kTileRows + r * W, x);
       top[r] = vmax(x, top[r]);
     }
@@ -44,7 +48,7 @@ static inline void put_values(const vi (&acc)[N][R], const float* scale, const v
     }
 }
 
-template <int R, int N>
+template <bool kWide, int R, int N>
 static inline void qk_int8(const uint8_t* q, const int8_t* k, int64_t ld, int64_t dim4, const int32_t* start,
                            const vf* factor, float* s, vf* top) {
   vi acc[N][R];
@@ -63,7 +67,7 @@ static inline void qk_int8(const uint8_t* q, const int8_t* k, int64_t ld, int64_
       for (int r = 0; r < R; ++r) acc[n][r] = dot4(acc[n][r], row[r], key);
     }
   }
-  put_scores<R, N>(acc, factor, s, top);
+  put_scores<kWide, R, N>(acc, factor, s, top);
 }
 
 template <int R, int N>
@@ -89,28 +93,29 @@ static inline void pv_int8(const uint8_t* p, const int8_t* v, int64_t fours, con
   put_values<R, N>(acc, scale, share, alpha, o);
 }
 
-// All of a part's keys. `kDim` is dim4 where it is known, else 0. Not inlined: in a larger function GCC 12 keeps rows in
-// memory.
-template <int R, int64_t kDim>
-static __attribute__((noinline)) void qk_part(const uint8_t* q, const int8_t* k, int64_t dim, int64_t keys,
-                                              const int32_t* start, const vf* factor, float* s, vf* tops) {
-  const int64_t dim4 = kDim ? kDim : dim;
-  vf top[R], by[R];
-  for (int r = 0; r < R; ++r) top[r] = tops[r], by[r] = factor[r];
+// All of a part's keys, of `kDim` bytes or, where that is 0, of `bytes`. Not inlined: in a larger function GCC 12 keeps
+// rows in memory.
+template <bool kWide, int64_t kDim, int R>
+static __attribute__((noinline)) void qk_part(const uint8_t* q, const int8_t* k, int64_t bytes, int64_t keys,
+                                              const int32_t* start, const vf* factors, float* s, vf* tops) {
+  const int64_t dim4 = kDim ? kDim : bytes;
+  vf top[R], factor[R];
+  for (int r = 0; r < R; ++r) top[r] = tops[r], factor[r] = factors[r];
   int64_t j = 0;
   for (; j + kQkTile + kQkRest <= keys || j + kQkTile == keys; j += kQkTile)
-    qk_int8<R, kQkTile>(q, k + j * dim4, dim4, dim4, start + j, by, s + j * kTileRows, top);
+    qk_int8<kWide, R, kQkTile>(q, k + j * dim4, dim4, dim4, start + j, factor, s + j * kTileRows, top);
   for (; j + kQkRest <= keys; j += kQkRest)
-    qk_int8<R, kQkRest>(q, k + j * dim4, dim4, dim4, start + j, by, s + j * kTileRows, top);
-  for (; j < keys; ++j) qk_int8<R, 1>(q, k + j * dim4, dim4, dim4, start + j, by, s + j * kTileRows, top);
+    qk_int8<kWide, R, kQkRest>(q, k + j * dim4, dim4, dim4, start + j, factor, s + j * kTileRows, top);
+  for (; j < keys; ++j)
+    qk_int8<kWide, R, 1>(q, k + j * dim4, dim4, dim4, start + j, factor, s + j * kTileRows, top);
   for (int r = 0; r < R; ++r) tops[r] = top[r];
 }
-// All channels of a part's values; `kFours` is how many four keys there are where that is known, else 0.
-template <int R, int64_t kFours>
-static __attribute__((noinline)) void pv_part(const uint8_t* p, const int8_t* v, int64_t some, int64_t channels,
+// All channels of a part's values, of `kFours` times four keys or, where that is 0, of so many.
+template <int64_t kFours, int R>
+static __attribute__((noinline)) void pv_part(const uint8_t* p, const int8_t* v, int64_t groups, int64_t channels,
                                               const int32_t* start, const float* scale, const vf* shares,
                                               const vf* alphas, float* o) {
-  const int64_t fours = kFours ? kFours : some;
+  const int64_t fours = kFours ? kFours : groups;
   vf alpha[R], share[R];
   for (int r = 0; r < R; ++r) alpha[r] = alphas[r], share[r] = shares[r] * set1(1.f / kProbLevels);
   int64_t c = 0;
@@ -167,9 +172,12 @@ struct Int8Engine {
   Block blocks[kPartsAtOnce];
   int64_t keys, kv_block;  // of the one in use, as the next two
   const int32_t *key_start, *value_start;
-  // Of the tile at hand, one vector of rows: whether its scores are raw, the largest of them and their factor.
+  // Of the tile at hand, one vector of rows: what makes scores of products, whether they are left as such, their largest.
+  vf factors[kTileRows / W];
+#ifdef TAMIS_WORDS
   bool raw[kTileRows / W];
-  vf raw_top[kTileRows / W], factors[kTileRows / W];
+  vf raw_top[kTileRows / W];
+#endif
 
   static int64_t scratch_bytes(const tamis_attend_args& a) {
     int64_t dim = round_up(a.head_dim, 16), channels = round_up(a.value_dim, 16);
@@ -196,20 +204,21 @@ struct Int8Engine {
       for (int64_t i = 0; i < kTileRows * ld_to; ++i) to[i] = (uint8_t)(to[i] ^ 0x80);
   }
 
-  // Makes a part ready; the next, one of those the one at hand.
+  // Makes up to kPartsAtOnce parts ready, of which use_part takes one.
   void set_part(int64_t at, const Item& it, int64_t j0, int64_t n) {
     Block& b = blocks[at];
     b.keys = n, b.kv_block = (it.b * a.kv_heads + it.kv_head) * a.packed.capacity + j0 / kKeys;
-    set_starts(b.key_start, a.packed.key_sum + b.kv_block * kKeys, kKeys, kQueryOffset);
-    set_starts(b.value_start, a.packed.value_sum + b.kv_block * a.value_dim, a.value_dim, kProbOffset);
+    set_starts(b.key_start, a.packed.key_sum + b.kv_block * kKeys, kKeys, kQueryOffset, is_wide() ? 0 : kSumBits);
+    set_starts(b.value_start, a.packed.value_sum + b.kv_block * a.value_dim, a.value_dim, kProbOffset, kSumBits);
   }
   void use_part(int64_t at) {
     const Block& b = blocks[at];
     keys = b.keys, kv_block = b.kv_block, key_start = b.key_start, value_start = b.value_start;
   }
-  static void set_starts(int32_t* __restrict to, const int32_t* sums, int64_t count, int32_t offset) {
-    for (int64_t i = 0; i < count; ++i) to[i] = kSumBits - offset * sums[i];
+  static void set_starts(int32_t* __restrict to, const int32_t* sums, int64_t count, int32_t offset, int32_t base) {
+    for (int64_t i = 0; i < count; ++i) to[i] = base - offset * sums[i];
   }
+  bool is_wide() const { return a.packed.dim4 > kMostDim; }
 
   template <int R>
   void scores(int64_t tile, int r0, bool plain, float* s, vf* top) {
@@ -218,13 +227,15 @@ struct Int8Engine {
     const int8_t* block = k.key + kv_block * kKeys * k.dim4;
     const vf* factor = set_factors<R>(tile, r0);
     s += r0 * W;
-    if (k.dim4 == 64)
-      qk_part<R, 64>(rows, block, k.dim4, keys, key_start, factor, s, top);
+    if (is_wide())
+      qk_part<true, 0, R>(rows, block, k.dim4, keys, key_start, factor, s, top);
+    else if (k.dim4 == 64)
+      qk_part<false, 64, R>(rows, block, k.dim4, keys, key_start, factor, s, top);
     else if (k.dim4 == 128)
-      qk_part<R, 128>(rows, block, k.dim4, keys, key_start, factor, s, top);
+      qk_part<false, 128, R>(rows, block, k.dim4, keys, key_start, factor, s, top);
     else
-      qk_part<R, 0>(rows, block, k.dim4, keys, key_start, factor, s, top);
-    if (kRawScores) settle<R>(r0, plain, s, top);
+      qk_part<false, 0, R>(rows, block, k.dim4, keys, key_start, factor, s, top);
+    settle<R>(r0, plain, s, top);
   }
   template <int R>
   const vf* set_factors(int64_t tile, int r0) {
@@ -232,27 +243,33 @@ struct Int8Engine {
       factors[r] = load(row_scale + tile * kTileRows + r * W) * set1(a.packed.key_scale[kv_block]);
     return factors + r0;
   }
-  // Finite and not negative, so that the largest sum is the largest score.
-  static bool are_factors(vf x) { return !any_differs(x * set1(0.f), set1(0.f)) && !any_above(set1(0.f), x); }
-  // Weights can be made from raw scores, unless something is done to scores first or a factor is no number: then only the
-  // largest is turned into a score.
+#ifndef TAMIS_WORDS
+  template <int R>
+  void settle(int, bool, float*, vf*) {}
+#else
+  // Weights can be made from products as they are, unless something is done to scores first, or a factor is negative or
+  // infinite: then products become scores. A row whose factor is NaN has its NaN from its sum of weights.
   template <int R>
   void settle(int r0, bool plain, float* s, vf* top) {
     for (int r = 0; r < R; ++r) {
-      const vf factor = factors[r0 + r];
-      raw_top[r0 + r] = top[r], raw[r0 + r] = plain && are_factors(factor);
+      const vf factor = numbers_only(factors[r0 + r]), none = set1(-INFINITY);
+      raw[r0 + r] = plain && !is_wide() && !any_above(set1(0.f), factor) && !any_above(factor, set1(1e30f));
+      raw_top[r0 + r] = top[r];
+      if (is_wide()) continue;
       if (raw[r0 + r]) {
-        top[r] = (top[r] - set1(kSumBase)) * factor;
+        top[r] = (top[r] - set1(kSumBase)) * factors[r0 + r];
+        top[r] = vmax(top[r], none);  // for NaN
         continue;
       }
-      top[r] = set1(-INFINITY);
+      top[r] = none;
       for (int64_t j = 0; j < keys; ++j) {
-        const vf x = (load(s + j * kTileRows + r * W) - set1(kSumBase)) * factor;
+        const vf x = (load(s + j * kTileRows + r * W) - set1(kSumBase)) * factors[r0 + r];
         store(s + j * kTileRows + r * W, x);
         top[r] = vmax(x, top[r]);
       }
     }
   }
+#endif
 
 #ifndef TAMIS_WORDS
   // Exactly 1 at 0, so that a single key gives its value.
@@ -292,10 +309,11 @@ struct Int8Engine {
     const bool numbers = !(a.softcap > 0) && (!a.attn_mask.data || a.attn_mask.dtype == TAMIS_BOOL);
     for (int r = 0; r < R; ++r) {
       const int at = r0 + r;
-      if (raw[at] && are_tame_factors(factors[at]))
-        sum[r] = weigh_rows(Words<Of::products>(raw_top[at], factors[at]), at, s, put);
-      else if (raw[at])
-        sum[r] = weigh_rows(Words<Of::far_products>(raw_top[at], factors[at]), at, s, put);
+      const vf factor = numbers_only(factors[at]);
+      if (raw[at])
+        sum[r] = fma(factors[at], set1(0.f),
+                     are_tame_factors(factor) ? weigh_rows(Words<Of::products>(raw_top[at], factor), at, s, put)
+                                              : weigh_rows(Words<Of::far_products>(raw_top[at], factor), at, s, put));
       else if (numbers && are_tame(block_top[r]))
         sum[r] = weigh_rows(Words<Of::scores>(block_top[r], set1(1.f)), at, s, put);
       else
@@ -332,9 +350,9 @@ struct Int8Engine {
     const uint8_t* rows = p + r0 * W * 4;
     o += r0 * W;
     if (keys == kKeys)
-      pv_part<R, kKeys / 4>(rows, v, 0, a.value_dim, value_start, scale, share, alpha, o);
+      pv_part<kKeys / 4, R>(rows, v, kKeys / 4, a.value_dim, value_start, scale, share, alpha, o);
     else
-      pv_part<R, 0>(rows, v, (keys + 3) / 4, a.value_dim, value_start, scale, share, alpha, o);
+      pv_part<0, R>(rows, v, (keys + 3) / 4, a.value_dim, value_start, scale, share, alpha, o);
   }
   // A softcap must see the scores of the unsmoothed key.
   void unsmooth(int64_t tile, int vecs, float* s) const {

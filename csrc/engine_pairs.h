@@ -120,21 +120,25 @@ struct PairEngine : Int8Engine {
   }
   void use_part(int64_t) {}
 
-  template <int R, int N>
+  template <bool kWide, int R, int N>
   void qk(const uint8_t* rows, int64_t j, const vf* factor, float* s, vf* top) const {
     vi acc[N][R];
     dot_lines<R, N>(rows, key, j, key.ld / 4, acc);
-    put_scores<R, N>(acc, factor, s + j * kTileRows, top);
+    put_scores<kWide, R, N>(acc, factor, s + j * kTileRows, top);
   }
   template <int R>
   void scores(int64_t tile, int r0, bool plain, float* s, vf* top) {
     const uint8_t* rows = q_forms + tile * kTileRows * kForms * key.ld + r0 * W * 4;
     const vf* factor = set_factors<R>(tile, r0);
-    int64_t j = 0;
     s += r0 * W;
-    for (; j + kLines<R> <= keys; j += kLines<R>) qk<R, kLines<R>>(rows, j, factor, s, top);
-    for (; j < keys; ++j) qk<R, 1>(rows, j, factor, s, top);
-    if (kRawScores) settle<R>(r0, plain, s, top);
+    is_wide() ? qk_all<true, R>(rows, factor, s, top) : qk_all<false, R>(rows, factor, s, top);
+    settle<R>(r0, plain, s, top);
+  }
+  template <bool kWide, int R>
+  void qk_all(const uint8_t* rows, const vf* factor, float* s, vf* top) const {
+    int64_t j = 0;
+    for (; j + kLines<R> <= keys; j += kLines<R>) qk<kWide, R, kLines<R>>(rows, j, factor, s, top);
+    for (; j < keys; ++j) qk<kWide, R, 1>(rows, j, factor, s, top);
   }
 
   template <int R>

@@ -95,10 +95,10 @@ static inline int32_t sum_lanes_of(vi a) { return _mm512_reduce_add_epi32(a); }
 // w is at most .26% off, and less by up to 1 that the shift cuts off; 1/128 of it, rounded, is the byte. u beyond 16
 // bits saturates, which gives 0.
 enum class Of {
-  scores,        // no difference is taken before u: largest * unit is rounded, so all of a row are off alike, by half of u's
+  scores,        // no difference is taken before u: all of a row are off alike, by half of u's unit
   wild_scores,   // they are far from zero, or some may be NaN, which the sum shows
-  products,      // kSumBase + products of bytes; unit is changed such that largest * unit is whole: by .5 / 2^23
-  far_products,  // for which that would leave 24 bits
+  products,      // kSumBase + products of bytes, again without a difference
+  far_products,  // their factors would make start too large
 };
 template <Of kOf>
 struct Words {
@@ -112,8 +112,11 @@ struct Words {
     largest = where_minus_inf_zero(top), unit = factor * set1(kPerScore), start = set1(kMagic);
     if (kOf == Of::scores) start = fma(largest, unit, start);
     if (kOf == Of::products) {
-      const vf whole = _mm512_roundscale_ps(largest * unit, _MM_FROUND_TO_NEAREST_INT | _MM_FROUND_NO_EXC);
-      start = start + whole, unit = fma(_mm512_fnmadd_ps(largest, unit, whole), _mm512_rcp14_ps(largest), unit);
+      // Rounding start would shift a row's u by up to half its last place. Since products are large a change of unit by
+      // that / largest, less than 2^-23, makes up for it; rounded up, so that the largest comes to 0 or less.
+      start = fma(largest, unit, start);
+      const vf missing = _mm512_fnmadd_ps(largest, unit, start - set1(kMagic));
+      unit = _mm512_fmadd_round_ps(missing, _mm512_rcp14_ps(largest), unit, _MM_FROUND_TO_POS_INF | _MM_FROUND_NO_EXC);
     }
     unit = vmax(unit, set1(1e-30f));  // -inf is infinitely far
     total = _mm512_setzero_si512();
@@ -146,13 +149,13 @@ struct Words {
   }
   vf sum() const { return _mm512_mask_mov_ps(to_float(total) * set1(1.f / kUnit), broken, set1(NAN)); }
 };
-// Whether start stays below 2^24: by the largest scores of rows, and by the factors of products. A row of NaN alone has
-// -inf there.
+// By the largest scores of rows: start stays below 2^24. A row of NaN alone has -inf there.
 static inline bool are_tame(vf largest) {
   return _mm512_cmp_ps_mask(vabs(largest), set1(1024.f), _CMP_LT_OQ) == 0xffff;
 }
+// By the factors of products, up to scores of 1,100 at head_dim 64: start stays below 2^26, and its last place is 4.
 static inline bool are_tame_factors(vf factor) {
-  return _mm512_cmp_ps_mask(factor, set1(1.69e-4f), _CMP_LT_OQ) == 0xffff;
+  return _mm512_cmp_ps_mask(factor, set1(1.1e-3f), _CMP_LT_OQ) == 0xffff;
 }
 constexpr bool kRawScores = true;
 static inline vf load_bf16(const uint16_t* p) {

@@ -6,6 +6,7 @@
 #pragma once
 #include <omp.h>
 #include <sched.h>
+#include <time.h>
 
 #include "attend.h"
 
@@ -17,10 +18,12 @@ struct Team {
 static inline void fail(Team& team, int status) { __atomic_store_n(&team.error, status, __ATOMIC_RELAXED); }
 static inline bool failed(const Team& team) { return __atomic_load_n(&team.error, __ATOMIC_RELAXED) != TAMIS_OK; }
 
-// Returns when every thread of the region is here. The work before was shared out evenly, so the others are looked for
-// before this thread lets go of its core: OpenMP's barrier would, where OMP_WAIT_POLICY is passive, sleep at once.
+// Returns when every thread of the region is here. They mostly come at the same time, so the others are looked for before
+// this thread lets go of its core: OpenMP's barrier would, where OMP_WAIT_POLICY is passive, sleep at once.
 static inline void meet(Team& team) {
   constexpr int kLooks = 1000;  // tens of microseconds, as long as it takes to be woken
+  constexpr int kYields = 100;
+  const timespec pause = {0, 50000};  // for one whose core is taken, if need be by this thread
   const int threads = omp_get_num_threads();
   if (threads == 1) return;
   const int before = __atomic_load_n(&team.meetings, __ATOMIC_ACQUIRE);
@@ -31,7 +34,7 @@ static inline void meet(Team& team) {
   }
   for (int looks = 0; __atomic_load_n(&team.meetings, __ATOMIC_ACQUIRE) == before; ++looks) {
     if (looks >= kLooks) {
-      sched_yield();
+      looks < kLooks + kYields ? (void)sched_yield() : (void)nanosleep(&pause, nullptr);
       continue;
     }
 #if defined(__x86_64__)

@@ -74,6 +74,29 @@ def test_single_token_is_its_value(engine: Engine) -> None:
     torch.testing.assert_close(result.lse.double(), expected, rtol=0, atol=2e-6)
 
 
+@pytest.mark.parametrize("dim", [64, 128, 256, 1000])
+def test_sums_as_large_as_they_get(engine: Engine, dim: int) -> None:
+    """Query and key whose bytes are all 127 or -127: the sum of the products is 127 * 127 * dim."""
+    dim = dim if engine.backend == "cpu" else min(dim, 256)
+    q, k = torch.ones(1, 1, 40, dim), torch.ones(1, 1, 130, dim)
+    k[:, :, ::2] *= -1
+    k[:, :, 5::7] *= 0.9
+    check(engine, q, k, torch.randn(1, 1, 130, 16), scale=2 / dim)
+    check(engine, q, k, torch.randn(1, 1, 130, 16), scale=-2 / dim)
+
+
+@pytest.mark.parametrize("odd", [4.0, 0.0, math.nan, math.inf])
+def test_a_row_is_its_own(engine: Engine, odd: float) -> None:
+    """Whatever its neighbours in a vector hold, a row's bits are those it has beside others."""
+    q, k, v = qkv(q_len=64, kv_len=300, dim=64)
+    alone = engine.attend(q, k, v, precision="int8")
+    q[:, :, ::20] *= odd
+    beside = engine.attend(q, k, v, precision="int8")
+    others = torch.arange(64) % 20 != 0
+    assert torch.equal(beside.output[:, :, others], alone.output[:, :, others])
+    assert torch.equal(beside.lse[:, :, others], alone.lse[:, :, others])
+
+
 def test_zero_channels_give_zero(engine: Engine) -> None:
     q, k, v = qkv(q_len=130)
     v[..., 5], v[:, 1] = 0, 0
