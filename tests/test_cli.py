@@ -179,6 +179,7 @@ def test_it_is_a_module_to_run(
     module: str, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setattr(sys, "argv", ["here", "--version"])
+    monkeypatch.delitem(sys.modules, f"{module}.__main__", raising=False)  # another test may have loaded it
     with pytest.raises(SystemExit) as stop:
         runpy.run_module(module, run_name="__main__")
     assert stop.value.code == 0

@@ -87,7 +87,7 @@ def select(
     assert num is not None and bits is not None
     kv_blocks = k_means.shape[2]
     width = kv_blocks if not trim else max(1, int(num.max())) if num.numel() else 1
-    return num, _expand(bits.data_ptr(), num, kv_blocks, width, args.threads)
+    return num, _expand(bits.data_ptr(), num, kv_blocks, width)
 
 
 Choice = tuple[
@@ -123,10 +123,10 @@ def _select_args(
     return [num, bits, must, *dense, *kept]
 
 
-def _expand(bits: int, num: Tensor, kv_blocks: int, width: int, threads: int) -> Tensor:
+def _expand(bits: int, num: Tensor, kv_blocks: int, width: int) -> Tensor:
     """Rows of bits at an address as lists of indices."""
     indices = torch.empty((*num.shape, width), dtype=torch.int32)
-    library.expand(bits, num, kv_blocks, width, indices, threads)
+    library.expand(bits, num, kv_blocks, width, indices, library.threads(4 * indices.numel()))
     return indices
 
 
@@ -163,7 +163,7 @@ def predict(
 def indices(args: native.Predict, bits: int, num: Tensor, trim: bool) -> Tensor:
     """The lists of a prediction that has run; trimmed, as wide as the longest."""
     kv_blocks = -(-args.key.seq // args.key.block)
-    return _expand(bits, num, kv_blocks, max(1, args.max_blocks) if trim else kv_blocks, args.threads)
+    return _expand(bits, num, kv_blocks, max(1, args.max_blocks) if trim else kv_blocks)
 
 
 WRITTEN = range(7)
