@@ -39,18 +39,20 @@ static int64_t visit_tile(Engine& e, const Item& it, State& st, int64_t tile, in
   const tamis_attend_args& a = e.a;
   const int vecs = (int)((rows + W - 1) / W);
   const bool plain = sight == Sight::all && !a.attn_mask.data && !(a.softcap > 0);
+  // Scores are hidden at most, not changed: so that a row's bits do not depend on whether its block is.
+  const bool kept = !(a.softcap > 0) && (!a.attn_mask.data || a.attn_mask.dtype == TAMIS_BOOL);
   float *m = st.m + tile * kTileRows, *l = st.l + tile * kTileRows;
   vf block_top[kVecs], top[kVecs], alpha[kVecs], share[kVecs];
   for (int r = 0; r < vecs; ++r) block_top[r] = set1(-INFINITY);
   for (int r = 0; r < vecs;) {
     if (Engine::kMostVecs >= 4 && r + 3 < vecs) {
-      e.template scores<Engine::kMostVecs>(tile, r, plain, st.s, block_top + r);
+      e.template scores<Engine::kMostVecs>(tile, r, kept, st.s, block_top + r);
       r += 4;
     } else if (r + 1 < vecs) {
-      e.template scores<2>(tile, r, plain, st.s, block_top + r);
+      e.template scores<2>(tile, r, kept, st.s, block_top + r);
       r += 2;
     } else {
-      e.template scores<1>(tile, r, plain, st.s, block_top + r);
+      e.template scores<1>(tile, r, kept, st.s, block_top + r);
       r += 1;
     }
   }
@@ -58,7 +60,7 @@ static int64_t visit_tile(Engine& e, const Item& it, State& st, int64_t tile, in
   if (!plain) {
     if (a.softcap > 0) e.unsmooth(tile, vecs, st.s);
     finish_scores(a, it, sight, it.i0 + tile * kTileRows, rows, j0, e.keys, st.s, seen);
-    for (int r = 0; r < vecs; ++r) block_top[r] = column_max(st.s, e.keys, r);
+    for (int r = 0; r < vecs; ++r) block_top[r] = e.top_score(r, column_max(st.s, e.keys, r));
   }
   bool active[kVecs], blind[kVecs];  // blind: sees no key of this block, so nothing was skipped
   for (int r = 0; r < vecs; ++r) {

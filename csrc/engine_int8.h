@@ -221,7 +221,7 @@ struct Int8Engine {
   bool is_wide() const { return a.packed.dim4 > kMostDim; }
 
   template <int R>
-  void scores(int64_t tile, int r0, bool plain, float* s, vf* top) {
+  void scores(int64_t tile, int r0, bool kept, float* s, vf* top) {
     const tamis_packed& k = a.packed;
     const uint8_t* rows = q + tile * kTileRows * k.dim4 + r0 * W * 4;
     const int8_t* block = k.key + kv_block * kKeys * k.dim4;
@@ -235,7 +235,7 @@ struct Int8Engine {
       qk_part<false, 128, R>(rows, block, k.dim4, keys, key_start, factor, s, top);
     else
       qk_part<false, 0, R>(rows, block, k.dim4, keys, key_start, factor, s, top);
-    settle<R>(r0, plain, s, top);
+    settle<R>(r0, kept, s, top);
   }
   template <int R>
   const vf* set_factors(int64_t tile, int r0) {
@@ -246,28 +246,30 @@ struct Int8Engine {
 #ifndef TAMIS_WORDS
   template <int R>
   void settle(int, bool, float*, vf*) {}
+  static vf top_score(int, vf top) { return top; }
 #else
-  // Weights can be made from products as they are, unless something is done to scores first, or a factor is negative or
-  // infinite: then products become scores. A row whose factor is NaN has its NaN from its sum of weights.
+  // Weights can be made from products as they are where scores are `kept`, unless a factor is negative or infinite: then
+  // products become scores. A row whose factor is NaN has its NaN from its sum of weights.
   template <int R>
-  void settle(int r0, bool plain, float* s, vf* top) {
+  void settle(int r0, bool kept, float* s, vf* top) {
     for (int r = 0; r < R; ++r) {
-      const vf factor = numbers_only(factors[r0 + r]), none = set1(-INFINITY);
-      raw[r0 + r] = plain && !is_wide() && !any_above(set1(0.f), factor) && !any_above(factor, set1(1e30f));
-      raw_top[r0 + r] = top[r];
-      if (is_wide()) continue;
-      if (raw[r0 + r]) {
-        top[r] = (top[r] - set1(kSumBase)) * factors[r0 + r];
-        top[r] = vmax(top[r], none);  // for NaN
-        continue;
-      }
-      top[r] = none;
+      const vf factor = numbers_only(factors[r0 + r]);
+      raw[r0 + r] = kept && !is_wide() && !any_above(set1(0.f), factor) && !any_above(factor, set1(1e30f));
+      if (raw[r0 + r]) top[r] = top_score(r0 + r, top[r]);
+      if (raw[r0 + r] || is_wide()) continue;
+      top[r] = set1(-INFINITY);
       for (int64_t j = 0; j < keys; ++j) {
         const vf x = (load(s + j * kTileRows + r * W) - set1(kSumBase)) * factors[r0 + r];
         store(s + j * kTileRows + r * W, x);
         top[r] = vmax(x, top[r]);
       }
     }
+  }
+  // Of the largest that is stored for vector r, -inf where a row sees nothing or its factor is NaN.
+  vf top_score(int r, vf top) {
+    if (!raw[r]) return top;
+    raw_top[r] = top;
+    return vmax((top - set1(kSumBase)) * factors[r], set1(-INFINITY));
   }
 #endif
 
@@ -311,9 +313,9 @@ struct Int8Engine {
       const int at = r0 + r;
       const vf factor = numbers_only(factors[at]);
       if (raw[at])
-        sum[r] = fma(factors[at], set1(0.f),
-                     are_tame_factors(factor) ? weigh_rows(Words<Of::products>(raw_top[at], factor), at, s, put)
-                                              : weigh_rows(Words<Of::far_products>(raw_top[at], factor), at, s, put));
+        sum[r] = choose_bits(factors[at] * set1(0.f), set1(0.f), above_bits(raw_top[at], set1(-INFINITY))) +
+                 (are_tame_factors(factor) ? weigh_rows(Words<Of::products>(raw_top[at], factor), at, s, put)
+                                           : weigh_rows(Words<Of::far_products>(raw_top[at], factor), at, s, put));
       else if (numbers && are_tame(block_top[r]))
         sum[r] = weigh_rows(Words<Of::scores>(block_top[r], set1(1.f)), at, s, put);
       else

@@ -127,12 +127,12 @@ struct PairEngine : Int8Engine {
     put_scores<kWide, R, N>(acc, factor, s + j * kTileRows, top);
   }
   template <int R>
-  void scores(int64_t tile, int r0, bool plain, float* s, vf* top) {
+  void scores(int64_t tile, int r0, bool kept, float* s, vf* top) {
     const uint8_t* rows = q_forms + tile * kTileRows * kForms * key.ld + r0 * W * 4;
     const vf* factor = set_factors<R>(tile, r0);
     s += r0 * W;
     is_wide() ? qk_all<true, R>(rows, factor, s, top) : qk_all<false, R>(rows, factor, s, top);
-    settle<R>(r0, plain, s, top);
+    settle<R>(r0, kept, s, top);
   }
   template <bool kWide, int R>
   void qk_all(const uint8_t* rows, const vf* factor, float* s, vf* top) const {

@@ -94,37 +94,41 @@ static inline int32_t sum_lanes_of(vi a) { return _mm512_reduce_add_epi32(a); }
 //   w = (32512 - f (21862 - 5642 f)) >> whole(u),   32512 = 128 * 254
 // w is at most .26% off, and less by up to 1 that the shift cuts off; 1/128 of it, rounded, is the byte. u beyond 16
 // bits saturates, which gives 0.
+constexpr float kFarFactor = 1.69e-4f;  // scores of 170 and more are possible then at head_dim 64
 enum class Of {
   scores,        // no difference is taken before u: all of a row are off alike, by half of u's unit
   wild_scores,   // they are far from zero, or some may be NaN, which the sum shows
   products,      // kSumBase + products of bytes, again without a difference
-  far_products,  // their factors would make start too large
+  far_products,  // the same but for rows whose factor would make start 2^24 and more
 };
 template <Of kOf>
 struct Words {
   static constexpr float kUnit = 32512.f, kPerScore = 2048 * 1.44269504088896f, kMagic = 8388608.f;  // 2^23
   vf largest, unit, start;  // start: kMagic + unit * largest, where nothing is subtracted before
   vi total;                 // of pairs of keys, in units of kUnit
-  __mmask16 broken;
+  __mmask16 broken, far;
 
   // Multiplied by `factor`, what is given are scores.
   Words(vf top, vf factor) {
     largest = where_minus_inf_zero(top), unit = factor * set1(kPerScore), start = set1(kMagic);
     if (kOf == Of::scores) start = fma(largest, unit, start);
-    if (kOf == Of::products) {
-      // Rounding start would shift a row's u by up to half its last place. Since products are large a change of unit by
-      // that / largest, less than 2^-23, makes up for it; rounded up, so that the largest comes to 0 or less.
-      start = fma(largest, unit, start);
-      const vf missing = _mm512_fnmadd_ps(largest, unit, start - set1(kMagic));
-      unit = _mm512_fmadd_round_ps(missing, _mm512_rcp14_ps(largest), unit, _MM_FROUND_TO_POS_INF | _MM_FROUND_NO_EXC);
+    if (kOf == Of::products || kOf == Of::far_products) {
+      // Rounding start would shift a row's u by up to half a unit. Since products are large, a change of `unit` by that
+      // / largest, less than 2^-24, makes up for it; rounded up, so that the largest comes to 0 or less.
+      const vf near = fma(largest, unit, start), missing = _mm512_fnmadd_ps(largest, unit, near - start);
+      far = _mm512_cmp_ps_mask(factor, set1(kFarFactor), _CMP_GE_OQ);
+      unit = _mm512_mask3_fmadd_round_ps(missing, _mm512_rcp14_ps(largest), unit, (__mmask16)~far,
+                                         _MM_FROUND_TO_POS_INF | _MM_FROUND_NO_EXC);
+      start = _mm512_mask_mov_ps(near, far, start);
     }
-    unit = vmax(unit, set1(1e-30f));  // -inf is infinitely far
+    unit = vmax(unit, set1(1e-30f));  // -inf is infinitely far; also for the NaN of rows that see nothing
     total = _mm512_setzero_si512();
     broken = 0;
   }
   vi below(const float* at) {
     vf x = load(at);
-    if (kOf == Of::wild_scores || kOf == Of::far_products) x = x - largest;
+    if (kOf == Of::wild_scores) x = x - largest;
+    if (kOf == Of::far_products) x = _mm512_mask_sub_ps(x, far, x, largest);
     if (kOf == Of::wild_scores) broken |= _mm512_cmp_ps_mask(x, x, _CMP_UNORD_Q);
     return _mm512_sub_epi32(bits_of(_mm512_fnmadd_ps(x, unit, start)), bits_of(set1(kMagic)));
   }
@@ -153,9 +157,8 @@ struct Words {
 static inline bool are_tame(vf largest) {
   return _mm512_cmp_ps_mask(vabs(largest), set1(1024.f), _CMP_LT_OQ) == 0xffff;
 }
-// By the factors of products, up to scores of 1,100 at head_dim 64: start stays below 2^26, and its last place is 4.
 static inline bool are_tame_factors(vf factor) {
-  return _mm512_cmp_ps_mask(factor, set1(1.1e-3f), _CMP_LT_OQ) == 0xffff;
+  return _mm512_cmp_ps_mask(factor, set1(kFarFactor), _CMP_LT_OQ) == 0xffff;
 }
 constexpr bool kRawScores = true;
 static inline vf load_bf16(const uint16_t* p) {
