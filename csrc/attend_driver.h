@@ -39,8 +39,7 @@ static int64_t visit_tile(Engine& e, const Item& it, State& st, int64_t tile, in
   const tamis_attend_args& a = e.a;
   const int vecs = (int)((rows + W - 1) / W);
   const bool plain = sight == Sight::all && !a.attn_mask.data && !(a.softcap > 0);
-  // Scores are hidden at most, not changed: so that a row's bits do not depend on whether its block is.
-  const bool kept = !(a.softcap > 0) && (!a.attn_mask.data || a.attn_mask.dtype == TAMIS_BOOL);
+  const bool kept = keeps_scores(a);  // and not `plain`: a row's bits would depend on what its neighbours see
   float *m = st.m + tile * kTileRows, *l = st.l + tile * kTileRows;
   vf block_top[kVecs], top[kVecs], alpha[kVecs], share[kVecs];
   for (int r = 0; r < vecs; ++r) block_top[r] = set1(-INFINITY);

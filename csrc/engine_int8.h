@@ -36,6 +36,7 @@ static inline void put_scores(const vi (&acc)[N][R], const vf* factor, float* s,
       top[r] = vmax(x, top[r]);
     }
 }
+// Adds sums, as bits of kSumBase + P8 . v8, to the running output.
 template <int R, int N>
 static inline void put_values(const vi (&acc)[N][R], const float* scale, const vf* share, const vf* alpha, float* o) {
 #pragma GCC unroll 16
@@ -307,8 +308,7 @@ struct Int8Engine {
     for (int64_t j = keys; j & 3; ++j)  // the last four keys may be fewer: value bytes are 0 there
       for (int r = 0; r < R; ++r) store(s + j * kTileRows + (r0 + r) * W, set1(-INFINITY));
 #ifdef TAMIS_WORDS
-    // A mask may add NaN to single scores, and a cap leave it beside numbers where scores of a row were infinite.
-    const bool numbers = !(a.softcap > 0) && (!a.attn_mask.data || a.attn_mask.dtype == TAMIS_BOOL);
+    const bool kept = keeps_scores(a);
     for (int r = 0; r < R; ++r) {
       const int at = r0 + r;
       const vf factor = numbers_only(factors[at]);
@@ -316,7 +316,7 @@ struct Int8Engine {
         sum[r] = choose_bits(factors[at] * set1(0.f), set1(0.f), above_bits(raw_top[at], set1(-INFINITY))) +
                  (are_tame_factors(factor) ? weigh_rows(Words<Of::products>(raw_top[at], factor), at, s, put)
                                            : weigh_rows(Words<Of::far_products>(raw_top[at], factor), at, s, put));
-      else if (numbers && are_tame(block_top[r]))
+      else if (kept && are_tame(block_top[r]))
         sum[r] = weigh_rows(Words<Of::scores>(block_top[r], set1(1.f)), at, s, put);
       else
         sum[r] = weigh_rows(Words<Of::wild_scores>(block_top[r], set1(1.f)), at, s, put);

@@ -12,10 +12,12 @@ typedef __m256i vi;
 constexpr int kQueryOffset = 128;
 constexpr int kProbOffset = 0;
 #ifdef TAMIS_VNNI
-constexpr int kQkTile = 6, kQkRest = 4, kPvTile = 6;  // 12 accumulators, 2 row vectors, 1 broadcast: 15 of 16 registers
+// 12 accumulators, 2 row vectors, 1 broadcast: 15 of 16 registers.
+constexpr int kQkTile = 6, kQkRest = 4, kPvTile = 6;
 #else
-#define TAMIS_PAIRS 1                    // bytes are multiplied by engine_pairs.h
-constexpr int kQkTile = 3, kQkRest = 1, kPvTile = 3;  // by four vectors of rows: 12 accumulators, broadcast, product, row, ones: 16
+#define TAMIS_PAIRS 1  // bytes are multiplied by engine_pairs.h
+// By four vectors of rows: 12 accumulators, broadcast, product, row, ones: 16 registers.
+constexpr int kQkTile = 3, kQkRest = 1, kPvTile = 3;
 #endif
 constexpr int kFullTile = 6;             // 12 accumulators, 2 row vectors, 1 broadcast: 15 of 16 registers
 

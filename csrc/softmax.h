@@ -36,6 +36,12 @@ static void apply_softcap(float* s, int64_t keys, float cap) {
   }
 }
 
+// Whether scores stay what the products make of them, but for those that are hidden: an added mask changes them, and may
+// add NaN to single ones, and a cap leaves NaN beside numbers where scores of a row were infinite.
+static inline bool keeps_scores(const tamis_attend_args& a) {
+  return !(a.softcap > 0) && (!a.attn_mask.data || a.attn_mask.dtype == TAMIS_BOOL);
+}
+
 // Adds an additive mask, and clears the bits of the rows that a mask hides.
 static void apply_mask(const tamis_attend_args& a, const Item& it, int64_t row0, int64_t rows, int64_t j0,
                        int64_t keys, float* s, uint32_t* seen) {

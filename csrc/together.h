@@ -33,14 +33,16 @@ static inline void meet(Team& team) {
     return;
   }
   for (int looks = 0; __atomic_load_n(&team.meetings, __ATOMIC_ACQUIRE) == before; ++looks) {
-    if (looks >= kLooks) {
-      looks < kLooks + kYields ? (void)sched_yield() : (void)nanosleep(&pause, nullptr);
-      continue;
-    }
+    if (looks >= kLooks + kYields) {
+      nanosleep(&pause, nullptr);
+    } else if (looks >= kLooks) {
+      sched_yield();
+    } else {
 #if defined(__x86_64__)
-    __builtin_ia32_pause();
+      __builtin_ia32_pause();
 #elif defined(__aarch64__)
-    __asm__ volatile("yield");
+      __asm__ volatile("yield");
 #endif
+    }
   }
 }
