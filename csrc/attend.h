@@ -13,7 +13,7 @@
 extern "C" {
 #endif
 
-#define TAMIS_ABI_VERSION 4
+#define TAMIS_ABI_VERSION 5
 #define TAMIS_EXPORT __attribute__((visibility("default")))
 
 enum { TAMIS_OK = 0, TAMIS_NO_MEMORY = 1, TAMIS_CORRUPT_MASK = 2, TAMIS_UNKNOWN_TARGET = 3 };
@@ -46,9 +46,10 @@ typedef struct {
   int64_t visible_stride[4];
 } tamis_geometry;
 
-/* Quantised key and value, in blocks of 64 keys. C-contiguous; `capacity` blocks are allocated per head. */
+/* Quantised key and value, in blocks of 64 keys. C-contiguous; `capacity` blocks are allocated per head. Every `mixed`
+ * neighbouring channels of a key, a power of two that divides head_dim, are mixed (mix.h); 1: none are. */
 typedef struct {
-  int64_t capacity, dim4; /* dim4: a multiple of 4, not below head_dim; zeros beyond it */
+  int64_t capacity, dim4, mixed; /* dim4: a multiple of 4, not below head_dim; zeros beyond it */
   int8_t* key;            /* [batch, kv_heads, capacity, 64, dim4] */
   float* key_scale;       /* [batch, kv_heads, capacity] */
   int32_t* key_sum;       /* [batch, kv_heads, capacity, 64]: sum of a key's int8 entries */

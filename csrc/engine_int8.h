@@ -126,29 +126,27 @@ static __attribute__((noinline)) void pv_part(const uint8_t* p, const int8_t* v,
     pv_int8<R, 1>(p, v + c * kKeys, fours, start + c, scale + c, share, alpha, o + c * kTileRows);
 }
 
-// Quantises a tile of query rows, `dim` (a multiple of 4 from head_dim on) bytes each, into [dim / 4][32][4].
+// Mixes and quantises a tile of query rows, `dim` (a multiple of 4 from head_dim on) bytes each, into [dim / 4][32][4].
 // `row_scale` gets each row's scale, the softmax scale included; `shift` its scaled product with the key mean.
-static void quantise_tile(const tamis_attend_args& a, const Item& it, const float* rows, int64_t ld, int64_t dim,
+static void quantise_tile(const tamis_attend_args& a, const Item& it, float* rows, int64_t ld, int64_t dim,
                           int8_t* bytes, uint8_t* to, float* row_scale, float* shift) {
   const float* mean = a.packed.key_mean + (it.b * a.kv_heads + it.kv_head) * a.head_dim;
   const int64_t ld_bytes = round_up(dim, 16), even = a.head_dim / W * W;
+  const float scale = a.scale * root_of_mixed(a.packed);
   for (int64_t i = 0; i < kTileRows; ++i) {
-    const float* x = rows + i * ld;
-    vf tops = set1(0.f), broken = set1(0.f), products = set1(0.f);
+    float* x = rows + i * ld;
+    vf broken = set1(0.f), products = set1(0.f);
     for (int64_t c = 0; c < even; c += W) {
       const vf y = load(x + c);
-      tops = vmax(vabs(y), tops);
       broken = fma(y, set1(0.f), broken);
       products = fma(y, load(mean + c), products);
     }
-    float top = max_lanes(tops), bad = sum_lanes(broken), product = sum_lanes(products);
-    for (int64_t c = even; c < a.head_dim; ++c) {
-      top = fabsf(x[c]) > top ? fabsf(x[c]) : top;
-      bad += x[c] * 0.f, product += x[c] * mean[c];
-    }
+    float bad = sum_lanes(broken), product = sum_lanes(products);
+    for (int64_t c = even; c < a.head_dim; ++c) bad += x[c] * 0.f, product += x[c] * mean[c];
+    float top = max_lanes(mix_row(x, ld, a.packed.mixed));
     // A NaN or infinite row keeps a broken scale, so that its own output shows it and no other does.
     if (bad != 0.f) top = NAN;
-    row_scale[i] = top / 127.f * a.scale;
+    row_scale[i] = top / 127.f * scale;
     shift[i] = product * a.scale;
     quantise_row(x, ld, inverse_scale(top), bytes + i * ld_bytes);
     if (ld_bytes > ld) memset(bytes + i * ld_bytes + ld, 0, ld_bytes - ld);

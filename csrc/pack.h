@@ -1,6 +1,7 @@
 // Key and value in 8 bits, 64 keys a block: one scale per key block, one per value channel of a block.
-// Keys have their head's mean subtracted. Layout: tamis_packed in attend.h.
+// Keys have their head's mean subtracted, and their channels mixed. Layout: tamis_packed in attend.h.
 #pragma once
+#include "mix.h"
 #include "summarize.h"
 
 struct PackScratch {
@@ -15,8 +16,8 @@ struct PackScratch {
   }
 };
 
-// Loads a block; rows that do not count become zero. Of a key, less its mean, returns the largest absolute entry, NaN
-// where one is NaN or infinite.
+// Loads a block; rows that do not count become zero. Of a key, less its mean and mixed, returns the largest absolute entry,
+// NaN where one is NaN or infinite.
 static float load_block(const tamis_pack_args& a, const tamis_tensor& t, int64_t b, int64_t h, int64_t j0, int64_t n,
                         int64_t dim, const float* mean, float* rows) {
   const int64_t padded = round_up(dim, 16);
@@ -33,9 +34,9 @@ static float load_block(const tamis_pack_args& a, const tamis_tensor& t, int64_t
     for (int64_t c = 0; c < padded; c += W) {
       const vf x = load(row + c) - load(mean + c);
       store(row + c, x);
-      top = vmax(vabs(x), top);
       broken = fma(x, set1(0.f), broken);
     }
+    top = vmax(mix_row(row, padded, a.packed.mixed), top);
   }
   return sum_lanes(broken) == 0.f ? max_lanes(top) : NAN;
 }
@@ -58,7 +59,7 @@ static void pack_key_block(const tamis_pack_args& a, int64_t b, int64_t h, int64
       memset(to + j * p.dim4, 0, p.dim4);
     }
   }
-  p.key_scale[at] = finite ? top / 127.f : NAN;
+  p.key_scale[at] = finite ? top / 127.f * root_of_mixed(p) : NAN;
 }
 
 static void pack_value_block(const tamis_pack_args& a, int64_t b, int64_t h, int64_t block, PackScratch s) {

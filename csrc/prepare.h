@@ -101,7 +101,10 @@ static int make_room(tamis_attend_args& a, Prepared& p) {
   if (!p.pack && !tiles) return TAMIS_OK;
   p.parts = blocks_of(a.geometry.kv_len, 64), p.wide = round_up(a.value_dim, 16);
   p.key_bytes = round_up(a.head_dim * (a.int8 ? 1 : 2), 64);
-  if (p.pack) a.packed.capacity = p.parts, a.packed.dim4 = tiles ? p.key_bytes : round_up(a.head_dim, 4);
+  if (p.pack) {
+    a.packed.capacity = p.parts, a.packed.dim4 = tiles ? p.key_bytes : round_up(a.head_dim, 4);
+    a.packed.mixed = a.head_dim & -a.head_dim;
+  }
   Pieces measure{nullptr};
   lay_out(measure, a, p.pack, tiles, p, a.packed);
   p.memory = (char*)aligned_alloc(64, measure.at + 64);

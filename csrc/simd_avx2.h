@@ -102,6 +102,10 @@ static inline vf choose_bits(vf a, vf b, uint32_t bits) {
   vi on = _mm256_cmpeq_epi32(_mm256_and_si256(_mm256_set1_epi32((int)bits), lane), lane);
   return _mm256_blendv_ps(b, a, _mm256_castsi256_ps(on));
 }
+template <int kApart>
+static inline vf swapped(vf a) {
+  return kApart == 1 ? _mm256_permute_ps(a, 0xb1) : kApart == 2 ? _mm256_permute_ps(a, 0x4e) : _mm256_permute2f128_ps(a, a, 1);
+}
 static inline float sum_lanes(vf a) {
   __m128 s = _mm_add_ps(_mm256_castps256_ps128(a), _mm256_extractf128_ps(a, 1));
   s = _mm_add_ps(s, _mm_movehl_ps(s, s));

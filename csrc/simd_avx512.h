@@ -59,6 +59,13 @@ static inline vf where_minus_inf_zero(vf a) {
 static inline vf choose_bits(vf a, vf b, uint32_t bits) { return _mm512_mask_mov_ps(b, (__mmask16)bits, a); }
 static inline vf numbers_only(vf a) { return _mm512_maskz_mov_ps(_mm512_cmp_ps_mask(a, a, _CMP_ORD_Q), a); }
 static inline vf load_some(const float* p, int64_t n) { return _mm512_maskz_loadu_ps((__mmask16)((1u << n) - 1), p); }
+template <int kApart>
+static inline vf swapped(vf a) {
+  return kApart == 1   ? _mm512_permute_ps(a, 0xb1)
+         : kApart == 2 ? _mm512_permute_ps(a, 0x4e)
+         : kApart == 4 ? _mm512_shuffle_f32x4(a, a, 0xb1)
+                       : _mm512_shuffle_f32x4(a, a, 0x4e);
+}
 static inline float sum_lanes(vf a) { return _mm512_reduce_add_ps(a); }
 static inline float max_lanes(vf a) { return _mm512_reduce_max_ps(a); }
 static inline vi broadcast4(const int8_t* p) {

@@ -68,6 +68,11 @@ static inline uint32_t above_bits(vf a, vf b) {
   for (int i = 0; i < W; ++i) r |= (uint32_t)(a[i] > b[i]) << i;
   return r;
 }
+// Lanes that are so far apart change places.
+template <int kApart>
+static inline vf swapped(vf a) {
+  return kApart == 1 ? vf{a[1], a[0], a[3], a[2]} : vf{a[2], a[3], a[0], a[1]};
+}
 static inline float sum_lanes(vf a) { return (a[0] + a[1]) + (a[2] + a[3]); }
 static inline float max_lanes(vf a) {
   float m = a[0];

@@ -72,6 +72,10 @@ static inline vf where_minus_inf_zero(vf a) {
 static inline vf choose_bits(vf a, vf b, uint32_t bits) {
   return vbslq_f32(vtstq_u32(vdupq_n_u32(bits), lane_bits()), a, b);
 }
+template <int kApart>
+static inline vf swapped(vf a) {
+  return kApart == 1 ? vrev64q_f32(a) : vextq_f32(a, a, 2);
+}
 static inline float sum_lanes(vf a) { return vaddvq_f32(a); }
 static inline float max_lanes(vf a) {
   float m = a[0];

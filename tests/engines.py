@@ -39,6 +39,10 @@ class Engine:
         with cpu.force_target(self.target):
             yield
 
+    def unmixed(self, x: Tensor) -> Tensor:
+        """Queries or keys that become `x` when this engine mixes their channels."""
+        return x if self.backend == "triton" else (x.double() @ oracle.mixer(x.shape[-1])).to(x.dtype)
+
     def grain(
         self, query: Tensor, value: Tensor, block_size: tuple[int, int] = (128, 64), regular: bool = True
     ) -> dict[str, int]:
@@ -171,8 +175,8 @@ def moved(what: Any, device: str) -> Any:
         lists = (moved(what.kv_num_blocks, device), moved(what.kv_indices, device))
         return tamis.BlockMask(*lists, what.block_size, what.seq_lens)
     if isinstance(what, tamis.PackedKV) and what.tensors[0].device.type != device:
-        tensors = (*(moved(t, device) for t in what.tensors[:7]), what.tensors[7])
-        return tamis.PackedKV(tensors, what.length, moved(what._tail, device), "triton")
+        tensors = [moved(t, device) for t in what.tensors[:7]]
+        return tamis.PackedKV(tensors, what.length, what.mixed, moved(what._tail, device), "triton")
     if isinstance(what, tamis.AttentionStats):
         what.counts = moved(what.counts, device)
     if isinstance(what, tamis.AttentionOutput):

@@ -220,6 +220,15 @@ def used_key_blocks(blocks: Tensor, block_size: tuple[int, int], kv_heads: int, 
     return used.repeat_interleave(block_size[1] // KEY_BLOCK, -1)[..., : -(-kv_len // KEY_BLOCK)]
 
 
+def mixer(dim: int) -> Tensor:
+    """fp64 `[dim, dim]`, orthogonal and its own inverse: H / sqrt(n) of every n neighbours, the most that fit in `dim`."""
+    size = dim & -dim
+    places = torch.arange(size)
+    both = places[:, None] & places
+    odd = torch.stack([both >> bit & 1 for bit in range(size.bit_length())]).sum(0) % 2
+    return torch.block_diag(*[(1.0 - 2.0 * odd.double()) / size**0.5] * (dim // size))
+
+
 class _Scores(NamedTuple):
     """What both 8-bit schemes start from, all heads repeated, fp64."""
 
@@ -241,9 +250,10 @@ def _int8_scores(
     segments: Pair | None = None,
     mean: Tensor | None = None,
     rounds: bool = True,
+    mixes: bool = True,
     **masks: Any,
 ) -> _Scores:
-    """Q one step per row, K less its mean one per 64 keys; without `rounds` both as they are."""
+    """Q one step per row, K less its mean one per 64 keys, of `mixed` channels; without `rounds` both as they are."""
     heads, q_len, kv_len, dim = query.shape[1], query.shape[2], key.shape[2], query.shape[3]
     scale = dim**-0.5 if scale is None else scale
     seen = visible(
@@ -259,8 +269,9 @@ def _int8_scores(
         key, value = key.masked_fill(padding, 0), value.masked_fill(padding, 0)
     query_rounded, key_rounded = query, _repeat_heads(key, heads)
     if rounds:
-        query_int, query_step = _quantise(query, (-1,))
-        key_int, key_step = _quantise(_key_blocks(key), (-2, -1))
+        mixing = mixer(dim) if mixes else torch.eye(dim, dtype=torch.float64)
+        query_int, query_step = _quantise(query @ mixing, (-1,))
+        key_int, key_step = _quantise(_key_blocks(key @ mixing), (-2, -1))
         query_rounded, key_rounded = query_int * query_step, _repeat_heads((key_int * key_step).flatten(2, 3), heads)
     scores = _scores(
         query_rounded, key_rounded[:, :, :kv_len], scale=scale, softcap=softcap, attn_mask=attn_mask, seen=seen
@@ -294,8 +305,8 @@ def attention_int8(
 ) -> Result:
     """The int8 algorithm in fp64.
 
-    Steps: Q one per row, K less its mean one per 64 keys, V one per channel and 64 keys, P 1/254 of its row's largest
-    in the 64 keys.
+    Steps: Q one per row, K less its mean one per 64 keys, both of mixed channels, V one per channel and 64 keys, P 1/254
+    of its row's largest in the 64 keys.
 
     `words`: P, before it is rounded to 1/254, is a multiple of 1/32512, from a polynomial of integers in the fraction
     of the score's base 2 logarithm, which has 11 bits; the denominator is the sum of these weights.
@@ -375,17 +386,18 @@ def attention_gpu(
     values: torch.dtype,
     rounds: bool = True,
     packed: bool = False,
+    mixes: bool = False,
     sink_logits: Tensor | None = None,
     **options: Any,
 ) -> Result:
     """The algorithms of GPU kernels in fp64.
 
-    Steps: Q and K as in `attention_int8` if `rounds`, else as they are. P in the type `weights` against its row's
+    Steps: Q and K as in `attention_int8` if `rounds`, mixed only if `mixes`, else as they are. P in the type `weights` against its row's
     maximum so far, 64 keys at a time, which e4m3 takes over the 64 keys alone and brings to 256. V in the type
     `values`: e4m3 has 448 steps of the largest entry of a channel; a `packed` one is as in `attention_int8`. The
     denominator is not rounded.
     """
-    scores, shift, v = _int8_scores(query, key, value, rounds=rounds, **options)
+    scores, shift, v = _int8_scores(query, key, value, rounds=rounds, mixes=mixes, **options)
     if packed:
         value_int, value_step = _quantise(_key_blocks(v), (-2,))
         v = (value_int * value_step).flatten(2, 3)[:, :, : key.shape[2]]

@@ -24,13 +24,18 @@ import tamis
 # output. Of the query and key entries about 127 * 2 * 1e-7 flip, each worth 1/127 of a largest entry in one of head_dim
 # terms of a score: below 1e-3 of one row.
 FLIPS = 1e-3
+# Of a row alone: one probability that flips moves the mean of 65 values, which is small, by 8e-4 of itself. With weights in
+# integers of 16 bits one or two do: they are off by up to 1.7e-4 all alike.
+FLIPS_OF_A_ROW = 3e-3
 
 
-def check(engine: Engine, q: Tensor, k: Tensor, v: Tensor, *, block_mask: Any = None, **options: Any) -> Any:
-    """Against the formulas, and against the truth with the formulas as the yardstick."""
+def check(
+    engine: Engine, q: Tensor, k: Tensor, v: Tensor, *, block_mask: Any = None, size: float = 0.0, **options: Any
+) -> Any:
+    """Against the formulas, and against the truth with the formulas as the yardstick; `size`: of the largest scores."""
     result, formulas = engine.check_int8(q, k, v, block_mask=block_mask, **options)
-    rounding = torch.finfo(q.dtype).eps
-    assert oracle.relative_l1(result.output, formulas.output) <= FLIPS + rounding
+    rounding = torch.finfo(q.dtype).eps + size * 2**-23
+    assert oracle.relative_l1(result.output, formulas.output) <= (FLIPS_OF_A_ROW if q.shape[2] == 1 else FLIPS) + rounding
     return result
 
 
@@ -78,7 +83,7 @@ def test_single_token_is_its_value(engine: Engine) -> None:
 def test_sums_as_large_as_they_get(engine: Engine, dim: int) -> None:
     """Query and key whose bytes are all 127 or -127: the sum of the products is 127 * 127 * dim."""
     dim = dim if engine.backend == "cpu" else min(dim, 256)
-    q, k = torch.ones(1, 1, 40, dim), torch.ones(1, 1, 130, dim)
+    q, k = engine.unmixed(torch.ones(1, 1, 40, dim)), engine.unmixed(torch.ones(1, 1, 130, dim))
     k[:, :, ::2] *= -1
     k[:, :, 5::7] *= 0.9
     check(engine, q, k, torch.randn(1, 1, 130, 16), scale=2 / dim)
@@ -170,7 +175,7 @@ def test_long_flat_rows_keep_their_mass(engine: Engine) -> None:
 
 def test_logits_of_ten_thousand(engine: Engine) -> None:
     """Row i looks up key 7i: logit 1e4 against -1e4, in any block, masked or not."""
-    codes = torch.randint(0, 2, (130, 32)).float() * 2 - 1
+    codes = engine.unmixed(torch.randint(0, 2, (130, 32)).float() * 2 - 1)
     k = codes[None, None].clone()
     rows = torch.arange(0, 130, 7)
     q = codes[rows][None, None] * (1e4 * 32**0.5 / 32)
@@ -239,7 +244,7 @@ def test_scores_far_from_zero(engine: Engine, size: float) -> None:
     near = (scores := q.double() @ k.double().mT / 16) > scores.amax(-1, keepdim=True) - 3
     assert (scores.amax(-1) > size * 0.9).all()
     assert (near.sum(-1) > 30).all()
-    check(engine, q, k, v)
+    check(engine, engine.unmixed(q), engine.unmixed(k), v, size=size)
 
 
 def test_the_lowest_mask_means_almost_never(engine: Engine) -> None:

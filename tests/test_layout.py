@@ -18,7 +18,7 @@ ROOT = Path(tamis.__file__).parent
 
 # A module may import its own package and what stands before it; modules of one line do not know each other.
 ORDER = [
-    {"errors", "call", "geometry", "traced", "version"},
+    {"errors", "call", "geometry", "mixing", "traced", "version"},
     {"block_mask", "merge", "stats", "packed"},
     {"backends", "predictors"},
     {"compensate", "known"},

@@ -8,7 +8,7 @@ from typing import Any
 import oracle
 import pytest
 import torch
-from engines import Engine
+from engines import DEVICE, Engine, value_step
 from samples import assert_reordered, block_mask, qkv
 from torch import Tensor
 
@@ -18,8 +18,9 @@ BLOCKS = 6  # the tensors of a PackedKV that have one entry per block, before th
 
 
 def pack(engine: Engine, key: Tensor, value: Tensor) -> Any:
+    """Packed by the engine; on a GPU by a CPU."""
     with engine.selected():
-        return tamis.pack_kv(key, value)
+        return tamis.pack_kv(key, value, backend=engine.backend if DEVICE == "cpu" else None)
 
 
 def stored(packed: Any) -> list[Tensor]:
@@ -134,6 +135,19 @@ def test_room_behind_the_length_is_never_read(engine: Engine) -> None:
     result = engine.attend(q, packed, None, precision="int8")
     assert torch.equal(result.output, clean.output)
     assert torch.equal(result.lse, clean.lse)
+
+
+@pytest.mark.parametrize("mixed", [1, 8], ids=["as on a GPU", "as on a CPU"])
+def test_packs_of_other_backends(engine: Engine, mixed: int) -> None:
+    """Keys with a mean and a large channel, whose channels are mixed or not, whatever this engine does itself."""
+    q, k, v = qkv(heads=4, kv_heads=2, q_len=70, kv_len=200, dim=40)
+    k = k * torch.tensor([5.0] + 39 * [1.0]) + torch.randn(40)
+    as_packed = k if mixed > 1 else (k.double() @ oracle.mixer(40)).float()
+    packed = tamis.pack_kv(as_packed, v, backend="reference")
+    tensors = [*packed.tensors[:6], k.mean(2)]
+    packed = tamis.PackedKV(tensors, 200, mixed, packed._tail, "reference")
+    result, formulas = engine.check_int8(q, k, v, packed=packed, formulas={"mixes": mixed > 1}, causal=True)
+    assert oracle.relative_l1(result.output, formulas.output) <= 1e-3 + value_step(result.stats)
 
 
 def test_packed_is_small() -> None:

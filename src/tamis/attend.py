@@ -15,7 +15,7 @@ from tamis.block_mask import BlockMask
 from tamis.call import DTYPES, Call, PerHead, Prepared, flatten, make_call, refuse_gradients
 from tamis.compensate import add_centroids
 from tamis.errors import UnsupportedError
-from tamis.packed import PackedKV, check_layout, check_tensor, length_tensor, tails
+from tamis.packed import PackedKV, check_layout, check_tensor, tails
 from tamis.predictors.base import Predictor
 from tamis.predictors.sparge import Sparge
 from tamis.stats import AttentionOutput, AttentionStats
@@ -441,13 +441,14 @@ def _check_equal_heads(query: Tensor, key: Tensor) -> None:
         )
 
 
-def pack_kv(key: Tensor, value: Tensor, precision: str = "int8") -> PackedKV:
+def pack_kv(key: Tensor, value: Tensor, precision: str = "int8", *, backend: str | None = None) -> PackedKV:
     """Quantise key and value once, to use them in many calls of `attend(.., precision="int8")`.
 
     Args:
         key: `[batch, kv_heads, kv_len, head_dim]`, float32, bfloat16 or float16.
         value: `[batch, kv_heads, kv_len, value_dim]`.
         precision: "int8".
+        backend: None (the first that can), "cpu", "triton" or "reference", as in `attend`; any of them can read it.
 
     Returns:
         A `PackedKV`, about a quarter of the size of float32 (plus scales; from head_dim 64 on); `.append` adds to it.
@@ -455,7 +456,7 @@ def pack_kv(key: Tensor, value: Tensor, precision: str = "int8") -> PackedKV:
     Raises:
         TypeError, ValueError: as `attend`. UnsupportedError: precision "full" or "fp8", or an input requires grad.
 
-    Source: SageAttention (arXiv 2410.02367), section 4.2 (smoothing); value scales per channel and block are ours.
+    Source: SageAttention (arXiv 2410.02367), section 4.2 (smoothing), and those of `tamis.mixing`; value scales per channel and block are ours.
 
     Example:
         >>> import torch, tamis
@@ -475,11 +476,11 @@ def pack_kv(key: Tensor, value: Tensor, precision: str = "int8") -> PackedKV:
     call = make_call(key, key, value, precision="int8")
     assert call.key is not None
     assert call.value is not None
-    name = base.choose(call, None)
+    name = base.choose(call, backend)
     mean = base.key_mean(call.key, None, None, name)
     tensors = base.pack_kv(call.key, call.value, mean, None, name)
-    length = call.kv_len
-    return PackedKV((*tensors, mean, length_tensor(length)), length, tails(call.key, call.value), name)
+    mixed = base.mixed(key.shape[-1], name)
+    return PackedKV([*tensors, mean], call.kv_len, mixed, tails(call.key, call.value), name)
 
 
 def _check_pack(key: Tensor, value: Tensor) -> None:

@@ -26,6 +26,7 @@ from tamis import geometry
 from tamis.backends import base
 from tamis.block_mask import dense_blocks
 from tamis.call import Call
+from tamis.mixing import mix
 
 TILE = 64  # keys of a `PackedKV` that share a scale
 # Bytes of scores at a time: on a CPU what its caches hold, elsewhere what keeps a device busy.
@@ -87,7 +88,7 @@ def _add_centroids(
     softcap: float | None,
     backend: str,
 ) -> None:
-    kv_len = int(packed[7]) if key is None else key.shape[2]
+    kv_len = int(packed[7][0]) if key is None else key.shape[2]
     if query.numel() == 0 or kv_len == 0:
         return
     # Keys that a mask hides from every row are padding: no mean holds them.
@@ -175,7 +176,8 @@ def _packed_means(packed: list[Tensor], kv_len: int, block: int, counted: Tensor
     # Factors 0 and 1, and sums of 64: exact integers.
     keys = (key8 * inside[..., None]).sum(3, dtype=torch.int32)[..., : mean.shape[-1]] * key_scale[..., None]
     values = (value8 * inside[..., None, :]).sum(4, dtype=torch.int32) * value_scale
-    keys, values, number = (_tile_sums(part, block) for part in (keys + mean * number, values, number))
+    keys = mix(keys, int(packed[7][1])) + mean * number
+    keys, values, number = (_tile_sums(part, block) for part in (keys, values, number))
     return keys / number.clamp(min=1), values / number.clamp(min=1)
 
 

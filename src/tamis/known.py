@@ -34,7 +34,7 @@ def form(
         return replay.form((query, key, value), backend, settings, shape, lists=lists)
     if value is not None:
         return None
-    return replay.form((query, *key.tensors[:7]), backend, settings, shape, key.length, lists=lists)
+    return replay.form((query, *key.tensors[:7]), backend, settings, shape, (key.length, key.mixed), lists=lists)
 
 
 @dataclass(frozen=True)

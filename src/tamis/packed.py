@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
+
 import torch
 import torch.nn.functional as F
 from torch import Tensor
@@ -17,18 +19,23 @@ class PackedKV:
 
     The mean key of each head is subtracted before quantising and stays as it was at packing. Keys have one scale per
     block, values one per channel per block, so `append` requantises only the last, unfinished block, which is
-    therefore also kept as it came.
+    therefore also kept as it came. On a CPU neighbouring channels of a key are mixed first, as `tamis.mixing` tells.
 
     Attributes:
         tensors: key int8 `[batch, kv_heads, blocks, 64, dim]` (dim padded to 4), its scales and row sums, value int8
-            `[batch, kv_heads, blocks, value_dim, 64]`, its scales and column sums, the mean key, and the length.
-            Room for more blocks than the length needs may be there; it is never read.
+            `[batch, kv_heads, blocks, value_dim, 64]`, its scales and column sums, the mean key, and int64 `[2]`, `length`
+            and `mixed`. Room for more blocks than the length needs may be there; it is never read.
         length: number of keys.
+        mixed: how many neighbouring channels of a key, less its mean, are mixed; 1: none.
     """
 
-    def __init__(self, tensors: tuple[Tensor, ...], length: int, tail: tuple[Tensor, Tensor], backend: str) -> None:
-        self.tensors = tensors
+    def __init__(
+        self, tensors: Sequence[Tensor], length: int, mixed: int, tail: tuple[Tensor, Tensor], backend: str
+    ) -> None:
+        """`tensors`: the first seven."""
+        self.tensors = (*tensors, _numbers(length, mixed))
         self.length = length
+        self.mixed = mixed
         self._tail = tail
         self._backend = backend
 
@@ -81,7 +88,7 @@ class PackedKV:
         for store, new in zip(self.tensors, blocks, strict=False):
             store[:, :, first : first + new.shape[2]] = new
         self.length = length
-        self.tensors = (*self.tensors[:7], length_tensor(length))
+        self.tensors = (*self.tensors[:7], _numbers(length, self.mixed))
         self._tail = tails(*fresh)
         return self
 
@@ -121,9 +128,9 @@ def check_layout(tensor: object, name: str) -> None:
         raise TypeError(f"{name} must be strided, got {tensor.layout}")
 
 
-def length_tensor(length: int) -> Tensor:
-    """The length as the ops take it: on the CPU, so that reading it waits for no device."""
-    return torch.tensor([length], dtype=torch.int64)
+def _numbers(length: int, mixed: int) -> Tensor:
+    """Both as the ops take them: on the CPU, so that reading them waits for no device."""
+    return torch.tensor([length, mixed], dtype=torch.int64)
 
 
 def tails(key: Tensor, value: Tensor) -> tuple[Tensor, Tensor]:

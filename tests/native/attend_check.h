@@ -90,7 +90,7 @@ struct Packed {
 
   explicit Packed(const oracle::Problem& p) {
     const int64_t n = p.batch * p.kv_heads * p.parts();
-    view.capacity = p.parts(), view.dim4 = (p.dim + 3) / 4 * 4;
+    view.capacity = p.parts(), view.dim4 = (p.dim + 3) / 4 * 4, view.mixed = p.dim & -p.dim;
     key.assign(n * 64 * view.dim4 + 1, 99), key_scale.assign(n + 1, NAN), key_sum.assign(n * 64 + 1, 1 << 20);
     value.assign(n * 64 * p.value_dim + 1, 99), value_scale.assign(n * p.value_dim + 1, NAN);
     value_sum.assign(n * p.value_dim + 1, 1 << 20), mean.assign(p.batch * p.kv_heads * p.dim, 0.f);

@@ -200,19 +200,31 @@ inline double in_words(double x) {
   return (double)((32512 - (rest * (21862 - (rest * 5642 >> 16)) >> 16)) >> (below / 2048)) / 32512;
 }
 
-// The int8 algorithm in fp64: query rounded by row, key less its mean by 64 keys, value by channel of 64 keys, weights
+// Every n neighbours times H / sqrt(n), H the Walsh-Hadamard matrix, n the largest power of two that divides `dim`.
+inline void mix(double* x, int64_t dim) {
+  const int64_t n = dim & -dim;
+  for (int64_t from = 0; from < dim; from += n) {
+    std::vector<double> y(n, 0);
+    for (int64_t i = 0; i < n; ++i)
+      for (int64_t j = 0; j < n; ++j) y[i] += (__builtin_popcountll(i & j) % 2 ? -1 : 1) * x[from + j] / sqrt((double)n);
+    std::copy(y.begin(), y.end(), x + from);
+  }
+}
+
+// The int8 algorithm in fp64, channels of query and key mixed: query rounded by row, key less its mean by 64 keys, value by channel of 64 keys, weights
 // to 1/254 of the row's largest among 64 keys; the denominator keeps the unrounded weights. `words`: before that they
 // are as above.
 inline Result attention_int8(const Problem& p, bool words) {
   Result result = empty_result(p);
   std::vector<double> q = p.q, k = p.k, v = p.v, mean(p.batch * p.kv_heads * p.dim, 0);
   if (!(p.softcap > 0)) mean = key_mean(p, used_parts(p));
-  for (int64_t i = 0; i < p.batch * p.heads * p.q_len; ++i) quantise(&q[i * p.dim], p.dim);
+  for (int64_t i = 0; i < p.batch * p.heads * p.q_len; ++i) mix(&q[i * p.dim], p.dim), quantise(&q[i * p.dim], p.dim);
   for (int64_t n = 0; n < p.batch * p.kv_heads; ++n)
     for (int64_t j0 = 0; j0 < p.kv_len; j0 += kPart) {
       const int64_t keys = std::min(kPart, p.kv_len - j0);
       double* block = &k[(n * p.kv_len + j0) * p.dim];
       for (int64_t i = 0; i < keys * p.dim; ++i) block[i] -= mean[n * p.dim + i % p.dim];
+      for (int64_t j = 0; j < keys; ++j) mix(block + j * p.dim, p.dim);
       quantise(block, keys * p.dim);
       for (int64_t c = 0; c < p.value_dim; ++c)
         quantise(&v[(n * p.kv_len + j0) * p.value_dim + c], keys, p.value_dim);

@@ -96,6 +96,10 @@ inline void check_pack(Judge& judge, int64_t dim, int64_t value_dim, int dtype, 
       double top = 0;
       for (int64_t j = 0; j < 64; ++j) {
         int64_t sum = 0;
+        std::vector<double> x(dim);
+        for (int64_t i = 0; i < dim && j < keys; ++i)
+          x[i] = p.k[(head * p.kv_len + j0 + j) * dim + i] - (double)packed.mean[head * dim + i];
+        oracle::mix(x.data(), dim);
         for (int64_t i = 0; i < packed.view.dim4; ++i) {
           const int byte = packed.key[(n * 64 + j) * packed.view.dim4 + i];
           sum += byte;
@@ -103,9 +107,8 @@ inline void check_pack(Judge& judge, int64_t dim, int64_t value_dim, int dtype, 
             wrong += byte != 0;
             continue;
           }
-          const double x = p.k[(head * p.kv_len + j0 + j) * dim + i] - (double)packed.mean[head * dim + i];
-          top = fmax(top, fabs(x));
-          worst_key = fmax(worst_key, fabs(x / packed.key_scale[n] - byte));
+          top = fmax(top, fabs(x[i]));
+          worst_key = fmax(worst_key, fabs(x[i] / packed.key_scale[n] - byte));
         }
         wrong += packed.key_sum[n * 64 + j] != sum;
       }

@@ -18,6 +18,7 @@ from torch import Tensor
 from tamis import geometry
 from tamis.call import LARGEST, SMALLEST, Call
 from tamis.errors import unsupported
+from tamis.mixing import neighbours
 from tamis.stats import Formats
 
 BACKENDS = ("cpu", "triton", "reference")
@@ -27,6 +28,7 @@ class Backend(Protocol):
     """What a backend's module holds; the operations take the arguments of the ops below, without `backend`."""
 
     NAME: str
+    MIXES: bool  # whether its keys in 8 bits are mixed, as `tamis.mixing` does
 
     def reasons(self, call: Call) -> list[str]:
         """Why this backend can't serve the call; empty if it can."""
@@ -217,6 +219,11 @@ def predict(*arguments: object) -> tuple[Tensor, Tensor, list[Tensor]]:
 def pack_kv(key: Tensor, value: Tensor, mean: Tensor, segments: Tensor | None, backend: str) -> list[Tensor]:
     """Quantise key (less its mean) and value."""
     return cast("list[Tensor]", _ops.pack_kv(key, value, mean, segments, backend))
+
+
+def mixed(dim: int, backend: str) -> int:
+    """How many neighbours of a key's channels `pack_kv` mixes."""
+    return neighbours(dim) if load(backend).MIXES else 1
 
 
 def attend(call: Call, backend: str) -> tuple[Tensor, Tensor, Tensor]:

@@ -9,8 +9,9 @@ For a block of queries and one tile of 64 keys after another (ascending, kept an
     output  = O / l,  lse = m + log l
 
 Stage 2 leaves out P V for a group of 16 rows if max(m_local - m') over the group is <= -pv_threshold; l is updated all
-the same. In int8 every query row, every 64-key block, and every value channel of a 64-key block has its own scale, P is
-rounded to 0..254 against the row's maximum in its own tile, and all integer products are exact in fp32.
+the same. In int8 channels of query and key are mixed first (`tamis.mixing`); every query row, every 64-key block, and
+every value channel of a 64-key block has its own scale, P is rounded to 0..254 against the row's maximum in its own
+tile, and all integer products are exact in fp32.
 """
 
 from __future__ import annotations
@@ -24,9 +25,11 @@ from torch import Tensor
 from tamis import geometry
 from tamis.block_mask import block_lists, check_lists, dense_blocks
 from tamis.call import Call
+from tamis.mixing import mix_shares, neighbours
 from tamis.stats import Formats
 
 NAME = "reference"
+MIXES = True
 TILE = 64
 ROW_GROUP = 16
 _MINUS_INF = float("-inf")
@@ -153,7 +156,7 @@ def pack_kv(key: Tensor, value: Tensor, mean: Tensor, segments: Tensor | None) -
     counts = torch.ones(1, key.shape[2], dtype=torch.bool, device=key.device) if segments is None else segments >= 0
     counts = _blocks(counts, blocks, TILE)[:, None, :, :, None]
     keys = _blocks(key.to(torch.float32) - mean[:, :, None], blocks, TILE, dim=2)
-    key8, key_scale = _quantise(torch.where(counts, keys, 0.0), (3, 4))
+    key8, key_scale = _quantise_mixed(torch.where(counts, keys, 0.0), (3, 4), neighbours(key.shape[3]))
     key8 = F.pad(key8, (0, -key.shape[3] % 4))
     values = _blocks(value.to(torch.float32), blocks, TILE, dim=2)
     value8, value_scale = _quantise(torch.where(counts, values, 0.0), (3,))
@@ -195,7 +198,7 @@ def attend(
 ) -> tuple[Tensor, Tensor, Tensor]:
     """Block-sparse attention: output, log-sum-exp, counts of visible, QK and PV block products per query block."""
     batch, heads, q_len, _ = query.shape
-    kv_len = int(packed[7]) if key is None else key.shape[2]
+    kv_len, mixed = (key.shape[2], neighbours(key.shape[3])) if key is not None else packed[7].tolist()
     if q_positions is None or kv_positions is None:
         q_positions, kv_positions = geometry.default_positions(q_len, kv_len, query.device)
     if q_bounds is None or kv_bounds is None:
@@ -216,7 +219,7 @@ def attend(
             mean = key_mean(key, counted, _used_tiles(kept, key.shape[1], block_kv, kv_len))
             mean = torch.zeros_like(mean) if softcap is not None else mean
             packed = [*pack_kv(key, value, mean, counted), mean]
-        operands = _Int8(query, packed, scale, shift_scores=softcap is not None)
+        operands = _Int8(query, packed, mixed, scale, shift_scores=softcap is not None)
     else:
         assert key is not None
         assert value is not None
@@ -306,11 +309,11 @@ class _Full:
 
 
 class _Int8:
-    """Products of int8 numbers; keys had their mean subtracted."""
+    """Products of int8 numbers; keys had their mean subtracted, and so many neighbours were mixed."""
 
-    def __init__(self, query: Tensor, packed: list[Tensor], scale: float, shift_scores: bool) -> None:
+    def __init__(self, query: Tensor, packed: list[Tensor], mixed: int, scale: float, shift_scores: bool) -> None:
         rows = query.to(torch.float32)
-        self.query8, self.query_scale = _quantise(rows, (3,))
+        self.query8, self.query_scale = _quantise_mixed(rows, (3,), mixed)
         self.key8, self.key_scale, _, self.value8, self.value_scale, _, mean = packed[:7]
         self.scale, self.shift_scores = scale, shift_scores
         self.shift = scale * _by_group(rows, mean[..., None])
@@ -412,6 +415,12 @@ def _quantise(x: Tensor, dims: tuple[int, ...]) -> tuple[Tensor, Tensor]:
     whole = torch.where(finite & inverse.isfinite(), x * inverse, 0.0).round().clamp(-127, 127)
     broken = (~finite).any(dims[0], keepdim=True).any(dims[-1], keepdim=True)
     return whole, (top / 127).masked_fill(broken, float("nan"))
+
+
+def _quantise_mixed(x: Tensor, dims: tuple[int, ...], mixed: int) -> tuple[Tensor, Tensor]:
+    """The same of `mixed` neighbours in the last axis."""
+    whole, scale = _quantise(mix_shares(x, mixed), dims)
+    return whole, scale * mixed**0.5
 
 
 def _used_tiles(kept: Tensor, num_kv_heads: int, block_kv: int, kv_len: int) -> Tensor:

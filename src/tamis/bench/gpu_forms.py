@@ -29,7 +29,7 @@ from torch import Tensor
 import tamis
 from tamis.backends.triton import chips, hopper, launch, operands, prepare, settings
 from tamis.bench.cover import Axes, Row, cover, some
-from tamis.packed import length_tensor, tails
+from tamis.packed import tails
 
 DIMS = (64, 128, 256)
 # The first value of an axis is the usual one; what is usual and goes without saying is "".
@@ -353,9 +353,8 @@ def prediction(name: str, row: Row) -> list[launch.Launch]:
 
 def _packed(key: Tensor, value: Tensor, segments: Tensor | None = None) -> tamis.PackedKV:
     mean = prepare.key_mean(key, segments, None)
-    length = key.shape[2]
-    tensors = (*prepare.pack_kv(key, value, mean, segments), mean, length_tensor(length))
-    return tamis.PackedKV(tensors, length, tails(key, value), "triton")
+    tensors = [*prepare.pack_kv(key, value, mean, segments), mean]
+    return tamis.PackedKV(tensors, key.shape[2], 1, tails(key, value), "triton")
 
 
 def _block_size(row: Row) -> tuple[int, int]:

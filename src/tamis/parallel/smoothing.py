@@ -12,7 +12,7 @@ from torch import Tensor
 from tamis import geometry
 from tamis.backends import base
 from tamis.call import make_call
-from tamis.packed import PackedKV, length_tensor
+from tamis.packed import PackedKV
 from tamis.parallel.wire import Peers
 
 TILE = 64
@@ -57,4 +57,4 @@ def packed_with(key: Tensor, value: Tensor, mean: Tensor, segments: Tensor | Non
 def unpacked(tensors: list[Tensor], length: int, backend: str) -> PackedKV:
     """A `PackedKV` of tensors that came from one."""
     empty = tensors[6].new_zeros(0)
-    return PackedKV((*tensors, length_tensor(length)), length, (empty, empty), backend)
+    return PackedKV(tensors, length, base.mixed(tensors[6].shape[-1], backend), (empty, empty), backend)

@@ -13,6 +13,7 @@ from tamis.call import Call
 from tamis.stats import Formats
 
 __all__ = [
+    "MIXES",
     "NAME",
     "AttendRecord",
     "PredictRecord",
@@ -32,6 +33,7 @@ __all__ = [
 ]
 
 NAME = "cpu"
+MIXES = True
 
 
 def formats(precision: str, dtype: torch.dtype, packed: bool, device: torch.device) -> Formats:

@@ -9,16 +9,17 @@ from torch import Tensor
 
 from tamis import geometry
 from tamis.backends.cpu import library, native
+from tamis.mixing import neighbours
 
 PACK_BLOCK = 64
 # Of library.threads, measured: each is some 60 us of work.
 _ASLEEP = {"tiles": 1_500_000, "int8": 1_000_000, "full": 500_000}
 
 
-def packed_struct(packed: Sequence[Tensor]) -> native.Packed:
-    """Pointers to key8, key_scale, key_sum, value8, value_scale, value_sum, mean."""
+def packed_struct(packed: Sequence[Tensor], mixed: int) -> native.Packed:
+    """Pointers to key8, key_scale, key_sum, value8, value_scale, value_sum, mean; see `PackedKV`."""
     args = native.Packed()
-    args.capacity, args.dim4 = packed[0].shape[2], packed[0].shape[4]
+    args.capacity, args.dim4, args.mixed = packed[0].shape[2], packed[0].shape[4], mixed
     args.key, args.key_scale, args.key_sum, args.value, args.value_scale, args.value_sum, args.key_mean = (
         t.data_ptr() for t in packed[:7]
     )
@@ -47,7 +48,7 @@ def pack_kv(
     args.batch, args.kv_heads, args.seq, args.head_dim, args.value_dim = batch, heads, length, dim, value_dim
     args.key, args.value = native.tensor(key), native.tensor(value)
     kept = library.attach_segments(args, segments)
-    args.used, args.packed = native.pointer(dense_used), packed_struct([*packed, dense_mean])
+    args.used, args.packed = native.pointer(dense_used), packed_struct([*packed, dense_mean], neighbours(dim))
     args.threads = library.threads(2 * (key.numel() + value.numel()))
     library.run("pack_kv", args)
     del kept
@@ -173,8 +174,9 @@ def attend_args(
     args.query, args.int8, args.bf16_products = native.tensor(query), precision == "int8", bf16_products
     if packed:
         packed = [t.contiguous() for t in packed]
-        args.packed = packed_struct(packed)
-        args.kv_heads, kv_len, args.value_dim = packed[0].shape[1], int(packed[7]), packed[3].shape[3]
+        kv_len, mixed = packed[7].tolist()
+        args.packed = packed_struct(packed, mixed)
+        args.kv_heads, args.value_dim = packed[0].shape[1], packed[3].shape[3]
     else:
         assert key is not None and value is not None
         args.key, args.value = native.tensor(key), native.tensor(value)

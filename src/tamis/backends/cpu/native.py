@@ -9,7 +9,7 @@ from pathlib import Path
 import torch
 from torch import Tensor
 
-ABI_VERSION = 4
+ABI_VERSION = 5
 DTYPES = {torch.float32: 0, torch.bfloat16: 1, torch.float16: 2}
 _MASK_DTYPES = {**DTYPES, torch.bool: 3}
 _NO_MEMORY, _CORRUPT_MASK = 1, 2
@@ -37,6 +37,7 @@ class Packed(ctypes.Structure):
     _fields_ = [
         ("capacity", c_int64),
         ("dim4", c_int64),
+        ("mixed", c_int64),
         *(
             (name, c_void_p)
             for name in ("key", "key_scale", "key_sum", "value", "value_scale", "value_sum", "key_mean")

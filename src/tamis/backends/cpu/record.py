@@ -73,7 +73,7 @@ class AttendRecord:
         rows = attention.group(query, self.group) if self.group else query
         args.query.data = rows.data_ptr()
         if key is None or value is None:
-            args.packed = attention.packed_struct(packed)
+            args.packed = attention.packed_struct(packed, args.packed.mixed)
         else:
             args.key.data, args.value.data = key.data_ptr(), value.data_ptr()
         if lists is not None:

@@ -27,6 +27,7 @@ from tamis.call import Call
 from tamis.stats import Formats
 
 __all__ = [
+    "MIXES",
     "NAME",
     "attend",
     "formats",
@@ -42,6 +43,7 @@ __all__ = [
 __all__ += ["target"]
 
 NAME = "triton"
+MIXES = False
 _MAX_HEAD_DIM = 256
 
 

@@ -44,7 +44,7 @@ def attend(
 
     batch, heads, q_len, dim = query.shape
     if key is None or value is None:
-        kv_heads, kv_len, value_dim = packed[0].shape[1], int(packed[7]), packed[4].shape[3]
+        kv_heads, kv_len, value_dim = packed[0].shape[1], int(packed[7][0]), packed[4].shape[3]
     else:
         kv_heads, kv_len, value_dim = key.shape[1], key.shape[2], value.shape[3]
     device, chip = query.device, chips.of(query.device)
