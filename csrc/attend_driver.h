@@ -130,6 +130,7 @@ static double visit_parts(Engine& e, const Item& it, State& st, const Part* part
       int64_t now = rows;
       if (part.sights[tile] != Sight::none) {
         e.use_part(n);
+        st.next.some(kLinesAVisit), st.out.some(kLinesAVisit);
         now = visit_tile(e, it, st, tile, rows, part.sights[tile], part.j0, threshold, real);
       }
       done += (double)now * part.weight;
@@ -176,14 +177,11 @@ static void finish_item(Engine& e, const Item& it, State& st) {
       inverse[i] = l == 0 ? 0.f : share / l;
       if (i < rows) a.lse[head * a.geometry.q_len + it.i0 + at] = lse;
     }
-    for (int64_t c = 0; c < dim; ++c)
-      for (int r = 0; r < kTileRows; r += W)
-        store(o + c * kTileRows + r, load(o + c * kTileRows + r) * load(inverse + r));
     const int64_t ld = round_up(dim, 16);
     transpose(o, kTileRows, (int)dim, kTileRows, st.rows, ld);
     for (int64_t i = 0; i < rows; ++i)
       store_row(a.output, (head * a.geometry.q_len + it.i0 + tile * kTileRows + i) * dim, a.query.dtype,
-                st.rows + i * ld, dim);
+                st.rows + i * ld, inverse[i], dim);
   }
 }
 
@@ -236,6 +234,14 @@ static double attend_rows(Engine& e, const Item& it, State& st, const Blocks& bl
   return st.pv;
 }
 
+static Ahead queries_of(const tamis_attend_args& a, const Item& it) {
+  return rows_ahead(a.query, it.b, it.h, it.i0, it.i0 + it.rows, a.head_dim);
+}
+static Ahead output_of(const tamis_attend_args& a, const Item& it) {
+  const int64_t bytes = a.value_dim * dtype_size(a.query.dtype), row = (it.b * a.heads + it.h) * a.geometry.q_len + it.i0;
+  return {(const char*)a.output + row * bytes, 1, 0, it.rows * bytes, 0};
+}
+
 // Returns false where the row of the mask is corrupt: nothing out of range is ever read.
 template <class Engine>
 static bool attend_item(Engine& e, const Item& it, State& st) {
@@ -280,7 +286,10 @@ static void attend_together(const tamis_attend_args& a, const Prepared& prepared
 #pragma omp for schedule(dynamic, 1) nowait
     for (int64_t n = 0; n < items; ++n) {
       if (!scratch || failed(team)) continue;
-      if (!attend_item(e, item_at(a, order[n], q_blocks), st)) fail(team, TAMIS_CORRUPT_MASK);
+      const Item it = item_at(a, order[n], q_blocks);
+      const int64_t next = n + a.threads;
+      st.next = next < items ? queries_of(a, item_at(a, order[next], q_blocks)) : Ahead{}, st.out = output_of(a, it);
+      if (!attend_item(e, it, st)) fail(team, TAMIS_CORRUPT_MASK);
     }
   }
   free(scratch);

@@ -124,8 +124,10 @@ struct TileEngine {
     for (int64_t tile = 0; tile * kTileRows < it.rows; ++tile) {
       Item mine = it;
       mine.i0 += tile * kTileRows, mine.rows = least(kTileRows, it.rows - tile * kTileRows);
-      for (int64_t n = 0; n < count; ++n)
+      for (int64_t n = 0; n < count; ++n) {
+        st.next.some(kLinesAVisit), st.out.some(kLinesAVisit);
         done += (double)visit(mine, st, tile, parts[n]) * parts[n].weight;
+      }
     }
     return done;
   }

@@ -1,6 +1,7 @@
 // Key and value in 8 bits, 64 keys a block: one scale per key block, one per value channel of a block.
 // Keys have their head's mean subtracted, and their channels mixed. Layout: tamis_packed in attend.h.
 #pragma once
+#include "ahead.h"
 #include "mix.h"
 #include "summarize.h"
 
@@ -17,13 +18,14 @@ struct PackScratch {
 };
 
 // Loads a block; rows that do not count become zero. Of a key, less its mean and mixed, returns the largest absolute entry,
-// NaN where one is NaN or infinite.
+// NaN where one is NaN or infinite. `ahead`: what is loaded after it.
 static float load_block(const tamis_pack_args& a, const tamis_tensor& t, int64_t b, int64_t h, int64_t j0, int64_t n,
-                        int64_t dim, const float* mean, float* rows) {
+                        int64_t dim, const float* mean, float* rows, Ahead ahead) {
   const int64_t padded = round_up(dim, 16);
   vf top = set1(0.f), broken = set1(0.f);
   for (int64_t j = 0; j < n; ++j) {
     float* row = rows + j * padded;
+    ahead.some((int)(padded / 16));
     memset(row + dim, 0, (padded - dim) * 4);
     if (!counts_row(a.segments, a.segment_stride, b, j0 + j)) {
       memset(row, 0, dim * 4);
@@ -45,7 +47,8 @@ static void pack_key_block(const tamis_pack_args& a, int64_t b, int64_t h, int64
   const tamis_packed& p = a.packed;
   const int64_t head = b * a.kv_heads + h, at = head * p.capacity + a.first_block + block, dim = a.head_dim;
   const int64_t padded = round_up(dim, 16), j0 = block * 64, n = a.seq - j0 < 64 ? a.seq - j0 : 64;
-  const float top = load_block(a, a.key, b, h, j0, n, dim, s.mean, s.rows);
+  const float top = load_block(a, a.key, b, h, j0, n, dim, s.mean, s.rows,
+                               rows_ahead(a.value, b, h, j0, j0 + n, a.value_dim));
   const bool finite = top == top;
   int8_t* to = p.key + at * 64 * p.dim4;
   for (int64_t j = 0; j < 64; ++j) {
@@ -66,7 +69,8 @@ static void pack_value_block(const tamis_pack_args& a, int64_t b, int64_t h, int
   const tamis_packed& p = a.packed;
   const int64_t head = b * a.kv_heads + h, at = head * p.capacity + a.first_block + block, dim = a.value_dim;
   const int64_t padded = round_up(dim, 16), j0 = block * 64, n = a.seq - j0 < 64 ? a.seq - j0 : 64;
-  load_block(a, a.value, b, h, j0, n, dim, nullptr, s.rows);
+  load_block(a, a.value, b, h, j0, n, dim, nullptr, s.rows,
+             rows_ahead(a.key, b, h, j0 + 64, j0 + 128 < a.seq ? j0 + 128 : a.seq, a.head_dim));
   memset(s.rows + n * padded, 0, (64 - n) * padded * 4);
   int8_t* to = p.value + at * 64 * dim;
   for (int64_t c = 0; c < dim; c += W) {

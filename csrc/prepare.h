@@ -82,8 +82,8 @@ static tamis_pack_args pack_for_call(const tamis_attend_args& a, const Prepared&
   tamis_pack_args pack{};
   pack.batch = a.batch, pack.kv_heads = a.kv_heads, pack.seq = a.geometry.kv_len;
   pack.head_dim = a.head_dim, pack.value_dim = a.value_dim;
-  pack.key = a.key, pack.segments = a.pack_segments, pack.segment_stride = a.pack_segment_stride;
-  if (!takes_tiles(a)) pack.value = a.value;
+  pack.key = a.key, pack.value = a.value;
+  pack.segments = a.pack_segments, pack.segment_stride = a.pack_segment_stride;
   pack.used = p.used, pack.packed = a.packed;
   return pack;
 }
@@ -132,9 +132,9 @@ static void prepare_together(const tamis_attend_args& a, Prepared& p, Team& team
   if (!memory) fail(team, TAMIS_NO_MEMORY);
   PackScratch s(memory, padded);
   HeadMean head{p.smooth ? &mean : nullptr, &p.sums};
-#pragma omp for schedule(static) nowait
-  for (int64_t n = 0; n < count; ++n) {
-    if (!memory || failed(team)) continue;
+  const Range own = own_share(count);
+  for (int64_t n = own.first; n < own.end; ++n) {
+    if (!memory || failed(team)) break;
     const int64_t bh = n / p.parts, b = bh / a.kv_heads, h = bh % a.kv_heads;
     if (p.pack) head.at(bh, n % p.parts == 0, nullptr, a.head_dim, s.mean);
     if (!p.used[n]) continue;

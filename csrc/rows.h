@@ -78,12 +78,17 @@ static void load_row(const tamis_tensor& t, int64_t b, int64_t h, int64_t i, int
   for (; c < dim; ++c) to[c] = load_scalar(half, c, t.dtype);
 }
 
-static void store_row(void* to, int64_t at, int dtype, const float* from, int64_t dim) {
+// Times `factor`.
+static void store_row(void* to, int64_t at, int dtype, const float* from, float factor, int64_t dim) {
   if (dtype == TAMIS_FP32) {
-    memcpy((float*)to + at, from, dim * 4);
+    float* out = (float*)to + at;
+    int64_t c = 0;
+    for (; c + W <= dim; c += W) store(out + c, load(from + c) * set1(factor));
+    for (; c < dim; ++c) out[c] = from[c] * factor;
   } else {
     uint16_t* out = (uint16_t*)to + at;
-    for (int64_t c = 0; c < dim; ++c) out[c] = dtype == TAMIS_BF16 ? float_to_bf16(from[c]) : float_to_half(from[c]);
+    for (int64_t c = 0; c < dim; ++c)
+      out[c] = dtype == TAMIS_BF16 ? float_to_bf16(from[c] * factor) : float_to_half(from[c] * factor);
   }
 }
 

@@ -155,9 +155,8 @@ static void key_sums_together(const tamis_summarize_args& a, KeySums& sums, Team
     memset(row, 0, padded * 8);
   else
     fail(team, TAMIS_NO_MEMORY);
-#pragma omp for schedule(static) nowait
-  for (int64_t n = 0; n < parts; ++n)
-    if (row && !failed(team)) sum_part(a, sums, n, row);
+  const Range own = own_share(parts);
+  for (int64_t n = own.first; n < own.end && row && !failed(team); ++n) sum_part(a, sums, n, row);
   free(row);
   meet(team);
 }

@@ -18,6 +18,15 @@ struct Team {
 static inline void fail(Team& team, int status) { __atomic_store_n(&team.error, status, __ATOMIC_RELAXED); }
 static inline bool failed(const Team& team) { return __atomic_load_n(&team.error, __ATOMIC_RELAXED) != TAMIS_OK; }
 
+// What each thread has of `count` pieces: always the same ones, so that they are in its cache.
+struct Range {
+  int64_t first, end;
+};
+static inline Range own_share(int64_t count) {
+  const int64_t threads = omp_get_num_threads(), at = omp_get_thread_num();
+  return {count * at / threads, count * (at + 1) / threads};
+}
+
 // Returns when every thread of the region is here. They mostly come at the same time, so the others are looked for before
 // this thread lets go of its core: OpenMP's barrier would, where OMP_WAIT_POLICY is passive, sleep at once.
 static inline void meet(Team& team) {
