@@ -30,42 +30,52 @@ static inline void add_and_subtract(vf& a, vf& b) {
 // Of a packed key's scale and a row's: what mix_row leaves out.
 static inline float root_of_mixed(const tamis_packed& p) { return sqrtf((float)p.mixed); }
 
+// The first steps: of neighbours within a vector.
+static inline vf mix_lanes(vf x, int64_t mixed) {
+  if (mixed > 1) x = add_and_subtract<0>(x);
+  if (mixed > 2) x = add_and_subtract<1>(x);
+  if constexpr (W > 4)
+    if (mixed > 4) x = add_and_subtract<2>(x);
+  if constexpr (W > 8)
+    if (mixed > 8) x = add_and_subtract<3>(x);
+  return x;
+}
+// Two more steps, of four vectors.
+static inline void mix_four(vf (&x)[4]) {
+  add_and_subtract(x[0], x[1]), add_and_subtract(x[2], x[3]);
+  add_and_subtract(x[0], x[2]), add_and_subtract(x[1], x[3]);
+}
+
 // Every `mixed` neighbours of a row times H / mixed, which overflows nowhere; returns lanes of its largest absolute entries.
 // The row is `padded` long, a multiple of 16, and zero behind its channels, of which `mixed` divides the number.
 static inline vf mix_row(float* x, int64_t padded, int64_t mixed) {
   const vf share = set1(1.f / (float)mixed);
-  vf top = set1(0.f);
-  for (int64_t c = 0; c < padded; c += W) {
-    vf y = load(x + c) * share;
-    if (mixed > 1) y = add_and_subtract<0>(y);
-    if (mixed > 2) y = add_and_subtract<1>(y);
-    if constexpr (W > 4)
-      if (mixed > 4) y = add_and_subtract<2>(y);
-    if constexpr (W > 8)
-      if (mixed > 8) y = add_and_subtract<3>(y);
-    store(x + c, y);
-    top = vmax(vabs(y), top);
-  }
-  if (mixed <= W) return top;
-  top = set1(0.f);
+  vf tops[4] = {set1(0.f), set1(0.f), set1(0.f), set1(0.f)};
   int64_t apart = W;
-  for (; apart * 4 <= mixed; apart *= 4)
-    for (int64_t from = 0; from < padded; from += 4 * apart)
-      for (float *at = x + from, *end = at + apart; at < end; at += W) {
-        vf y[4] = {load(at), load(at + apart), load(at + 2 * apart), load(at + 3 * apart)};
-        add_and_subtract(y[0], y[1]), add_and_subtract(y[2], y[3]);
-        add_and_subtract(y[0], y[2]), add_and_subtract(y[1], y[3]);
-        for (int i = 0; i < 4; ++i) store(at + i * apart, y[i]);
-        if (apart * 4 == mixed)
-          for (int i = 0; i < 4; ++i) top = vmax(vabs(y[i]), top);
-      }
-  if (apart < mixed)
-    for (int64_t from = 0; from < padded; from += mixed)
+  if (mixed < 4 * W) {
+    for (int64_t c = 0; c < padded; c += W) {
+      const vf y = mix_lanes(load(x + c) * share, mixed);
+      store(x + c, y);
+      tops[0] = vmax(vabs(y), tops[0]);
+    }
+  } else {
+    apart = 4 * W;
+    for (int64_t c = 0; c < padded; c += 4 * W) {
+      vf y[4];
+      for (int i = 0; i < 4; ++i) y[i] = mix_lanes(load(x + c + i * W) * share, mixed);
+      mix_four(y);
+      for (int i = 0; i < 4; ++i) store(x + c + i * W, y[i]), tops[i] = vmax(vabs(y[i]), tops[i]);
+    }
+  }
+  for (; apart < mixed; apart *= 2) {
+    for (vf& top : tops) top = set1(0.f);
+    for (int64_t from = 0; from < padded; from += 2 * apart)
       for (float *at = x + from, *end = at + apart; at < end; at += W) {
         vf a = load(at), b = load(at + apart);
         add_and_subtract(a, b);
         store(at, a), store(at + apart, b);
-        top = vmax(vabs(a), vmax(vabs(b), top));
+        tops[0] = vmax(vabs(a), tops[0]), tops[1] = vmax(vabs(b), tops[1]);
       }
-  return top;
+  }
+  return vmax(vmax(tops[0], tops[1]), vmax(tops[2], tops[3]));
 }

@@ -233,6 +233,21 @@ def test_smoothing_earns_its_keep(engine: Engine) -> None:
     assert unsmoothed > 3 * ours
 
 
+@pytest.mark.parametrize(("dim", "bound"), [(64, 0.04), (96, 0.05), (40, 0.08)])
+def test_mixing_earns_its_keep(engine: Engine, dim: int, bound: float) -> None:
+    """A channel that is 30 times as large as the others in the keys, and as much smaller in the queries."""
+    if engine.backend == "triton":
+        pytest.skip("the GPU's kernels do not mix channels")
+    q, k, v = qkv(q_len=130, kv_len=300, dim=dim)
+    q[..., 3] /= 30
+    k[..., 3] *= 30
+    truth = oracle.attention(q, k, v).output
+    ours = oracle.relative_l1(check(engine, q, k, v).output, truth)
+    unmixed = oracle.relative_l1(oracle.attention_int8(q, k, v, mixes=False).output, truth)
+    assert ours < bound
+    assert unmixed > 2 * ours
+
+
 @pytest.mark.parametrize("size", [100.0, 1000.0, 10000.0])
 def test_scores_far_from_zero(engine: Engine, size: float) -> None:
     """Rows whose largest scores are that large, and others within a few units of them, by steps that 8 bits have."""
