@@ -221,7 +221,7 @@ def used_key_blocks(blocks: Tensor, block_size: tuple[int, int], kv_heads: int, 
 
 
 def mixer(dim: int) -> Tensor:
-    """fp64 `[dim, dim]`, orthogonal and its own inverse: H / sqrt(n) of every n neighbours, the most that fit in `dim`."""
+    """fp64 `[dim, dim]`, its own inverse: H / sqrt(n) of every n neighbours, the largest power of two in `dim`."""
     size = dim & -dim
     places = torch.arange(size)
     both = places[:, None] & places
@@ -305,8 +305,8 @@ def attention_int8(
 ) -> Result:
     """The int8 algorithm in fp64.
 
-    Steps: Q one per row, K less its mean one per 64 keys, both of mixed channels, V one per channel and 64 keys, P 1/254
-    of its row's largest in the 64 keys.
+    Steps: Q one per row, K less its mean one per 64 keys, both of mixed channels, V one per channel and 64 keys,
+    P 1/254 of its row's largest in the 64 keys.
 
     `words`: P, before it is rounded to 1/254, is a multiple of 1/32512, from a polynomial of integers in the fraction
     of the score's base 2 logarithm, which has 11 bits; the denominator is the sum of these weights.
@@ -392,10 +392,10 @@ def attention_gpu(
 ) -> Result:
     """The algorithms of GPU kernels in fp64.
 
-    Steps: Q and K as in `attention_int8` if `rounds`, mixed only if `mixes`, else as they are. P in the type `weights` against its row's
-    maximum so far, 64 keys at a time, which e4m3 takes over the 64 keys alone and brings to 256. V in the type
-    `values`: e4m3 has 448 steps of the largest entry of a channel; a `packed` one is as in `attention_int8`. The
-    denominator is not rounded.
+    Steps: Q and K as in `attention_int8` if `rounds`, mixed only if `mixes`, else as they are. P in the type `weights`
+    against its row's maximum so far, 64 keys at a time, which e4m3 takes over the 64 keys alone and brings to 256. V in
+    the type `values`: e4m3 has 448 steps of the largest entry of a channel; a `packed` one is as in `attention_int8`.
+    The denominator is not rounded.
     """
     scores, shift, v = _int8_scores(query, key, value, rounds=rounds, mixes=mixes, **options)
     if packed:

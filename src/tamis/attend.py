@@ -456,7 +456,8 @@ def pack_kv(key: Tensor, value: Tensor, precision: str = "int8", *, backend: str
     Raises:
         TypeError, ValueError: as `attend`. UnsupportedError: precision "full" or "fp8", or an input requires grad.
 
-    Source: SageAttention (arXiv 2410.02367), section 4.2 (smoothing), and those of `tamis.mixing`; value scales per channel and block are ours.
+    Source: SageAttention (arXiv 2410.02367), section 4.2 (smoothing), and the sources of `tamis.mixing`; value scales
+    per channel and block are ours.
 
     Example:
         >>> import torch, tamis

@@ -1,8 +1,8 @@
 """Mixing of the channels of query and key before they are rounded to 8 bits.
 
-Both are multiplied by the same orthogonal matrix, which leaves their products alone: H / sqrt(n) for every n neighbours, H
-the Walsh-Hadamard matrix. A channel that is far larger than the others, as language models have, is spread over n, and
-the step of 8 bits, which follows the largest entry of a row, becomes smaller for all.
+Both are multiplied by the same orthogonal matrix, which leaves their products alone: H / sqrt(n) for every n
+neighbours, H the Walsh-Hadamard matrix. A channel that is far larger than the others, as language models have them, is
+spread over n, and the step of 8 bits, which follows the largest entry of a row, becomes smaller for all.
 
 Source: QuaRot (arXiv 2404.00456); FlashAttention-3 (arXiv 2407.08608), section 3.3, for attention in fp8.
 """
@@ -29,7 +29,7 @@ def mix(x: Tensor, number: int) -> Tensor:
 
 
 def mix_shares(x: Tensor, number: int) -> Tensor:
-    """The same without the last square root: times H / number, which overflows nowhere. Bit for bit as in csrc/mix.h."""
+    """The same without the square root: times H / number, which overflows nowhere. Bit for bit as in csrc/mix.h."""
     mixed = torch.unflatten(x / number, -1, (-1, number))
     apart = 1
     while apart < number:

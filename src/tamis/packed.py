@@ -23,8 +23,8 @@ class PackedKV:
 
     Attributes:
         tensors: key int8 `[batch, kv_heads, blocks, 64, dim]` (dim padded to 4), its scales and row sums, value int8
-            `[batch, kv_heads, blocks, value_dim, 64]`, its scales and column sums, the mean key, and int64 `[2]`, `length`
-            and `mixed`. Room for more blocks than the length needs may be there; it is never read.
+            `[batch, kv_heads, blocks, value_dim, 64]`, its scales and column sums, the mean key, and int64 `[2]`:
+            `length` and `mixed`. Room for more blocks than the length needs may be there; it is never read.
         length: number of keys.
         mixed: how many neighbouring channels of a key, less its mean, are mixed; 1: none.
     """
