@@ -50,6 +50,7 @@ def test_everything_kept_has_no_error_and_a_cut_layer_is_a_prefix() -> None:
         assert outcome.density == outcome.qk_density == outcome.pv_density == 1.0
         assert len(outcome.errors) == 8
         assert max(outcome.errors) < 1e-5
+        assert min(outcome.cosines) == pytest.approx(1, abs=1e-9)
 
 
 def test_ablation(monkeypatch: pytest.MonkeyPatch) -> None:

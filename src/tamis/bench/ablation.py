@@ -87,12 +87,12 @@ def _judge(with_judge: Outcome, without: Outcome) -> dict[str, Any]:
 
 def table(result: dict[str, Any]) -> str:
     """The result as text."""
-    head = f"{'':24}{'density':>9}{'QK':>7}{'PV':>7}{'L1 mean':>9}{'median':>8}{'95th':>7}{'worst':>7}{'seconds':>9}"
+    head = f"{'':24}{'density':>9}{'QK':>7}{'PV':>7}{'L1 mean':>9}{'median':>8}{'95th':>7}{'worst':>7}{'cosine':>9}{'seconds':>9}"
 
     def line(name: str, row: dict[str, Any]) -> str:
         return (
             f"{name:24}{row['density']:9.3f}{row['qk_density']:7.3f}{row['pv_density']:7.3f}{row['l1_mean']:9.4f}"
-            f"{row['l1_median']:8.4f}{row['l1_p95']:7.3f}{row['l1_worst']:7.3f}{row['seconds']:9.2f}"
+            f"{row['l1_median']:8.4f}{row['l1_p95']:7.3f}{row['l1_worst']:7.3f}{row['cosine_median']:9.5f}{row['seconds']:9.2f}"
         )
 
     judges = result["judge"]

