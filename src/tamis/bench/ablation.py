@@ -87,7 +87,8 @@ def _judge(with_judge: Outcome, without: Outcome) -> dict[str, Any]:
 
 def table(result: dict[str, Any]) -> str:
     """The result as text."""
-    head = f"{'':24}{'density':>9}{'QK':>7}{'PV':>7}{'L1 mean':>9}{'median':>8}{'95th':>7}{'worst':>7}{'cosine':>9}{'seconds':>9}"
+    head = f"{'':24}{'density':>9}{'QK':>7}{'PV':>7}{'L1 mean':>9}{'median':>8}{'95th':>7}{'worst':>7}"
+    head += f"{'cosine':>9}{'seconds':>9}"
 
     def line(name: str, row: dict[str, Any]) -> str:
         return (
