@@ -9,6 +9,8 @@ Source: QuaRot (arXiv 2404.00456); FlashAttention-3 (arXiv 2407.08608), section 
 
 from __future__ import annotations
 
+import math
+
 import torch
 from torch import Tensor
 
@@ -25,7 +27,7 @@ def mix(x: Tensor, number: int) -> Tensor:
         x: fp32 `[.., dim]`.
         number: a power of two that divides dim; 1 changes nothing.
     """
-    return mix_shares(x, number) * number**0.5
+    return mix_shares(x, number) * math.sqrt(number)
 
 
 def mix_shares(x: Tensor, number: int) -> Tensor:

@@ -70,10 +70,10 @@ def operands(
     if key is None or value is None:
         packed = [t.contiguous() for t in packed]
         k, k_scale = packed[0].flatten(2, 3), packed[1]
-        mean, mixed = packed[6], int(packed[7][1])
+        taken_off, mixed = packed[6], int(packed[7][1])
         if mixed > 1:  # it was packed on a CPU
-            query, mean = mix(query.to(torch.float32), mixed), mix(mean, mixed)
-        q, q_scale, q_shift = int8_queries(query, mean)
+            query, taken_off = mix(query.to(torch.float32), mixed), mix(taken_off, mixed)
+        q, q_scale, q_shift = int8_queries(query, taken_off)
         even = packed[0].shape[4] == width
         return Operands(q, k, packed[3], q_scale, k_scale, packed[4], q_shift, "packed", "packed", width, even, False)
     value_width = launch.power(value.shape[3])
