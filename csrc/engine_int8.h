@@ -127,13 +127,16 @@ static __attribute__((noinline)) void pv_part(const uint8_t* p, const int8_t* v,
 }
 
 // Mixes and quantises a tile of query rows, `dim` (a multiple of 4 from head_dim on) bytes each, into [dim / 4][32][4].
-// `row_scale` gets each row's scale, the softmax scale included; `shift` its scaled product with the key mean.
-static void quantise_tile(const tamis_attend_args& a, const Item& it, float* rows, int64_t ld, int64_t dim,
-                          int8_t* bytes, uint8_t* to, float* row_scale, float* shift) {
+// `row_scale` gets each row's scale, the softmax scale included; `shift` its scaled product with the key mean. From row
+// `count` on rows are zero.
+static void quantise_tile(const tamis_attend_args& a, const Item& it, float* rows, int64_t ld, int64_t count,
+                          int64_t dim, int8_t* bytes, uint8_t* to, float* row_scale, float* shift) {
   const float* mean = a.packed.key_mean + (it.b * a.kv_heads + it.kv_head) * a.head_dim;
   const int64_t ld_bytes = round_up(dim, 16), even = a.head_dim / W * W;
   const float scale = a.scale * root_of_mixed(a.packed);
-  for (int64_t i = 0; i < kTileRows; ++i) {
+  for (int64_t i = count; i < kTileRows; ++i) row_scale[i] = shift[i] = 0.f;
+  memset(bytes + count * ld_bytes, 0, (kTileRows - count) * ld_bytes);
+  for (int64_t i = 0; i < count; ++i) {
     float* x = rows + i * ld;
     vf broken = set1(0.f), products = set1(0.f);
     for (int64_t c = 0; c < even; c += W) {
@@ -143,12 +146,12 @@ static void quantise_tile(const tamis_attend_args& a, const Item& it, float* row
     }
     float bad = sum_lanes(broken), product = sum_lanes(products);
     for (int64_t c = even; c < a.head_dim; ++c) bad += x[c] * 0.f, product += x[c] * mean[c];
-    float top = max_lanes(mix_row(x, ld, a.packed.mixed));
+    float top = mix_row(x, ld, a.packed.mixed);
     // A NaN or infinite row keeps a broken scale, so that its own output shows it and no other does.
     if (bad != 0.f) top = NAN;
     row_scale[i] = top / 127.f * scale;
     shift[i] = product * a.scale;
-    quantise_row(x, ld, inverse_scale(top), bytes + i * ld_bytes);
+    quantise_row(x, ld, inverse_scale(top * enlarge_if_tiny(x, ld, top)), bytes + i * ld_bytes);
     if (ld_bytes > ld) memset(bytes + i * ld_bytes + ld, 0, ld_bytes - ld);
   }
   transpose((const float*)bytes, ld_bytes / 4, kTileRows, (int)(dim / 4), (float*)to, kTileRows);
@@ -195,10 +198,10 @@ struct Int8Engine {
     for (Block& b : blocks) b.key_start = rest, b.value_start = rest + kKeys, rest += kKeys + channels;
   }
 
-  void set_queries(const Item& it, int64_t tile, float* rows, int64_t ld, int64_t) {
+  void set_queries(const Item& it, int64_t tile, float* rows, int64_t ld, int64_t count) {
     const int64_t ld_to = a.packed.dim4;
     uint8_t* to = q + tile * kTileRows * ld_to;
-    quantise_tile(a, it, rows, ld, ld_to, bytes, to, row_scale + tile * kTileRows, shift + tile * kTileRows);
+    quantise_tile(a, it, rows, ld, count, ld_to, bytes, to, row_scale + tile * kTileRows, shift + tile * kTileRows);
     if (kQueryOffset)
       for (int64_t i = 0; i < kTileRows * ld_to; ++i) to[i] = (uint8_t)(to[i] ^ 0x80);
   }
@@ -247,13 +250,13 @@ struct Int8Engine {
   void settle(int, bool, float*, vf*) {}
   static vf top_score(int, vf top) { return top; }
 #else
-  // Weights can be made from products as they are where scores are `kept`, unless a factor is negative or infinite: then
+  // Weights can be made from products as they are where scores are `kept`, unless a factor is negative: then
   // products become scores. A row whose factor is NaN has its NaN from its sum of weights.
   template <int R>
   void settle(int r0, bool kept, float* s, vf* top) {
     for (int r = 0; r < R; ++r) {
       const vf factor = numbers_only(factors[r0 + r]);
-      raw[r0 + r] = kept && !is_wide() && !any_above(set1(0.f), factor) && !any_above(factor, set1(1e30f));
+      raw[r0 + r] = kept && !is_wide() && !any_above(set1(0.f), factor);
       if (raw[r0 + r]) top[r] = top_score(r0 + r, top[r]);
       if (raw[r0 + r] || is_wide()) continue;
       top[r] = set1(-INFINITY);
@@ -309,7 +312,7 @@ struct Int8Engine {
     const bool kept = keeps_scores(a);
     for (int r = 0; r < R; ++r) {
       const int at = r0 + r;
-      const vf factor = numbers_only(factors[at]);
+      const vf factor = vmin(numbers_only(factors[at]), set1(1e30f));  // more makes no difference, and must not overflow
       if (raw[at])
         sum[r] = choose_bits(factors[at] * set1(0.f), set1(0.f), above_bits(raw_top[at], set1(-INFINITY))) +
                  (are_tame_factors(factor) ? weigh_rows(Words<Of::products>(raw_top[at], factor), at, s, put)

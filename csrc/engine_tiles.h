@@ -100,7 +100,7 @@ struct TileEngine {
     t.fresh = n > W ? ~0u : 0xffffu;
     for (int i = 0; i < kTileRows; ++i) t.reference[i] = t.power[i] = 0.f;
     if (kInt8) {
-      quantise_tile(a, it, rows, ld, key_bytes, (int8_t*)row_bytes, (uint8_t*)to, t.factor, t.shift);
+      quantise_tile(a, it, rows, ld, n, key_bytes, (int8_t*)row_bytes, (uint8_t*)to, t.factor, t.shift);
       // A key's largest entry is 127 of its steps.
       for (int i = 0; i < kTileRows; ++i) t.size[i] = fabsf(t.factor[i]) * 127.f * (float)a.head_dim;
       return;

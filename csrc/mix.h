@@ -1,25 +1,46 @@
 // Mixing of channels before they are rounded to 8 bits.
 //
-// Query and key are both multiplied by H / sqrt(n) for every n neighbours, H the Walsh-Hadamard matrix, which is orthogonal:
-// their products stay. A channel that is far larger than the others is spread over n, and the step of 8 bits, which follows
-// the largest entry, is smaller for all. src/tamis/mixing.py has the same in Python, and the sources.
+// Query and key are both multiplied by D H / sqrt(n) for every n neighbours, H the Walsh-Hadamard matrix, D a diagonal of
+// signs. That is orthogonal: their products stay. A channel that is far larger than the others is spread over n, and the
+// step of 8 bits, which follows the largest entry, is smaller for all; the signs keep what channels have in common from
+// being gathered in one. src/tamis/mixing.py has the same in Python, and the sources.
 #pragma once
 #include "rows.h"
 
 // 1 where the lane is the first of two that are 1, 2, 4, 8 apart, -1 where it is the second.
-struct Signs {
+struct LaneSigns {
   alignas(64) float of[4][16];
-  constexpr Signs() : of() {
+  constexpr LaneSigns() : of() {
     for (int power = 0; power < 4; ++power)
       for (int lane = 0; lane < 16; ++lane) of[power][lane] = lane >> power & 1 ? -1.f : 1.f;
   }
 };
-static constexpr Signs kSigns;
+static constexpr LaneSigns kLaneSigns;
+
+constexpr int64_t kMostMixed = 256;
+// 256, 64, 16, 8, 4, 2 or 1, the largest that divides `dim`: the signs do their work best with powers of four.
+static inline int64_t mixed_of(int64_t dim) {
+  const int64_t most = (dim & -dim) < kMostMixed ? dim & -dim : kMostMixed;
+  return most == 32 || most == 128 ? most / 2 : most;
+}
+// D / n: the signs of Rudin and Shapiro. With n = 1 there are none.
+struct Shares {
+  alignas(64) float of[9][kMostMixed];
+  constexpr Shares() : of() {
+    for (int power = 0; power < 9; ++power)
+      for (int channel = 0; channel < kMostMixed; ++channel) {
+        int pairs = 0;
+        for (int digit = 0; digit < 8; ++digit) pairs += (channel & channel >> 1) >> digit & 1;
+        of[power][channel] = (power && pairs % 2 ? -1.f : 1.f) / (float)(1 << power);
+      }
+  }
+};
+static constexpr Shares kShares;
 
 // Sums of lanes that are so far apart, in the place of the first, and differences.
 template <int kPower>
 static inline vf add_and_subtract(vf x) {
-  return fma(x, load(kSigns.of[kPower]), swapped<1 << kPower>(x));
+  return fma(x, load(kLaneSigns.of[kPower]), swapped<1 << kPower>(x));
 }
 static inline void add_and_subtract(vf& a, vf& b) {
   const vf sum = a + b;
@@ -46,15 +67,15 @@ static inline void mix_four(vf (&x)[4]) {
   add_and_subtract(x[0], x[2]), add_and_subtract(x[1], x[3]);
 }
 
-// Every `mixed` neighbours of a row times H / mixed, which overflows nowhere; returns lanes of its largest absolute entries.
-// The row is `padded` long, a multiple of 16, and zero behind its channels, of which `mixed` divides the number.
-static inline vf mix_row(float* x, int64_t padded, int64_t mixed) {
-  const vf share = set1(1.f / (float)mixed);
+// Every `mixed` neighbours of a row times D H / mixed, which overflows nowhere; returns its largest absolute entry, which
+// no NaN is. The row is `padded` long, a multiple of 16, and zero behind its channels, of which `mixed` divides the number.
+static inline float mix_row(float* x, int64_t padded, int64_t mixed) {
+  const float* shares = kShares.of[__builtin_ctzll((unsigned long long)mixed)];
   vf tops[4] = {set1(0.f), set1(0.f), set1(0.f), set1(0.f)};
   int64_t apart = W;
   if (mixed < 4 * W) {
     for (int64_t c = 0; c < padded; c += W) {
-      const vf y = mix_lanes(load(x + c) * share, mixed);
+      const vf y = mix_lanes(load(x + c) * load(shares + c % kMostMixed), mixed);
       store(x + c, y);
       tops[0] = vmax(vabs(y), tops[0]);
     }
@@ -62,10 +83,20 @@ static inline vf mix_row(float* x, int64_t padded, int64_t mixed) {
     apart = 4 * W;
     for (int64_t c = 0; c < padded; c += 4 * W) {
       vf y[4];
-      for (int i = 0; i < 4; ++i) y[i] = mix_lanes(load(x + c + i * W) * share, mixed);
+      for (int i = 0; i < 4; ++i) y[i] = mix_lanes(load(x + c + i * W) * load(shares + c % kMostMixed + i * W), mixed);
       mix_four(y);
       for (int i = 0; i < 4; ++i) store(x + c + i * W, y[i]), tops[i] = vmax(vabs(y[i]), tops[i]);
     }
+  }
+  for (; apart * 4 <= mixed; apart *= 4) {
+    for (vf& top : tops) top = set1(0.f);
+    for (int64_t from = 0; from < padded; from += 4 * apart)
+      for (float *at = x + from, *end = at + apart; at < end; at += W) {
+        vf y[4];
+        for (int i = 0; i < 4; ++i) y[i] = load(at + i * apart);
+        mix_four(y);
+        for (int i = 0; i < 4; ++i) store(at + i * apart, y[i]), tops[i] = vmax(vabs(y[i]), tops[i]);
+      }
   }
   for (; apart < mixed; apart *= 2) {
     for (vf& top : tops) top = set1(0.f);
@@ -77,5 +108,12 @@ static inline vf mix_row(float* x, int64_t padded, int64_t mixed) {
         tops[0] = vmax(vabs(a), tops[0]), tops[1] = vmax(vabs(b), tops[1]);
       }
   }
-  return vmax(vmax(tops[0], tops[1]), vmax(tops[2], tops[3]));
+  return max_lanes(vmax(vmax(tops[0], tops[1]), vmax(tops[2], tops[3])));
+}
+
+// Rows so small that 127 / top would overflow, or nearly: times 2^40. Returns the factor.
+static inline float enlarge_if_tiny(float* rows, int64_t count, float top) {
+  if (!(top < 1e-36f && top > 0.f)) return 1.f;
+  for (int64_t i = 0; i < count; ++i) rows[i] *= 0x1p40f;
+  return 0x1p40f;
 }

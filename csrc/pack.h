@@ -22,7 +22,8 @@ struct PackScratch {
 static float load_block(const tamis_pack_args& a, const tamis_tensor& t, int64_t b, int64_t h, int64_t j0, int64_t n,
                         int64_t dim, const float* mean, float* rows, Ahead ahead) {
   const int64_t padded = round_up(dim, 16);
-  vf top = set1(0.f), broken = set1(0.f);
+  float top = 0.f;
+  vf broken = set1(0.f);
   for (int64_t j = 0; j < n; ++j) {
     float* row = rows + j * padded;
     ahead.some((int)(padded / 16));
@@ -38,9 +39,10 @@ static float load_block(const tamis_pack_args& a, const tamis_tensor& t, int64_t
       store(row + c, x);
       broken = fma(x, set1(0.f), broken);
     }
-    top = vmax(mix_row(row, padded, a.packed.mixed), top);
+    const float largest = mix_row(row, padded, a.packed.mixed);
+    top = largest > top ? largest : top;
   }
-  return sum_lanes(broken) == 0.f ? max_lanes(top) : NAN;
+  return sum_lanes(broken) == 0.f ? top : NAN;
 }
 
 static void pack_key_block(const tamis_pack_args& a, int64_t b, int64_t h, int64_t block, PackScratch s) {
@@ -50,10 +52,11 @@ static void pack_key_block(const tamis_pack_args& a, int64_t b, int64_t h, int64
   const float top = load_block(a, a.key, b, h, j0, n, dim, s.mean, s.rows,
                                rows_ahead(a.value, b, h, j0, j0 + n, a.value_dim));
   const bool finite = top == top;
+  const float inverse = finite ? inverse_scale(top * enlarge_if_tiny(s.rows, n * padded, top)) : 0.f;
   int8_t* to = p.key + at * 64 * p.dim4;
   for (int64_t j = 0; j < 64; ++j) {
     if (j < n) {
-      p.key_sum[at * 64 + j] = quantise_row(s.rows + j * padded, padded, finite ? inverse_scale(top) : 0.f, s.bytes);
+      p.key_sum[at * 64 + j] = quantise_row(s.rows + j * padded, padded, inverse, s.bytes);
       const int64_t made = p.dim4 < padded ? p.dim4 : padded;
       memcpy(to + j * p.dim4, s.bytes, made);
       memset(to + j * p.dim4 + made, 0, p.dim4 - made);

@@ -103,7 +103,7 @@ static int make_room(tamis_attend_args& a, Prepared& p) {
   p.key_bytes = round_up(a.head_dim * (a.int8 ? 1 : 2), 64);
   if (p.pack) {
     a.packed.capacity = p.parts, a.packed.dim4 = tiles ? p.key_bytes : round_up(a.head_dim, 4);
-    a.packed.mixed = a.head_dim & -a.head_dim;
+    a.packed.mixed = mixed_of(a.head_dim);
   }
   Pieces measure{nullptr};
   lay_out(measure, a, p.pack, tiles, p, a.packed);

@@ -41,7 +41,7 @@ class Engine:
 
     def unmixed(self, x: Tensor) -> Tensor:
         """Queries or keys that become `x` when this engine mixes their channels."""
-        return x if self.backend == "triton" else (x.double() @ oracle.mixer(x.shape[-1])).to(x.dtype)
+        return x if self.backend == "triton" else (x.double() @ oracle.mixer(x.shape[-1]).T).to(x.dtype)
 
     def grain(
         self, query: Tensor, value: Tensor, block_size: tuple[int, int] = (128, 64), regular: bool = True

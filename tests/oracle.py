@@ -221,12 +221,14 @@ def used_key_blocks(blocks: Tensor, block_size: tuple[int, int], kv_heads: int, 
 
 
 def mixer(dim: int) -> Tensor:
-    """fp64 `[dim, dim]`, its own inverse: H / sqrt(n) of every n neighbours, the largest power of two in `dim`."""
-    size = dim & -dim
+    """fp64 `[dim, dim]`, orthogonal: D H / sqrt(n) of every n neighbours, the largest such n in `dim`."""
+    size = max(n for n in (1, 2, 4, 8, 16, 64, 256) if dim % n == 0)
     places = torch.arange(size)
     both = places[:, None] & places
     odd = torch.stack([both >> bit & 1 for bit in range(size.bit_length())]).sum(0) % 2
-    return torch.block_diag(*[(1.0 - 2.0 * odd.double()) / size**0.5] * (dim // size))
+    walsh = torch.block_diag(*[(1.0 - 2.0 * odd.double()) / size**0.5] * (dim // size))
+    digits = torch.arange(dim)[:, None] % 256 >> torch.arange(9) & 1
+    return walsh * (1.0 - 2.0 * ((digits[:, 1:] * digits[:, :-1]).sum(1) % 2))[:, None] if size > 1 else walsh
 
 
 class _Scores(NamedTuple):

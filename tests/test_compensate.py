@@ -324,7 +324,7 @@ def test_packed(engine: Engine, block_size: tuple[int, int], padding: int) -> No
         options["segments"] = (torch.zeros(150, dtype=torch.int64), documents(330, padding=padding))
     plain, result = (engine.attend(q, packed, None, mask, compensate=c, **options) for c in (None, CENTROID))
     key8, key_scale, _, value8, value_scale, _, mean = packed.tensors[:7]
-    keys = (key8[..., :30] * key_scale[..., None, None]) @ oracle.mixer(30).float() + mean[:, :, None, None]
+    keys = (key8[..., :30] * key_scale[..., None, None]) @ oracle.mixer(30).float().T + mean[:, :, None, None]
     keys = keys.flatten(2, 3)[:, :, :330]
     values = (value8 * value_scale[..., None]).transpose(3, 4).flatten(2, 3)[:, :, :330]
     means = reference(q, keys, values, mask, tokens=False, **options)

@@ -142,7 +142,7 @@ def test_packs_of_other_backends(engine: Engine, mixed: int) -> None:
     """Keys with a mean and a large channel, whose channels are mixed or not, whatever this engine does itself."""
     q, k, v = qkv(heads=4, kv_heads=2, q_len=70, kv_len=200, dim=40)
     k = k * torch.tensor([5.0] + 39 * [1.0]) + torch.randn(40)
-    as_packed = k if mixed > 1 else (k.double() @ oracle.mixer(40)).float()
+    as_packed = k if mixed > 1 else (k.double() @ oracle.mixer(40).T).float()
     packed = tamis.pack_kv(as_packed, v, backend="reference")
     tensors = [*packed.tensors[:6], k.mean(2)]
     packed = tamis.PackedKV(tensors, 200, mixed, packed._tail, "reference")

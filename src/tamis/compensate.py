@@ -26,7 +26,7 @@ from tamis import geometry
 from tamis.backends import base
 from tamis.block_mask import dense_blocks
 from tamis.call import Call
-from tamis.mixing import mix
+from tamis.mixing import unmix
 
 TILE = 64  # keys of a `PackedKV` that share a scale
 # Bytes of scores at a time: on a CPU what its caches hold, elsewhere what keeps a device busy.
@@ -176,7 +176,7 @@ def _packed_means(packed: list[Tensor], kv_len: int, block: int, counted: Tensor
     # Factors 0 and 1, and sums of 64: exact integers.
     keys = (key8 * inside[..., None]).sum(3, dtype=torch.int32)[..., : mean.shape[-1]] * key_scale[..., None]
     values = (value8 * inside[..., None, :]).sum(4, dtype=torch.int32) * value_scale
-    keys = mix(keys, int(packed[7][1])) + mean * number
+    keys = unmix(keys, int(packed[7][1])) + mean * number
     keys, values, number = (_tile_sums(part, block) for part in (keys, values, number))
     return keys / number.clamp(min=1), values / number.clamp(min=1)
 

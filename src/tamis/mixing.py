@@ -1,8 +1,10 @@
 """Mixing of the channels of query and key before they are rounded to 8 bits.
 
-Both are multiplied by the same orthogonal matrix, which leaves their products alone: H / sqrt(n) for every n
-neighbours, H the Walsh-Hadamard matrix. A channel that is far larger than the others, as language models have them, is
-spread over n, and the step of 8 bits, which follows the largest entry of a row, becomes smaller for all.
+Both are multiplied by the same orthogonal matrix, which leaves their products alone: D H / sqrt(n) for every n
+neighbours, H the Walsh-Hadamard matrix, D a diagonal of signs. A channel that is far larger than the others, as language
+models have them, is spread over n, and the step of 8 bits, which follows the largest entry of a row, becomes smaller for
+all. H alone would gather what channels have in common, a constant or an alternating one, in a single entry. The signs of
+Rudin and Shapiro prevent that: where n is a power of four, any row of H times them comes out of H in entries of one size.
 
 Source: QuaRot (arXiv 2404.00456); FlashAttention-3 (arXiv 2407.08608), section 3.3, for attention in fp8.
 """
@@ -14,14 +16,23 @@ import math
 import torch
 from torch import Tensor
 
+MOST = 256  # channels that are mixed
+
 
 def neighbours(dim: int) -> int:
-    """How many neighbours of `dim` channels are mixed: the largest power of two that divides it."""
-    return dim & -dim
+    """How many neighbours of `dim` channels are mixed: 256, 64, 16, 8, 4, 2 or 1, the largest that divides it."""
+    number = min(dim & -dim, MOST)
+    return number // 2 if number in (32, 128) else number
+
+
+def signs(dim: int) -> Tensor:
+    """-1 where the binary digits of a channel's number, from 256 on of the rest, hold an odd number of pairs of ones."""
+    odd = [(channel & channel >> 1).bit_count() % 2 for channel in (channel % MOST for channel in range(dim))]
+    return torch.tensor([1.0 - 2.0 * one for one in odd])
 
 
 def mix(x: Tensor, number: int) -> Tensor:
-    """Every `number` neighbours of the last axis times H / sqrt(number); twice gives back what came.
+    """Every `number` neighbours of the last axis times D H / sqrt(number).
 
     Args:
         x: fp32 `[.., dim]`.
@@ -31,7 +42,16 @@ def mix(x: Tensor, number: int) -> Tensor:
 
 
 def mix_shares(x: Tensor, number: int) -> Tensor:
-    """The same without the square root: times H / number, which overflows nowhere. Bit for bit as in csrc/mix.h."""
+    """The same without the square root: times D H / number, which overflows nowhere. Bit for bit as in csrc/mix.h."""
+    return x if number == 1 else _shares(x * signs(x.shape[-1]).to(x.device), number)
+
+
+def unmix(x: Tensor, number: int) -> Tensor:
+    """What `mix` was given."""
+    return x if number == 1 else _shares(x, number) * math.sqrt(number) * signs(x.shape[-1]).to(x.device)
+
+
+def _shares(x: Tensor, number: int) -> Tensor:
     mixed = torch.unflatten(x / number, -1, (-1, number))
     apart = 1
     while apart < number:

@@ -200,9 +200,17 @@ inline double in_words(double x) {
   return (double)((32512 - (rest * (21862 - (rest * 5642 >> 16)) >> 16)) >> (below / 2048)) / 32512;
 }
 
-// Every n neighbours times H / sqrt(n), H the Walsh-Hadamard matrix, n the largest power of two that divides `dim`.
+// Every n neighbours times D H / sqrt(n), H the Walsh-Hadamard matrix, D the signs of Rudin and Shapiro.
+inline int64_t mixed(int64_t dim) {
+  int64_t n = 1;
+  for (const int64_t other : {2, 4, 8, 16, 64, 256})
+    if (dim % other == 0) n = other;
+  return n;
+}
 inline void mix(double* x, int64_t dim) {
-  const int64_t n = dim & -dim;
+  const int64_t n = mixed(dim);
+  for (int64_t i = 0; i < dim && n > 1; ++i)
+    if (__builtin_popcountll(i % 256 & (i % 256) >> 1) % 2) x[i] = -x[i];
   for (int64_t from = 0; from < dim; from += n) {
     std::vector<double> y(n, 0);
     for (int64_t i = 0; i < n; ++i)

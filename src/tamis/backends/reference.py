@@ -410,9 +410,10 @@ def _quantise(x: Tensor, dims: tuple[int, ...]) -> tuple[Tensor, Tensor]:
     """Symmetric int8 (as fp32) with one scale over `dims`; the scale is NaN where an entry is not finite."""
     finite = x.isfinite()
     top = torch.where(finite, x, 0.0).abs().amax(dims, keepdim=True)
-    inverse = 127 / top
+    enlarged = torch.where(top < 1e-36, 2.0**40, 1.0)
+    inverse = 127 / (top * enlarged)
     # All zeros, or so small that 127 / top overflows: 0.
-    whole = torch.where(finite & inverse.isfinite(), x * inverse, 0.0).round().clamp(-127, 127)
+    whole = torch.where(finite & inverse.isfinite(), x * enlarged * inverse, 0.0).round().clamp(-127, 127)
     broken = (~finite).any(dims[0], keepdim=True).any(dims[-1], keepdim=True)
     return whole, (top / 127).masked_fill(broken, float("nan"))
 

@@ -71,7 +71,7 @@ def operands(
         packed = [t.contiguous() for t in packed]
         k, k_scale = packed[0].flatten(2, 3), packed[1]
         taken_off, mixed = packed[6], int(packed[7][1])
-        if mixed > 1:  # it was packed on a CPU
+        if mixed > 1:  # it was packed by another backend
             query, taken_off = mix(query.to(torch.float32), mixed), mix(taken_off, mixed)
         q, q_scale, q_shift = int8_queries(query, taken_off)
         even = packed[0].shape[4] == width
