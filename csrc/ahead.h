@@ -1,5 +1,5 @@
-// Bringing rows into the second cache while something else is computed: a few lines at a time, for a core that waits for
-// more than some sixteen has no room for its own misses.
+// Bringing rows into the second cache while something else is computed: a few lines at a time, for a core that waits
+// for more than some sixteen has no room for its own misses.
 #pragma once
 #include "rows.h"
 

@@ -238,7 +238,8 @@ static Ahead queries_of(const tamis_attend_args& a, const Item& it) {
   return rows_ahead(a.query, it.b, it.h, it.i0, it.i0 + it.rows, a.head_dim);
 }
 static Ahead output_of(const tamis_attend_args& a, const Item& it) {
-  const int64_t bytes = a.value_dim * dtype_size(a.query.dtype), row = (it.b * a.heads + it.h) * a.geometry.q_len + it.i0;
+  const int64_t bytes = a.value_dim * dtype_size(a.query.dtype);
+  const int64_t row = (it.b * a.heads + it.h) * a.geometry.q_len + it.i0;
   return {(const char*)a.output + row * bytes, 1, 0, it.rows * bytes, 0};
 }
 

@@ -136,8 +136,9 @@ static void quantise_tile(const tamis_attend_args& a, const Item& it, float* row
   const float scale = a.scale * root_of_mixed(a.packed);
   for (int64_t i = count; i < kTileRows; ++i) row_scale[i] = shift[i] = 0.f;
   memset(bytes + count * ld_bytes, 0, (kTileRows - count) * ld_bytes);
+  // A loop for each step: the next rows are then under way while one waits for its own steps.
   for (int64_t i = 0; i < count; ++i) {
-    float* x = rows + i * ld;
+    const float* x = rows + i * ld;
     vf broken = set1(0.f), products = set1(0.f);
     for (int64_t c = 0; c < even; c += W) {
       const vf y = load(x + c);
@@ -146,11 +147,15 @@ static void quantise_tile(const tamis_attend_args& a, const Item& it, float* row
     }
     float bad = sum_lanes(broken), product = sum_lanes(products);
     for (int64_t c = even; c < a.head_dim; ++c) bad += x[c] * 0.f, product += x[c] * mean[c];
-    float top = mix_row(x, ld, a.packed.mixed);
     // A NaN or infinite row keeps a broken scale, so that its own output shows it and no other does.
-    if (bad != 0.f) top = NAN;
-    row_scale[i] = top / 127.f * scale;
+    row_scale[i] = bad == 0.f ? scale : NAN;
     shift[i] = product * a.scale;
+  }
+  float tops[kTileRows];
+  for (int64_t i = 0; i < count; ++i) tops[i] = max_lanes(mix_row(rows + i * ld, ld, a.packed.mixed));
+  for (int64_t i = 0; i < count; ++i) {
+    float *x = rows + i * ld, top = row_scale[i] == row_scale[i] ? tops[i] : NAN;
+    row_scale[i] = top / 127.f * scale;
     quantise_row(x, ld, inverse_scale(top * enlarge_if_tiny(x, ld, top)), bytes + i * ld_bytes);
     if (ld_bytes > ld) memset(bytes + i * ld_bytes + ld, 0, ld_bytes - ld);
   }
@@ -312,7 +317,7 @@ struct Int8Engine {
     const bool kept = keeps_scores(a);
     for (int r = 0; r < R; ++r) {
       const int at = r0 + r;
-      const vf factor = vmin(numbers_only(factors[at]), set1(1e30f));  // more makes no difference, and must not overflow
+      const vf factor = vmin(numbers_only(factors[at]), set1(1e30f));  // more is no different, and may overflow
       if (raw[at])
         sum[r] = choose_bits(factors[at] * set1(0.f), set1(0.f), above_bits(raw_top[at], set1(-INFINITY))) +
                  (are_tame_factors(factor) ? weigh_rows(Words<Of::products>(raw_top[at], factor), at, s, put)

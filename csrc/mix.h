@@ -1,9 +1,9 @@
 // Mixing of channels before they are rounded to 8 bits.
 //
-// Query and key are both multiplied by D H / sqrt(n) for every n neighbours, H the Walsh-Hadamard matrix, D a diagonal of
-// signs. That is orthogonal: their products stay. A channel that is far larger than the others is spread over n, and the
-// step of 8 bits, which follows the largest entry, is smaller for all; the signs keep what channels have in common from
-// being gathered in one. src/tamis/mixing.py has the same in Python, and the sources.
+// Query and key are both multiplied by D H / sqrt(n) for every n neighbours, H the Walsh-Hadamard matrix, D a diagonal
+// of signs. That is orthogonal: their products stay. A channel that is far larger than the others is spread over n, and
+// the step of 8 bits, which follows the largest entry, is smaller for all; the signs keep what channels have in common
+// from being gathered in one. src/tamis/mixing.py has the same in Python, and the sources.
 #pragma once
 #include "rows.h"
 
@@ -67,9 +67,10 @@ static inline void mix_four(vf (&x)[4]) {
   add_and_subtract(x[0], x[2]), add_and_subtract(x[1], x[3]);
 }
 
-// Every `mixed` neighbours of a row times D H / mixed, which overflows nowhere; returns its largest absolute entry, which
-// no NaN is. The row is `padded` long, a multiple of 16, and zero behind its channels, of which `mixed` divides the number.
-static inline float mix_row(float* x, int64_t padded, int64_t mixed) {
+// Every `mixed` neighbours of a row times D H / mixed, which overflows nowhere; returns lanes of its largest absolute
+// entries, of which none is a NaN. The row is `padded` long, a multiple of 16, and zero behind its channels, of which
+// `mixed` divides the number.
+static inline vf mix_row(float* x, int64_t padded, int64_t mixed) {
   const float* shares = kShares.of[__builtin_ctzll((unsigned long long)mixed)];
   vf tops[4] = {set1(0.f), set1(0.f), set1(0.f), set1(0.f)};
   int64_t apart = W;
@@ -108,7 +109,7 @@ static inline float mix_row(float* x, int64_t padded, int64_t mixed) {
         tops[0] = vmax(vabs(a), tops[0]), tops[1] = vmax(vabs(b), tops[1]);
       }
   }
-  return max_lanes(vmax(vmax(tops[0], tops[1]), vmax(tops[2], tops[3])));
+  return vmax(vmax(tops[0], tops[1]), vmax(tops[2], tops[3]));
 }
 
 // Rows so small that 127 / top would overflow, or nearly: times 2^40. Returns the factor.

@@ -17,13 +17,12 @@ struct PackScratch {
   }
 };
 
-// Loads a block; rows that do not count become zero. Of a key, less its mean and mixed, returns the largest absolute entry,
-// NaN where one is NaN or infinite. `ahead`: what is loaded after it.
+// Loads a block; rows that do not count become zero. Of a key, less its mean and mixed, returns the largest absolute
+// entry, NaN where one is NaN or infinite. `ahead`: what is loaded after it.
 static float load_block(const tamis_pack_args& a, const tamis_tensor& t, int64_t b, int64_t h, int64_t j0, int64_t n,
                         int64_t dim, const float* mean, float* rows, Ahead ahead) {
   const int64_t padded = round_up(dim, 16);
-  float top = 0.f;
-  vf broken = set1(0.f);
+  vf top = set1(0.f), broken = set1(0.f);
   for (int64_t j = 0; j < n; ++j) {
     float* row = rows + j * padded;
     ahead.some((int)(padded / 16));
@@ -39,10 +38,10 @@ static float load_block(const tamis_pack_args& a, const tamis_tensor& t, int64_t
       store(row + c, x);
       broken = fma(x, set1(0.f), broken);
     }
-    const float largest = mix_row(row, padded, a.packed.mixed);
-    top = largest > top ? largest : top;
   }
-  return sum_lanes(broken) == 0.f ? top : NAN;
+  if (!mean) return 0.f;
+  for (int64_t j = 0; j < n; ++j) top = vmax(mix_row(rows + j * padded, padded, a.packed.mixed), top);
+  return sum_lanes(broken) == 0.f ? max_lanes(top) : NAN;
 }
 
 static void pack_key_block(const tamis_pack_args& a, int64_t b, int64_t h, int64_t block, PackScratch s) {

@@ -1,10 +1,11 @@
 """Mixing of the channels of query and key before they are rounded to 8 bits.
 
 Both are multiplied by the same orthogonal matrix, which leaves their products alone: D H / sqrt(n) for every n
-neighbours, H the Walsh-Hadamard matrix, D a diagonal of signs. A channel that is far larger than the others, as language
-models have them, is spread over n, and the step of 8 bits, which follows the largest entry of a row, becomes smaller for
-all. H alone would gather what channels have in common, a constant or an alternating one, in a single entry. The signs of
-Rudin and Shapiro prevent that: where n is a power of four, any row of H times them comes out of H in entries of one size.
+neighbours, H the Walsh-Hadamard matrix, D a diagonal of signs. A channel that is far larger than the others, as
+language models have them, is spread over n, and the step of 8 bits, which follows the largest entry of a row, becomes
+smaller for all. H alone would gather what channels have in common, a constant or an alternating one, in a single entry.
+The signs of Rudin and Shapiro prevent that: where n is a power of four, any row of H times them comes out of H in
+entries of one size.
 
 Source: QuaRot (arXiv 2404.00456); FlashAttention-3 (arXiv 2407.08608), section 3.3, for attention in fp8.
 """
@@ -26,7 +27,7 @@ def neighbours(dim: int) -> int:
 
 
 def signs(dim: int) -> Tensor:
-    """-1 where the binary digits of a channel's number, from 256 on of the rest, hold an odd number of pairs of ones."""
+    """-1 where the binary digits of a channel's number modulo 256 hold an odd number of pairs of ones."""
     odd = [(channel & channel >> 1).bit_count() % 2 for channel in (channel % MOST for channel in range(dim))]
     return torch.tensor([1.0 - 2.0 * one for one in odd])
 

@@ -263,7 +263,8 @@ inline void check_attend(std::vector<Judge>& judges, Case c, const std::vector<i
         }
         const size_t head = p.q_len * p.value_dim;
         for (size_t at = 0; at < answer.output.size(); at += head) {
-          judge.at_most(relative_l1(answer.output, formulas.output, at, head), (p.q_len == 1 ? kFlipsOfARow : kFlips) + eps,
+          const double flips = p.q_len == 1 ? kFlipsOfARow : kFlips;
+          judge.at_most(relative_l1(answer.output, formulas.output, at, head), flips + eps,
                         "relative L1 to the formulas");
           if (c.known_error > 0)
             judge.at_most(relative_l1(answer.output, truth.output, at, head), c.known_error, "relative L1 to truth");

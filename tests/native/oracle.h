@@ -214,14 +214,15 @@ inline void mix(double* x, int64_t dim) {
   for (int64_t from = 0; from < dim; from += n) {
     std::vector<double> y(n, 0);
     for (int64_t i = 0; i < n; ++i)
-      for (int64_t j = 0; j < n; ++j) y[i] += (__builtin_popcountll(i & j) % 2 ? -1 : 1) * x[from + j] / sqrt((double)n);
+      for (int64_t j = 0; j < n; ++j)
+        y[i] += (__builtin_popcountll(i & j) % 2 ? -1 : 1) * x[from + j] / sqrt((double)n);
     std::copy(y.begin(), y.end(), x + from);
   }
 }
 
-// The int8 algorithm in fp64, channels of query and key mixed: query rounded by row, key less its mean by 64 keys, value by channel of 64 keys, weights
-// to 1/254 of the row's largest among 64 keys; the denominator keeps the unrounded weights. `words`: before that they
-// are as above.
+// The int8 algorithm in fp64: query rounded by row, key less its mean by 64 keys, both of mixed channels, value by
+// channel of 64 keys, weights to 1/254 of the row's largest among 64 keys; the denominator keeps the unrounded weights.
+// `words`: before that they are as above.
 inline Result attention_int8(const Problem& p, bool words) {
   Result result = empty_result(p);
   std::vector<double> q = p.q, k = p.k, v = p.v, mean(p.batch * p.kv_heads * p.dim, 0);
