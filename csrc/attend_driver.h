@@ -289,7 +289,8 @@ static void attend_together(const tamis_attend_args& a, const Prepared& prepared
       if (!scratch || failed(team)) continue;
       const Item it = item_at(a, order[n], q_blocks);
       const int64_t next = n + a.threads;
-      st.next = next < items ? queries_of(a, item_at(a, order[next], q_blocks)) : Ahead{}, st.out = output_of(a, it);
+      st.next = next < items ? queries_of(a, item_at(a, order[next], q_blocks)) : Ahead{};
+      st.out = output_of(a, it);
       if (!attend_item(e, it, st)) fail(team, TAMIS_CORRUPT_MASK);
     }
   }

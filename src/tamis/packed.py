@@ -19,7 +19,7 @@ class PackedKV:
 
     The mean key of each head is subtracted before quantising and stays as it was at packing. Keys have one scale per
     block, values one per channel per block, so `append` requantises only the last, unfinished block, which is
-    therefore also kept as it came. On a CPU neighbouring channels of a key are mixed first, as `tamis.mixing` tells.
+    therefore also kept as it came. Backends other than triton mix neighbouring channels of a key first: `tamis.mixing`.
 
     Attributes:
         tensors: key int8 `[batch, kv_heads, blocks, 64, dim]` (dim padded to 4), its scales and row sums, value int8
