@@ -14,9 +14,11 @@ struct Ahead {
       if (at >= bytes) at = 0, row += stride, --rows;
     }
   }
+  void a_row() { some((int)((bytes + 63) / 64)); }
 };
 
-// Rows i to end, or none.
+// Rows i to end, or none. A row that is asked for 64 rows before it is read has come in by then.
+constexpr int64_t kRowsAhead = 64;
 static inline Ahead rows_ahead(const tamis_tensor& t, int64_t b, int64_t h, int64_t i, int64_t end, int64_t dim) {
   const int64_t size = dtype_size(t.dtype);
   if (!t.data || t.stride[3] != 1) return Ahead{};

@@ -9,7 +9,7 @@
 #include <omp.h>
 #include <stdlib.h>
 
-#include "rows.h"
+#include "ahead.h"
 #include "together.h"
 
 static inline bool counts_row(const int64_t* segments, int64_t stride, int64_t b, int64_t i) {
@@ -44,6 +44,7 @@ static void summarize_block(const tamis_summarize_args& a, int64_t b, int64_t h,
   const bool in_place = is_plain(a.x) && a.dim == padded;
   float *sum = rows + kSummed * padded, *unit = sum + padded;
   memset(sum, 0, 2 * padded * 4);
+  Ahead ahead = rows_ahead(a.x, b, h, block * a.block + kRowsAhead, a.seq, a.dim);
   int64_t n = 0;
   bool finite = true;
   for (int64_t i = block * a.block; i < end;) {
@@ -51,6 +52,7 @@ static void summarize_block(const tamis_summarize_args& a, int64_t b, int64_t h,
     for (int64_t m = 0; m < kSummed; ++m) norm2[m] = inverse[m] = 1.f;
     int64_t count = 0;
     for (; i < end && count < kSummed; ++i) {
+      ahead.a_row();
       if (!counts_row(a.segments, a.segment_stride, b, i)) continue;
       float* row = rows + count * padded;
       const float* from = row;
@@ -114,11 +116,13 @@ static void sum_part(const tamis_summarize_args& a, KeySums& sums, int64_t n, fl
   const int64_t end = first + 64 < a.seq ? first + 64 : a.seq;
   float* sum = row + padded;
   int64_t count = 0;
+  Ahead ahead = rows_ahead(a.x, bh / a.heads, bh % a.heads, first + kRowsAhead, a.seq, a.dim);
   // A sum is finite exactly if all of its terms are: only where it is not are rows looked at one by one.
   for (int careful = 0; careful < 2; ++careful) {
     count = 0;
     memset(sum, 0, padded * 4);
     for (int64_t i = first; i < end && (!a.used || a.used[n]); ++i) {
+      ahead.a_row();
       if (!counts_row(a.segments, a.segment_stride, bh / a.heads, i)) continue;
       const float* from = row;
       if (is_plain(a.x) && a.dim == padded)
