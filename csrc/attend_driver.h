@@ -202,9 +202,17 @@ static double attend_rows(Engine& e, const Item& it, State& st, const Blocks& bl
   int64_t waiting = 0;
   for (int64_t tile = 0; tile < tiles; ++tile) {
     const int64_t rows = least(kTileRows, it.rows - tile * kTileRows);
-    memset(st.rows, 0, kTileRows * ld * 4);
-    for (int64_t i = 0; i < rows; ++i)
-      load_row(a.query, it.b, it.h, it.i0 + tile * kTileRows + i, a.head_dim, st.rows + i * ld);
+    const int64_t first = it.i0 + tile * kTileRows;
+    if (is_plain(a.query) && rows == kTileRows && a.head_dim == ld) {
+      e.set_queries(it, tile, (const float*)row_of(a.query, it.b, it.h, first), a.query.stride[2], rows);
+      continue;
+    }
+    memset(st.rows + rows * ld, 0, (kTileRows - rows) * ld * 4);
+    for (int64_t i = 0; i < rows; ++i) {
+      float* row = st.rows + i * ld;
+      load_row(a.query, it.b, it.h, first + i, a.head_dim, row);
+      for (int64_t c = a.head_dim; c < ld; ++c) row[c] = 0.f;
+    }
     e.set_queries(it, tile, st.rows, ld, rows);
   }
   for (int64_t i = 0; i < tiles * kTileRows; ++i) st.m[i] = -INFINITY, st.l[i] = 0.f;

@@ -83,7 +83,7 @@ struct FullEngine {
   }
 
   // `rows` holds the tile's queries as fp32, [32][ld], zero beyond the last row.
-  void set_queries(const Item&, int64_t tile, float* rows, int64_t ld, int64_t) {
+  void set_queries(const Item&, int64_t tile, const float* rows, int64_t ld, int64_t) {
     transpose(rows, ld, kTileRows, (int)a.head_dim, q + tile * kTileRows * a.head_dim, kTileRows);
   }
 

@@ -127,39 +127,39 @@ static __attribute__((noinline)) void pv_part(const uint8_t* p, const int8_t* v,
 }
 
 // Mixes and quantises a tile of query rows, `dim` (a multiple of 4 from head_dim on) bytes each, into [dim / 4][32][4].
-// `row_scale` gets each row's scale, the softmax scale included; `shift` its scaled product with the key mean. From row
-// `count` on rows are zero.
-static void quantise_tile(const tamis_attend_args& a, const Item& it, float* rows, int64_t ld, int64_t count,
-                          int64_t dim, int8_t* bytes, uint8_t* to, float* row_scale, float* shift) {
+// `row_scale` gets each row's scale, the softmax scale included; `shift` its scaled product with the key mean.
+// `columns`: room for [ld][32].
+static void quantise_tile(const tamis_attend_args& a, const Item& it, const float* rows, int64_t ld, int64_t dim,
+                          float* columns, uint8_t* to, float* row_scale, float* shift) {
   const float* mean = a.packed.key_mean + (it.b * a.kv_heads + it.kv_head) * a.head_dim;
-  const int64_t ld_bytes = round_up(dim, 16), even = a.head_dim / W * W;
-  const float scale = a.scale * root_of_mixed(a.packed);
-  for (int64_t i = count; i < kTileRows; ++i) row_scale[i] = shift[i] = 0.f;
-  memset(bytes + count * ld_bytes, 0, (kTileRows - count) * ld_bytes);
-  // A loop for each step: the next rows are then under way while one waits for its own steps.
-  for (int64_t i = 0; i < count; ++i) {
-    const float* x = rows + i * ld;
-    vf broken = set1(0.f), products = set1(0.f);
-    for (int64_t c = 0; c < even; c += W) {
-      const vf y = load(x + c);
-      broken = fma(y, set1(0.f), broken);
-      products = fma(y, load(mean + c), products);
-    }
-    float bad = sum_lanes(broken), product = sum_lanes(products);
-    for (int64_t c = even; c < a.head_dim; ++c) bad += x[c] * 0.f, product += x[c] * mean[c];
+  const int64_t padded = round_up(a.head_dim, 4);
+  const vf scale = set1(a.scale * root_of_mixed(a.packed));
+  transpose(rows, ld, kTileRows, (int)a.head_dim, columns, kTileRows);
+  memset(columns + a.head_dim * kTileRows, 0, (padded - a.head_dim) * kTileRows * 4);
+  for (int r = 0; r < kTileRows; r += W) {
+    float* x = columns + r;
+    vf product[4] = {set1(0.f), set1(0.f), set1(0.f), set1(0.f)};
+    for (int64_t c = 0; c < a.head_dim; ++c) product[c % 4] = fma(load(x + c * kTileRows), set1(mean[c]), product[c % 4]);
+    store(shift + r, ((product[0] + product[1]) + (product[2] + product[3])) * set1(a.scale));
+
+    const vf tops = float_of_bits(mix_columns(x, kTileRows, a.head_dim, a.packed.mixed));
     // A NaN or infinite row keeps a broken scale, so that its own output shows it and no other does.
-    row_scale[i] = bad == 0.f ? scale : NAN;
-    shift[i] = product * a.scale;
+    const uint32_t finite = above_bits(set1(INFINITY), tops);
+    const vi whole = bits_of(choose_bits(float_of_bits(set1i(-1)), set1(0.f), finite));
+    store(row_scale + r, choose_bits(tops / set1(127.f) * scale, set1(NAN), finite));
+    const uint32_t tiny = above_bits(set1(kTinyTop), tops) & above_bits(tops, set1(0.f));
+    const vf larger = choose_bits(set1(kEnlarged), set1(1.f), tiny);
+    if (tiny)
+      for (int64_t c = 0; c < padded; ++c) store(x + c * kTileRows, load(x + c * kTileRows) * larger);
+    const vf enlarged = tops * larger;
+    const vf inverse = choose_bits(set1(127.f) / enlarged, set1(0.f), finite & above_bits(enlarged, set1(kLeastTop)));
+    for (int64_t c = 0; c < padded; c += 4) {
+      vi q[4];
+      for (int i = 0; i < 4; ++i) q[i] = round_to_int(load(x + (c + i) * kTileRows) * inverse);
+      storei(to + (c * kTileRows + r * 4), bytes_in_lanes(q[0], q[1], q[2], q[3]) & whole);
+    }
   }
-  float tops[kTileRows];
-  for (int64_t i = 0; i < count; ++i) tops[i] = max_lanes(mix_row(rows + i * ld, ld, a.packed.mixed));
-  for (int64_t i = 0; i < count; ++i) {
-    float *x = rows + i * ld, top = row_scale[i] == row_scale[i] ? tops[i] : NAN;
-    row_scale[i] = top / 127.f * scale;
-    quantise_row(x, ld, inverse_scale(top * enlarge_if_tiny(x, ld, top)), bytes + i * ld_bytes);
-    if (ld_bytes > ld) memset(bytes + i * ld_bytes + ld, 0, ld_bytes - ld);
-  }
-  transpose((const float*)bytes, ld_bytes / 4, kTileRows, (int)(dim / 4), (float*)to, kTileRows);
+  memset(to + padded * kTileRows, 0, (dim - padded) * kTileRows);
 }
 
 struct Int8Engine {
@@ -170,7 +170,7 @@ struct Int8Engine {
   uint8_t* p;        // [16][32][4], with kProbOffset added
   float* row_scale;  // of each row, softmax scale included
   float* shift;      // scale * q . key_mean, natural log
-  int8_t* bytes;     // one tile of quantised rows
+  float* columns;    // one tile of rows, a channel each
   // Of one of the parts at hand, 64 keys.
   struct Block {
     int64_t keys, kv_block;
@@ -188,25 +188,25 @@ struct Int8Engine {
 
   static int64_t scratch_bytes(const tamis_attend_args& a) {
     int64_t dim = round_up(a.head_dim, 16), channels = round_up(a.value_dim, 16);
-    return a.geometry.block_q * (dim + 8) + kKeys * kTileRows + kTileRows * dim +
+    return a.geometry.block_q * (dim + 8) + kKeys * kTileRows + kTileRows * dim * 4 +
            kPartsAtOnce * 4 * (kKeys + channels) + 256;
   }
   Int8Engine(const tamis_attend_args& args, const Prepared&, char* scratch) : a(args) {
     int64_t dim = round_up(a.head_dim, 16), rows = a.geometry.block_q;
     q = (uint8_t*)scratch;
     p = q + rows * dim;
-    bytes = (int8_t*)p + kKeys * kTileRows;
-    row_scale = (float*)(bytes + kTileRows * dim);
+    columns = (float*)(p + kKeys * kTileRows);
+    row_scale = columns + kTileRows * dim;
     shift = row_scale + rows;
     const int64_t channels = round_up(a.value_dim, 16);
     int32_t* rest = (int32_t*)(shift + rows);
     for (Block& b : blocks) b.key_start = rest, b.value_start = rest + kKeys, rest += kKeys + channels;
   }
 
-  void set_queries(const Item& it, int64_t tile, float* rows, int64_t ld, int64_t count) {
+  void set_queries(const Item& it, int64_t tile, const float* rows, int64_t ld, int64_t) {
     const int64_t ld_to = a.packed.dim4;
     uint8_t* to = q + tile * kTileRows * ld_to;
-    quantise_tile(a, it, rows, ld, count, ld_to, bytes, to, row_scale + tile * kTileRows, shift + tile * kTileRows);
+    quantise_tile(a, it, rows, ld, ld_to, columns, to, row_scale + tile * kTileRows, shift + tile * kTileRows);
     if (kQueryOffset)
       for (int64_t i = 0; i < kTileRows * ld_to; ++i) to[i] = (uint8_t)(to[i] ^ 0x80);
   }

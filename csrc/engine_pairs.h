@@ -103,7 +103,7 @@ struct PairEngine : Int8Engine {
     value.place(rest, a.value_dim, kKeys);
   }
 
-  void set_queries(const Item& it, int64_t tile, float* rows, int64_t ld, int64_t count) {
+  void set_queries(const Item& it, int64_t tile, const float* rows, int64_t ld, int64_t count) {
     Int8Engine::set_queries(it, tile, rows, ld, count);
     const int64_t dim = a.packed.dim4;
     const uint8_t* from = q + tile * kTileRows * dim;

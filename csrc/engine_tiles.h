@@ -72,7 +72,7 @@ struct TileEngine {
   char* q;                  // [tiles][key_bytes / 4][32][4]
   char* key_copy;           // the last key block where it is not a whole one
   uint16_t* value_copy;     // a block without what is not finite
-  char* row_bytes;
+  char* row_bytes;          // of one tile: bf16 rows, or rows in 8 bits while they are made
   Rows* state;
   uint32_t seen[kKeys];     // bit i: row i sees the key; where sight is not `all`
   TileScope scope;
@@ -80,7 +80,7 @@ struct TileEngine {
   static int64_t bytes_of_key(const tamis_attend_args& a) { return round_up(a.head_dim * (kInt8 ? 1 : 2), 64); }
   static int64_t scratch_bytes(const tamis_attend_args& a) {
     const int64_t bytes = bytes_of_key(a), wide = round_up(a.value_dim, 16);
-    return kKeys * kTileRows * 6 + kMostRows * bytes + kKeys * (bytes + 2 * wide) + kTileRows * bytes +
+    return kKeys * kTileRows * 6 + kMostRows * bytes + kKeys * (bytes + 2 * wide) + kTileRows * bytes * (kInt8 ? 4 : 1) +
            kMostRows / kTileRows * (int64_t)sizeof(Rows) + 64;
   }
   TileEngine(const tamis_attend_args& args, const Prepared& made, char* scratch)
@@ -94,13 +94,13 @@ struct TileEngine {
     row_bytes = (char*)(value_copy + kKeys * round_up(a.value_dim, 16));
   }
 
-  void set_queries(const Item& it, int64_t tile, float* rows, int64_t ld, int64_t n) {
+  void set_queries(const Item& it, int64_t tile, const float* rows, int64_t ld, int64_t n) {
     Rows& t = state[tile];
     char* to = q + tile * kTileRows * key_bytes;
     t.fresh = n > W ? ~0u : 0xffffu;
     for (int i = 0; i < kTileRows; ++i) t.reference[i] = t.power[i] = 0.f;
     if (kInt8) {
-      quantise_tile(a, it, rows, ld, n, key_bytes, (int8_t*)row_bytes, (uint8_t*)to, t.factor, t.shift);
+      quantise_tile(a, it, rows, ld, key_bytes, (float*)row_bytes, (uint8_t*)to, t.factor, t.shift);
       // A key's largest entry is 127 of its steps.
       for (int i = 0; i < kTileRows; ++i) t.size[i] = fabsf(t.factor[i]) * 127.f * (float)a.head_dim;
       return;

@@ -67,54 +67,93 @@ static inline void mix_four(vf (&x)[4]) {
   add_and_subtract(x[0], x[2]), add_and_subtract(x[1], x[3]);
 }
 
-// Every `mixed` neighbours of a row times D H / mixed, which overflows nowhere; returns lanes of its largest absolute
-// entries, of which none is a NaN. The row is `padded` long, a multiple of 16, and zero behind its channels, of which
-// `mixed` divides the number.
-static inline vf mix_row(float* x, int64_t padded, int64_t mixed) {
+// Every `mixed` neighbours of a row, where kLess less `mean`, times D H / mixed, which overflows nowhere; returns lanes of
+// the bits of its largest entries. All three are `padded` long, a multiple of 16; the row is zero behind its channels, of
+// which `mixed` divides the number. `to` may be the row itself.
+template <bool kLess>
+static inline vi mix_row(const float* row, const float* mean, float* to, int64_t padded, int64_t mixed) {
   const float* shares = kShares.of[__builtin_ctzll((unsigned long long)mixed)];
-  vf tops[4] = {set1(0.f), set1(0.f), set1(0.f), set1(0.f)};
+  vi tops[4] = {set1i(0), set1i(0), set1i(0), set1i(0)};
+  const auto shared = [=](int64_t c) {
+    const vf x = kLess ? load(row + c) - load(mean + c) : load(row + c);
+    return mix_lanes(x * load(shares + c % kMostMixed), mixed);
+  };
   int64_t apart = W;
   if (mixed < 4 * W) {
     for (int64_t c = 0; c < padded; c += W) {
-      const vf y = mix_lanes(load(x + c) * load(shares + c % kMostMixed), mixed);
-      store(x + c, y);
-      tops[0] = vmax(vabs(y), tops[0]);
+      const vf y = shared(c);
+      store(to + c, y);
+      tops[0] = larger_bits(tops[0], y);
     }
   } else {
     apart = 4 * W;
     for (int64_t c = 0; c < padded; c += 4 * W) {
       vf y[4];
-      for (int i = 0; i < 4; ++i) y[i] = mix_lanes(load(x + c + i * W) * load(shares + c % kMostMixed + i * W), mixed);
+      for (int i = 0; i < 4; ++i) y[i] = shared(c + i * W);
       mix_four(y);
-      for (int i = 0; i < 4; ++i) store(x + c + i * W, y[i]), tops[i] = vmax(vabs(y[i]), tops[i]);
+      for (int i = 0; i < 4; ++i) store(to + c + i * W, y[i]), tops[i] = larger_bits(tops[i], y[i]);
     }
   }
   for (; apart * 4 <= mixed; apart *= 4) {
-    for (vf& top : tops) top = set1(0.f);
+    for (vi& top : tops) top = set1i(0);
     for (int64_t from = 0; from < padded; from += 4 * apart)
-      for (float *at = x + from, *end = at + apart; at < end; at += W) {
+      for (float *at = to + from, *end = at + apart; at < end; at += W) {
         vf y[4];
         for (int i = 0; i < 4; ++i) y[i] = load(at + i * apart);
         mix_four(y);
-        for (int i = 0; i < 4; ++i) store(at + i * apart, y[i]), tops[i] = vmax(vabs(y[i]), tops[i]);
+        for (int i = 0; i < 4; ++i) store(at + i * apart, y[i]), tops[i] = larger_bits(tops[i], y[i]);
       }
   }
   for (; apart < mixed; apart *= 2) {
-    for (vf& top : tops) top = set1(0.f);
+    for (vi& top : tops) top = set1i(0);
     for (int64_t from = 0; from < padded; from += 2 * apart)
-      for (float *at = x + from, *end = at + apart; at < end; at += W) {
+      for (float *at = to + from, *end = at + apart; at < end; at += W) {
         vf a = load(at), b = load(at + apart);
         add_and_subtract(a, b);
         store(at, a), store(at + apart, b);
-        tops[0] = vmax(vabs(a), tops[0]), tops[1] = vmax(vabs(b), tops[1]);
+        tops[0] = larger_bits(tops[0], a), tops[1] = larger_bits(tops[1], b);
       }
   }
-  return vmax(vmax(tops[0], tops[1]), vmax(tops[2], tops[3]));
+  return maxi(maxi(tops[0], tops[1]), maxi(tops[2], tops[3]));
 }
 
-// Rows so small that 127 / top would overflow, or nearly: times 2^40. Returns the factor.
+// One step, or with four two, of columns that lie `ld` floats apart: each is one channel of W rows. `shares` only before
+// the first step, `top` only in the last: of each row.
+template <int kColumns>
+static inline void mix_columns_once(float* x, int64_t ld, int64_t dim, int64_t apart, const float* shares, vi* top) {
+  for (int64_t from = 0; from < dim; from += kColumns * apart)
+    for (int64_t c = from; c < from + apart; ++c) {
+      vf y[kColumns];
+      for (int i = 0; i < kColumns; ++i) y[i] = load(x + (c + i * apart) * ld);
+      if (shares)
+        for (int i = 0; i < kColumns; ++i) y[i] = y[i] * set1(shares[(c + i * apart) % kMostMixed]);
+      if constexpr (kColumns == 4) mix_four(y);
+      if constexpr (kColumns == 2) add_and_subtract(y[0], y[1]);
+      for (int i = 0; i < kColumns; ++i) store(x + (c + i * apart) * ld, y[i]);
+      if (top)
+        for (int i = 0; i < kColumns; ++i) top[i] = larger_bits(top[i], y[i]);
+    }
+}
+// mix_row of W rows at once, whose channels are columns. Returns the bits of each row's largest entry.
+static inline vi mix_columns(float* x, int64_t ld, int64_t dim, int64_t mixed) {
+  const float* shares = kShares.of[__builtin_ctzll((unsigned long long)mixed)];
+  vi tops[4] = {set1i(0), set1i(0), set1i(0), set1i(0)};
+  if (mixed == 1) mix_columns_once<1>(x, ld, dim, 1, nullptr, tops);
+  for (int64_t apart = 1; apart < mixed; shares = nullptr) {
+    const bool two = apart * 4 <= mixed, last = apart * (two ? 4 : 2) == mixed;
+    if (two)
+      mix_columns_once<4>(x, ld, dim, apart, shares, last ? tops : nullptr), apart *= 4;
+    else
+      mix_columns_once<2>(x, ld, dim, apart, shares, last ? tops : nullptr), apart *= 2;
+  }
+  return maxi(maxi(tops[0], tops[1]), maxi(tops[2], tops[3]));
+}
+
+// Rows so small that 127 / top would overflow, or nearly, are multiplied with kEnlarged.
+constexpr float kTinyTop = 1e-36f, kEnlarged = 0x1p40f;
+// Returns the factor.
 static inline float enlarge_if_tiny(float* rows, int64_t count, float top) {
-  if (!(top < 1e-36f && top > 0.f)) return 1.f;
-  for (int64_t i = 0; i < count; ++i) rows[i] *= 0x1p40f;
-  return 0x1p40f;
+  if (!(top < kTinyTop && top > 0.f)) return 1.f;
+  for (int64_t i = 0; i < count; ++i) rows[i] *= kEnlarged;
+  return kEnlarged;
 }

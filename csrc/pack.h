@@ -8,7 +8,7 @@
 struct PackScratch {
   float* rows;    // [64][padded], key or value block in fp32
   float* mean;    // [padded], of the head at hand
-  int8_t* bytes;  // [padded]
+  int8_t* bytes;  // [padded], a row where the pack has no room behind it
 
   static int64_t bytes_for(int64_t padded) { return round_up(65 * padded * 4 + padded + 64, 64); }
   PackScratch(char* memory, int64_t padded) {
@@ -17,53 +17,46 @@ struct PackScratch {
   }
 };
 
-// Loads a block; rows that do not count become zero. Of a key, less its mean and mixed, returns the largest absolute
-// entry, NaN where one is NaN or infinite. `ahead`: what is loaded after it.
-static float load_block(const tamis_pack_args& a, const tamis_tensor& t, int64_t b, int64_t h, int64_t j0, int64_t n,
-                        int64_t dim, const float* mean, float* rows, Ahead ahead) {
-  const int64_t padded = round_up(dim, 16);
-  vf top = set1(0.f), broken = set1(0.f);
+// Loads a block of keys less their mean, and mixed; rows that do not count become zero. Returns the largest absolute
+// entry: NaN or infinity where one is. `ahead`: what is loaded after it.
+static float load_keys(const tamis_pack_args& a, int64_t b, int64_t h, int64_t j0, int64_t n, int64_t padded,
+                       PackScratch s, Ahead ahead) {
+  vi top = set1i(0);
   for (int64_t j = 0; j < n; ++j) {
-    float* row = rows + j * padded;
-    ahead.some((int)(padded / 16));
-    memset(row + dim, 0, (padded - dim) * 4);
+    float* row = s.rows + j * padded;
+    ahead.a_row();
     if (!counts_row(a.segments, a.segment_stride, b, j0 + j)) {
-      memset(row, 0, dim * 4);
+      memset(row, 0, padded * 4);
       continue;
     }
-    load_row(t, b, h, j0 + j, dim, row);
-    if (!mean) continue;
-    for (int64_t c = 0; c < padded; c += W) {
-      const vf x = load(row + c) - load(mean + c);
-      store(row + c, x);
-      broken = fma(x, set1(0.f), broken);
-    }
+    const float* from = row_in(a.key, b, h, j0 + j, a.head_dim, padded, row);
+    top = maxi(mix_row<true>(from, s.mean, row, padded, a.packed.mixed), top);
   }
-  if (!mean) return 0.f;
-  for (int64_t j = 0; j < n; ++j) top = vmax(mix_row(rows + j * padded, padded, a.packed.mixed), top);
-  return sum_lanes(broken) == 0.f ? max_lanes(top) : NAN;
+  return largest_of(top);
 }
 
 static void pack_key_block(const tamis_pack_args& a, int64_t b, int64_t h, int64_t block, PackScratch s) {
   const tamis_packed& p = a.packed;
   const int64_t head = b * a.kv_heads + h, at = head * p.capacity + a.first_block + block, dim = a.head_dim;
   const int64_t padded = round_up(dim, 16), j0 = block * 64, n = a.seq - j0 < 64 ? a.seq - j0 : 64;
-  const float top = load_block(a, a.key, b, h, j0, n, dim, s.mean, s.rows,
-                               rows_ahead(a.value, b, h, j0, j0 + n, a.value_dim));
-  const bool finite = top == top;
-  const float inverse = finite ? inverse_scale(top * enlarge_if_tiny(s.rows, n * padded, top)) : 0.f;
+  const float top = load_keys(a, b, h, j0, n, padded, s, rows_ahead(a.value, b, h, j0, j0 + n, a.value_dim));
+  const bool finite = top < INFINITY;
+  const int64_t counted = finite ? n : 0;
+  const float inverse = inverse_scale(top * enlarge_if_tiny(s.rows, counted * padded, top));
   int8_t* to = p.key + at * 64 * p.dim4;
-  for (int64_t j = 0; j < 64; ++j) {
-    if (j < n) {
-      p.key_sum[at * 64 + j] = quantise_row(s.rows + j * padded, padded, inverse, s.bytes);
-      const int64_t made = p.dim4 < padded ? p.dim4 : padded;
-      memcpy(to + j * p.dim4, s.bytes, made);
-      memset(to + j * p.dim4 + made, 0, p.dim4 - made);
+  int32_t* sums = p.key_sum + at * 64;
+  for (int64_t j = 0; j < counted; ++j) {
+    int8_t* row = to + j * p.dim4;
+    if (p.dim4 < padded) {
+      sums[j] = quantise_row(s.rows + j * padded, padded, inverse, s.bytes);
+      memcpy(row, s.bytes, p.dim4);
     } else {
-      p.key_sum[at * 64 + j] = 0;
-      memset(to + j * p.dim4, 0, p.dim4);
+      sums[j] = quantise_row(s.rows + j * padded, padded, inverse, row);
+      if (p.dim4 > padded) memset(row + padded, 0, p.dim4 - padded);
     }
   }
+  memset(to + counted * p.dim4, 0, (64 - counted) * p.dim4);
+  memset(sums + counted, 0, (64 - counted) * 4);
   p.key_scale[at] = finite ? top / 127.f * root_of_mixed(p) : NAN;
 }
 
@@ -71,41 +64,43 @@ static void pack_value_block(const tamis_pack_args& a, int64_t b, int64_t h, int
   const tamis_packed& p = a.packed;
   const int64_t head = b * a.kv_heads + h, at = head * p.capacity + a.first_block + block, dim = a.value_dim;
   const int64_t padded = round_up(dim, 16), j0 = block * 64, n = a.seq - j0 < 64 ? a.seq - j0 : 64;
-  load_block(a, a.value, b, h, j0, n, dim, nullptr, s.rows,
-             rows_ahead(a.key, b, h, j0 + 64, j0 + 128 < a.seq ? j0 + 128 : a.seq, a.head_dim));
+  Ahead ahead = rows_ahead(a.key, b, h, j0 + 64, j0 + 128 < a.seq ? j0 + 128 : a.seq, a.head_dim);
+  for (int64_t j = 0; j < n; ++j) {
+    float* row = s.rows + j * padded;
+    ahead.a_row();
+    if (counts_row(a.segments, a.segment_stride, b, j0 + j))
+      load_row(a.value, b, h, j0 + j, dim, row);
+    else
+      memset(row, 0, dim * 4);
+    for (int64_t c = dim; c < padded; ++c) row[c] = 0.f;
+  }
   memset(s.rows + n * padded, 0, (64 - n) * padded * 4);
   int8_t* to = p.value + at * 64 * dim;
   for (int64_t c = 0; c < dim; c += W) {
-    vf top = set1(0.f), broken = set1(0.f);
-    for (int64_t j = 0; j < 64; ++j) {
-      vf x = load(s.rows + j * padded + c);
-      top = vmax(vabs(x), top);
-      broken = fma(x, set1(0.f), broken);
-    }
-    float tops[W], bad[W], inverse[W];
-    store(tops, top);
-    store(bad, broken);
-    for (int i = 0; i < W; ++i) inverse[i] = bad[i] == 0.f ? inverse_scale(tops[i]) : 0.f;
-    const vf inv = load(inverse), lo = set1(-127.f), hi = set1(127.f);
+    vi top = set1i(0);
+    for (int64_t j = 0; j < 64; ++j) top = larger_bits(top, load(s.rows + j * padded + c));
+    const vf tops = float_of_bits(top);
+    const uint32_t finite = above_bits(set1(INFINITY), tops);
+    const vf inverse = choose_bits(set1(127.f) / tops, set1(0.f), finite & above_bits(tops, set1(kLeastTop)));
+    const vi whole = bits_of(choose_bits(float_of_bits(set1i(-1)), set1(0.f), finite));
     vi sum = set1i(0);
     float words[16 * W], channels[W * 16];  // four bytes each: of four keys and one channel
     for (int64_t g = 0; g < 16; ++g) {
-      vi word = set1i(0);
-      for (int t = 0; t < 4; ++t) {
-        vi q = round_to_int(vmax(vmin(load(s.rows + (g * 4 + t) * padded + c) * inv, hi), lo));
-        sum = addi(sum, q);
-        word = either(word, shift_left(q & set1i(255), 8 * t));
-      }
+      vi q[4];
+      for (int t = 0; t < 4; ++t) q[t] = round_to_int(load(s.rows + (g * 4 + t) * padded + c) * inverse);
+      const vi word = bytes_in_lanes(q[0], q[1], q[2], q[3]) & whole;
+      sum = add_bytes(sum, word);
       storei(words + g * W, word);
     }
     transpose(words, W, 16, W, channels, 16);
-    memcpy(to + c * 64, channels, 64 * (dim - c < W ? dim - c : W));
+    const int64_t made = dim - c < W ? dim - c : W;
+    memcpy(to + c * 64, channels, 64 * made);
     int32_t sums[W];
+    float scales[W];
     storei(sums, sum);
-    for (int i = 0; i < W && c + i < dim; ++i) {
-      p.value_scale[at * dim + c + i] = bad[i] == 0.f ? tops[i] / 127.f : NAN;
-      p.value_sum[at * dim + c + i] = sums[i];
-    }
+    store(scales, choose_bits(tops / set1(127.f), set1(NAN), finite));
+    memcpy(p.value_sum + at * dim + c, sums, made * 4);
+    memcpy(p.value_scale + at * dim + c, scales, made * 4);
   }
 }
 

@@ -67,7 +67,9 @@ static void load_row(const tamis_tensor& t, int64_t b, int64_t h, int64_t i, int
     return;
   }
   if (t.dtype == TAMIS_FP32) {
-    memcpy(to, from, dim * 4);
+    const float* x = (const float*)from;
+    for (; c + W <= dim; c += W) store(to + c, load(x + c));
+    for (; c < dim; ++c) to[c] = x[c];
     return;
   }
   const uint16_t* half = (const uint16_t*)from;
@@ -76,6 +78,15 @@ static void load_row(const tamis_tensor& t, int64_t b, int64_t h, int64_t i, int
   else
     for (; c + W <= dim; c += W) store(to + c, load_fp16(half + c));
   for (; c < dim; ++c) to[c] = load_scalar(half, c, t.dtype);
+}
+
+// A row as contiguous fp32, zero from dim to `padded`: where it lies, or in `room`.
+static inline const float* row_in(const tamis_tensor& t, int64_t b, int64_t h, int64_t i, int64_t dim, int64_t padded,
+                                  float* room) {
+  if (is_plain(t) && dim == padded) return (const float*)row_of(t, b, h, i);
+  load_row(t, b, h, i, dim, room);
+  for (int64_t c = dim; c < padded; ++c) room[c] = 0.f;
+  return room;
 }
 
 // Times `factor`.
@@ -135,16 +146,33 @@ static void transpose(const float* from, int64_t ld_from, int rows, int cols, fl
 
 static inline int64_t round_up(int64_t n, int64_t to) { return (n + to - 1) / to * to; }
 
-// 127 / top, or 0 where that is not a number to multiply with: top 0, NaN, or so small that it overflows.
-static inline float inverse_scale(float top) { return top > 4e-37f ? 127.f / top : 0.f; }
+// Adds to the bits of largest absolute entries, which order as numbers do: above all of them infinity and NaN.
+static inline vi larger_bits(vi top, vf x) { return maxi(top, bits_of(vabs(x))); }
+static inline float largest_of(vi tops) {
+  const int32_t bits = max_lanes_of(tops);
+  float top;
+  memcpy(&top, &bits, 4);
+  return top;
+}
 
-// int8 = round(x / scale), scale = max|x| / 127; returns the sum of the bytes. `x` and `to` are readable
-// and writable up to a multiple of 16, where x is zero. A scale of 0 gives zeros.
+// 127 / top, or 0 where that is not a number to multiply with: top 0, NaN, infinite or so small that it overflows.
+constexpr float kLeastTop = 4e-37f;
+static inline float inverse_scale(float top) { return top > kLeastTop && top < INFINITY ? 127.f / top : 0.f; }
+
+// int8 = round(x inverse), inverse = 127 / max|x|: however both are rounded, 127.00002 at most. Returns the sum of the
+// bytes. `x` and `to` are readable and writable up to a multiple of 16, where x is zero. x is finite.
 static inline int32_t quantise_row(const float* x, int64_t padded, float inverse, int8_t* to) {
   vi sum = set1i(0);
-  vf lo = set1(-127.f), hi = set1(127.f), inv = set1(inverse);
-  for (int64_t c = 0; c < padded; c += W) {
-    vi q = round_to_int(vmax(vmin(load(x + c) * inv, hi), lo));
+  const vf inv = set1(inverse);
+  int64_t c = 0;
+  for (; c + 4 * W <= padded; c += 4 * W) {
+    vi q[4];
+    for (int i = 0; i < 4; ++i) q[i] = round_to_int(load(x + c + i * W) * inv);
+    store_bytes(to + c, q[0], q[1], q[2], q[3]);
+    sum = addi(sum, addi(addi(q[0], q[1]), addi(q[2], q[3])));
+  }
+  for (; c < padded; c += W) {
+    const vi q = round_to_int(load(x + c) * inv);
     store_bytes(to + c, q);
     sum = addi(sum, q);
   }

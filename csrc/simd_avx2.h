@@ -33,6 +33,8 @@ static inline vf vmin(vf a, vf b) { return _mm256_min_ps(a, b); }
 static inline vf vabs(vf a) { return _mm256_and_ps(a, _mm256_castsi256_ps(_mm256_set1_epi32(0x7fffffff))); }
 static inline vf to_float(vi a) { return _mm256_cvtepi32_ps(a); }
 static inline vf float_of_bits(vi a) { return _mm256_castsi256_ps(a); }
+static inline vi bits_of(vf a) { return _mm256_castps_si256(a); }
+static inline vi maxi(vi a, vi b) { return _mm256_max_epi32(a, b); }
 static inline vi round_to_int(vf a) { return _mm256_cvtps_epi32(a); }
 static inline vi shift_left(vi a, int n) { return _mm256_slli_epi32(a, n); }
 static inline vi either(vi a, vi b) { return _mm256_or_si256(a, b); }
@@ -116,6 +118,11 @@ static inline float max_lanes(vf a) {
   s = _mm_max_ps(s, _mm_movehl_ps(s, s));
   return _mm_cvtss_f32(_mm_max_ss(s, _mm_shuffle_ps(s, s, 1)));
 }
+static inline int32_t max_lanes_of(vi a) {
+  __m128i s = _mm_max_epi32(_mm256_castsi256_si128(a), _mm256_extracti128_si256(a, 1));
+  s = _mm_max_epi32(s, _mm_unpackhi_epi64(s, s));
+  return _mm_cvtsi128_si32(_mm_max_epi32(s, _mm_shuffle_epi32(s, 1)));
+}
 static inline vi broadcast4(const int8_t* p) {
   int32_t four;
   memcpy(&four, p, 4);
@@ -134,6 +141,20 @@ static inline vi dot4(vi acc, vi row, vi other) {
           : "x"(other), "x"(row), "x"(_mm256_set1_epi16(1)));
   return acc;
 #endif
+}
+static inline vi add_bytes(vi acc, vi bytes) {
+  return addi(acc, _mm256_madd_epi16(_mm256_maddubs_epi16(_mm256_set1_epi8(1), bytes), _mm256_set1_epi16(1)));
+}
+// Four bytes of a, b, c, d in turn, from each half.
+static inline vi narrowed(vi a, vi b, vi c, vi d) {
+  return _mm256_packs_epi16(_mm256_packs_epi32(a, b), _mm256_packs_epi32(c, d));
+}
+static inline vi bytes_in_lanes(vi a, vi b, vi c, vi d) {
+  return _mm256_shuffle_epi8(narrowed(a, b, c, d), _mm256_setr_epi8(0, 4, 8, 12, 1, 5, 9, 13, 2, 6, 10, 14, 3, 7, 11, 15,
+                                                                   0, 4, 8, 12, 1, 5, 9, 13, 2, 6, 10, 14, 3, 7, 11, 15));
+}
+static inline void store_bytes(int8_t* p, vi a, vi b, vi c, vi d) {
+  storei(p, _mm256_permutevar8x32_epi32(narrowed(a, b, c, d), _mm256_setr_epi32(0, 4, 1, 5, 2, 6, 3, 7)));
 }
 #ifdef TAMIS_PAIRS
 // Copies 64 bytes and negates the second of a pair where both have one sign. `forms` gets, for each of 16 groups of two

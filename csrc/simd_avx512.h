@@ -68,6 +68,7 @@ static inline vf swapped(vf a) {
 }
 static inline float sum_lanes(vf a) { return _mm512_reduce_add_ps(a); }
 static inline float max_lanes(vf a) { return _mm512_reduce_max_ps(a); }
+static inline int32_t max_lanes_of(vi a) { return _mm512_reduce_max_epi32(a); }
 static inline vi broadcast4(const int8_t* p) {
   int32_t four;
   memcpy(&four, p, 4);
@@ -81,6 +82,19 @@ static inline vi dot4(vi acc, vi row, vi other) {
 #else
   return _mm512_add_epi32(acc, _mm512_madd_epi16(_mm512_maddubs_epi16(row, other), _mm512_set1_epi16(1)));
 #endif
+}
+static inline vi add_bytes(vi acc, vi bytes) { return dot4(acc, _mm512_set1_epi8(1), bytes); }
+// Four bytes of a, b, c, d in turn, from each quarter.
+static inline vi narrowed(vi a, vi b, vi c, vi d) {
+  return _mm512_packs_epi16(_mm512_packs_epi32(a, b), _mm512_packs_epi32(c, d));
+}
+static inline vi bytes_in_lanes(vi a, vi b, vi c, vi d) {
+  const __m128i by_lane = _mm_setr_epi8(0, 4, 8, 12, 1, 5, 9, 13, 2, 6, 10, 14, 3, 7, 11, 15);
+  return _mm512_shuffle_epi8(narrowed(a, b, c, d), _mm512_broadcast_i32x4(by_lane));
+}
+static inline void store_bytes(int8_t* p, vi a, vi b, vi c, vi d) {
+  const vi in_turn = _mm512_setr_epi32(0, 4, 8, 12, 1, 5, 9, 13, 2, 6, 10, 14, 3, 7, 11, 15);
+  storei(p, _mm512_permutexvar_epi32(in_turn, narrowed(a, b, c, d)));
 }
 #ifdef TAMIS_PAIRS
 // As in simd_avx2.h.

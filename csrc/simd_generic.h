@@ -35,6 +35,8 @@ static inline vf vmin(vf a, vf b) { return a < b ? a : b; }
 static inline vf vabs(vf a) { return (vf)((vi)a & 0x7fffffff); }
 static inline vf to_float(vi a) { return __builtin_convertvector(a, vf); }
 static inline vf float_of_bits(vi a) { return (vf)a; }
+static inline vi bits_of(vf a) { return (vi)a; }
+static inline vi maxi(vi a, vi b) { return a > b ? a : b; }
 static inline vi round_to_int(vf a) {
   return vi{(int32_t)lrintf(a[0]), (int32_t)lrintf(a[1]), (int32_t)lrintf(a[2]), (int32_t)lrintf(a[3])};
 }
@@ -79,6 +81,11 @@ static inline float max_lanes(vf a) {
   for (int i = 1; i < W; ++i) m = a[i] > m ? a[i] : m;
   return m;
 }
+static inline int32_t max_lanes_of(vi a) {
+  int32_t m = a[0];
+  for (int i = 1; i < W; ++i) m = a[i] > m ? a[i] : m;
+  return m;
+}
 // Four bytes in every lane, in whatever form dot4 takes its last operand.
 static inline vi broadcast4(const int8_t* p) {
   int32_t four;
@@ -94,6 +101,22 @@ static inline vi dot4(vi acc, vi row, vi other) {
     acc[i] += a[4 * i] * b[4 * i] + a[4 * i + 1] * b[4 * i + 1] + a[4 * i + 2] * b[4 * i + 2] +
               a[4 * i + 3] * b[4 * i + 3];
   return acc;
+}
+// acc[lane] += the four bytes of the lane.
+static inline vi add_bytes(vi acc, vi bytes) {
+  int8_t b[16];
+  memcpy(b, &bytes, 16);
+  for (int i = 0; i < W; ++i) acc[i] += b[4 * i] + b[4 * i + 1] + b[4 * i + 2] + b[4 * i + 3];
+  return acc;
+}
+// Numbers of 8 bits as the four bytes of each lane; and, 4 W of them, one after the other.
+static inline vi bytes_in_lanes(vi a, vi b, vi c, vi d) {
+  return (a & 255) | ((b & 255) << 8) | ((c & 255) << 16) | (d << 24);
+}
+static inline void store_bytes(int8_t* p, vi a, vi b, vi c, vi d) {
+  for (int i = 0; i < W; ++i) {
+    p[i] = (int8_t)a[i], p[W + i] = (int8_t)b[i], p[2 * W + i] = (int8_t)c[i], p[3 * W + i] = (int8_t)d[i];
+  }
 }
 static inline float half_to_float(uint16_t h);
 static inline vf load_bf16(const uint16_t* p) {

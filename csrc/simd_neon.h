@@ -29,6 +29,8 @@ static inline vf vmin(vf a, vf b) { return vbslq_f32(vcltq_f32(a, b), a, b); }
 static inline vf vabs(vf a) { return vabsq_f32(a); }
 static inline vf to_float(vi a) { return vcvtq_f32_s32(a); }
 static inline vf float_of_bits(vi a) { return vreinterpretq_f32_s32(a); }
+static inline vi bits_of(vf a) { return vreinterpretq_s32_f32(a); }
+static inline vi maxi(vi a, vi b) { return vmaxq_s32(a, b); }
 static inline vi round_to_int(vf a) { return vcvtnq_s32_f32(a); }
 static inline vi shift_left(vi a, int n) { return a << n; }
 static inline vi either(vi a, vi b) { return vorrq_s32(a, b); }
@@ -82,6 +84,7 @@ static inline float max_lanes(vf a) {
   for (int i = 1; i < W; ++i) m = a[i] > m ? a[i] : m;
   return m;
 }
+static inline int32_t max_lanes_of(vi a) { return vmaxvq_s32(a); }
 // Only loaded: sdot takes the bytes of one lane for all.
 static inline int8x8_t broadcast4(const int8_t* p) {
   uint32_t four;
@@ -91,6 +94,16 @@ static inline int8x8_t broadcast4(const int8_t* p) {
 static inline vi dot4(vi acc, vi row, int8x8_t other) {
   return vdotq_lane_s32(acc, vreinterpretq_s8_s32(row), other, 0);
 }
+static inline vi add_bytes(vi acc, vi bytes) { return vdotq_s32(acc, vreinterpretq_s8_s32(bytes), vdupq_n_s8(1)); }
+static inline int8x16_t narrowed(vi a, vi b, vi c, vi d) {
+  const int16x8_t ab = vcombine_s16(vmovn_s32(a), vmovn_s32(b)), cd = vcombine_s16(vmovn_s32(c), vmovn_s32(d));
+  return vcombine_s8(vmovn_s16(ab), vmovn_s16(cd));
+}
+static inline vi bytes_in_lanes(vi a, vi b, vi c, vi d) {
+  const uint8x16_t by_lane = {0, 4, 8, 12, 1, 5, 9, 13, 2, 6, 10, 14, 3, 7, 11, 15};
+  return vreinterpretq_s32_s8(vqtbl1q_s8(narrowed(a, b, c, d), by_lane));
+}
+static inline void store_bytes(int8_t* p, vi a, vi b, vi c, vi d) { vst1q_s8(p, narrowed(a, b, c, d)); }
 static inline vf load_bf16(const uint16_t* p) { return vreinterpretq_f32_u32(vshll_n_u16(vld1_u16(p), 16)); }
 static inline vf load_fp16(const uint16_t* p) { return vcvt_f32_f16(vreinterpret_f16_u16(vld1_u16(p))); }
 static inline void store_bytes(int8_t* p, vi v) {
