@@ -14,7 +14,9 @@ struct Ahead {
       if (at >= bytes) at = 0, row += stride, --rows;
     }
   }
-  void a_row() { some((int)((bytes + 63) / 64)); }
+  int64_t lines_a_row() const { return (bytes + 63) / 64; }
+  int64_t lines() const { return rows * lines_a_row(); }
+  void a_row() { some((int)lines_a_row()); }
 };
 
 // Rows i to end, or none. A row that is asked for 64 rows before it is read has come in by then.

@@ -130,7 +130,7 @@ static double visit_parts(Engine& e, const Item& it, State& st, const Part* part
       int64_t now = rows;
       if (part.sights[tile] != Sight::none) {
         e.use_part(n);
-        st.next.some(kLinesAVisit), st.out.some(kLinesAVisit);
+        st.bring_in();
         now = visit_tile(e, it, st, tile, rows, part.sights[tile], part.j0, threshold, real);
       }
       done += (double)now * part.weight;
@@ -269,6 +269,7 @@ static bool attend_item(Engine& e, const Item& it, State& st) {
   double qk = 0;
   for (int64_t n = 0; n < blocks.count; ++n)
     qk += block_visible(g, it.b, it.h, it.qb, blocks.list ? blocks.list[n] : n);
+  st.spread_lines((int64_t)qk * blocks_of(g.block_kv, kKeys) * blocks_of(it.rows, kTileRows));
   const double pv = attend_rows(e, it, st, blocks);
   double* counts = a.counts + ((it.b * a.heads + it.h) * blocks_of(g.q_len, g.block_q) + it.qb) * 3;
   counts[0] = visible, counts[1] = qk, counts[2] = pv / (double)it.rows;

@@ -125,7 +125,7 @@ struct TileEngine {
       Item mine = it;
       mine.i0 += tile * kTileRows, mine.rows = least(kTileRows, it.rows - tile * kTileRows);
       for (int64_t n = 0; n < count; ++n) {
-        st.next.some(kLinesAVisit), st.out.some(kLinesAVisit);
+        st.bring_in();
         done += (double)visit(mine, st, tile, parts[n]) * parts[n].weight;
       }
     }
