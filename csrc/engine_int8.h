@@ -26,15 +26,27 @@ constexpr bool kRawScores = false;
 // Stores kSumBase + q8 . k8 where kRawScores, else and where `kWide` the scores; `top` gets the largest of them.
 template <bool kWide, int R, int N>
 static inline void put_scores(const vi (&acc)[N][R], const vf* factor, float* s, vf* top) {
-#pragma GCC unroll 16
-  for (int n = 0; n < N; ++n)
 #pragma GCC unroll 4
-    for (int r = 0; r < R; ++r) {
-      vf x = kWide ? to_float(acc[n][r]) * factor[r] : float_of_bits(acc[n][r]);
-      if (!kWide && !kRawScores) x = (x - set1(kSumBase)) * factor[r];
-      store(s + n * kTileRows + r * W, x);
-      top[r] = vmax(x, top[r]);
+  for (int r = 0; r < R; ++r) {
+    vf x[N];
+#pragma GCC unroll 16
+    for (int n = 0; n < N; ++n) {
+      x[n] = kWide ? to_float(acc[n][r]) * factor[r] : float_of_bits(acc[n][r]);
+      if (!kWide && !kRawScores) x[n] = (x[n] - set1(kSumBase)) * factor[r];
+      store(s + n * kTileRows + r * W, x[n]);
     }
+    if (kWide || !kRawScores) {  // one after the other, since that leaves out NaN
+#pragma GCC unroll 16
+      for (int n = 0; n < N; ++n) top[r] = vmax(x[n], top[r]);
+      continue;
+    }
+    // By twos: a chain would keep this tile's registers until the next one is under way.
+#pragma GCC unroll 4
+    for (int apart = 1; apart < N; apart *= 2)
+#pragma GCC unroll 16
+      for (int n = 0; n + apart < N; n += 2 * apart) x[n] = vmax(x[n], x[n + apart]);
+    top[r] = vmax(x[0], top[r]);
+  }
 }
 // Adds sums, as bits of kSumBase + P8 . v8, to the running output.
 template <int R, int N>
@@ -314,7 +326,6 @@ struct Int8Engine {
     for (int64_t j = keys; j & 3; ++j)  // the last four keys may be fewer: value bytes are 0 there
       for (int r = 0; r < R; ++r) store(s + j * kTileRows + (r0 + r) * W, set1(-INFINITY));
 #ifdef TAMIS_WORDS
-    const bool kept = keeps_scores(a);
     for (int r = 0; r < R; ++r) {
       const int at = r0 + r;
       const vf factor = vmin(numbers_only(factors[at]), set1(1e30f));  // more is no different, and may overflow
@@ -322,10 +333,8 @@ struct Int8Engine {
         sum[r] = choose_bits(factors[at] * set1(0.f), set1(0.f), above_bits(raw_top[at], set1(-INFINITY))) +
                  (are_tame_factors(factor) ? weigh_rows(Words<Of::products>(raw_top[at], factor), at, s, put)
                                            : weigh_rows(Words<Of::far_products>(raw_top[at], factor), at, s, put));
-      else if (kept && are_tame(block_top[r]))
-        sum[r] = weigh_rows(Words<Of::scores>(block_top[r], set1(1.f)), at, s, put);
       else
-        sum[r] = weigh_rows(Words<Of::wild_scores>(block_top[r], set1(1.f)), at, s, put);
+        sum[r] = weigh_rows(Words<Of::scores>(block_top[r], set1(1.f)), at, s, put);
     }
 #else
     vf base[R], total[R];

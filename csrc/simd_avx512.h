@@ -111,20 +111,26 @@ static inline int32_t sum_lanes_of(vi a) { return _mm512_reduce_add_epi32(a); }
 #endif
 #define TAMIS_WORDS 1
 // Weights e^x in 16 bits, x a score less the largest of its row, for Int8Engine::weigh_block. With u = -x to the base
-// of 2, rounded to 11 bits behind the point, the whole part of u shifts what a polynomial makes of its fraction f:
-//   w = (32512 - f (21862 - 5642 f)) >> whole(u),   32512 = 128 * 254
-// w is at most .26% off, and less by up to 1 that the shift cuts off; 1/128 of it, rounded, is the byte. u beyond 16
-// bits saturates, which gives 0.
+// of 2, rounded to 32nds, the whole part of u shifts what a table has for the rest, 32512 2^-rest; 32512 = 128 * 254. That
+// is 1.1% off at most, a third of what 8 bits of query and key do to a weight, and less by up to 1 that the shift cuts
+// off; 1/128 of it, rounded, is the byte. u beyond 16 bits saturates, which gives 0.
+struct Octave {
+  alignas(64) uint16_t part[32];
+  constexpr Octave() : part() {
+    double power = 32512;
+    for (int i = 0; i < 32; ++i, power /= 1.0218971486541166) part[i] = (uint16_t)(power + .5);  // 2^(1 / 32)
+  }
+};
+static constexpr Octave kOctave;
 constexpr float kFarFactor = 1.69e-4f;  // scores of 170 and more are possible then at head_dim 64
 enum class Of {
-  scores,        // no difference is taken before u: all of a row are off alike, by half of u's unit
-  wild_scores,   // they are far from zero, or some may be NaN, which the sum shows
-  products,      // kSumBase + products of bytes, again without a difference
-  far_products,  // the same but for rows whose factor would make start 2^24 and more
+  scores,        // some may be NaN, which the sum shows
+  products,      // kSumBase + products of bytes: no difference is taken before u
+  far_products,  // the same but for rows of large factors, whose rounding, in products that include kSumBase, shows in u
 };
 template <Of kOf>
 struct Words {
-  static constexpr float kUnit = 32512.f, kPerScore = 2048 * 1.44269504088896f, kMagic = 8388608.f;  // 2^23
+  static constexpr float kUnit = 32512.f, kPerScore = 32 * 1.44269504088896f, kMagic = 8388608.f;  // 2^23
   vf largest, unit, start;  // start: kMagic + unit * largest, where nothing is subtracted before
   vi total;                 // of pairs of keys, in units of kUnit
   __mmask16 broken, far;
@@ -132,8 +138,7 @@ struct Words {
   // Multiplied by `factor`, what is given are scores.
   Words(vf top, vf factor) {
     largest = where_minus_inf_zero(top), unit = factor * set1(kPerScore), start = set1(kMagic);
-    if (kOf == Of::scores) start = fma(largest, unit, start);
-    if (kOf == Of::products || kOf == Of::far_products) {
+    if (kOf != Of::scores) {
       // Rounding start would shift a row's u by up to half a unit. Since products are large, a change of `unit` by that
       // / largest, less than 2^-24, makes up for it; rounded up, so that the largest comes to 0 or less.
       const vf near = fma(largest, unit, start), missing = _mm512_fnmadd_ps(largest, unit, near - start);
@@ -148,18 +153,16 @@ struct Words {
   }
   vi below(const float* at) {
     vf x = load(at);
-    if (kOf == Of::wild_scores) x = x - largest;
+    if (kOf == Of::scores) x = x - largest;
     if (kOf == Of::far_products) x = _mm512_mask_sub_ps(x, far, x, largest);
-    if (kOf == Of::wild_scores) broken |= _mm512_cmp_ps_mask(x, x, _CMP_UNORD_Q);
+    if (kOf == Of::scores) broken |= _mm512_cmp_ps_mask(x, x, _CMP_UNORD_Q);
     return _mm512_sub_epi32(bits_of(_mm512_fnmadd_ps(x, unit, start)), bits_of(set1(kMagic)));
   }
   vi weights(const float* first, const float* second) {
     const vi pairs = _mm512_broadcast_i32x4(_mm_setr_epi8(0, 1, 8, 9, 2, 3, 10, 11, 4, 5, 12, 13, 6, 7, 14, 15));
     const vi u = _mm512_shuffle_epi8(_mm512_packus_epi32(below(first), below(second)), pairs);
-    const vi f = _mm512_slli_epi16(u, 5);
-    const vi steep = _mm512_sub_epi16(_mm512_set1_epi16(21862), _mm512_mulhi_epu16(f, _mm512_set1_epi16(5642)));
-    const vi mantissa = _mm512_sub_epi16(_mm512_set1_epi16(32512), _mm512_mulhi_epu16(f, steep));
-    const vi w = _mm512_srlv_epi16(mantissa, _mm512_srli_epi16(u, 11));
+    const vi part = _mm512_permutexvar_epi16(u, loadi(kOctave.part));  // by the low 5 bits of u
+    const vi w = _mm512_srlv_epi16(part, _mm512_srli_epi16(u, 5));
 #ifdef TAMIS_VNNI
     total = _mm512_dpwssd_epi32(total, w, _mm512_set1_epi16(1));
 #else
@@ -174,10 +177,6 @@ struct Words {
   }
   vf sum() const { return _mm512_mask_mov_ps(to_float(total) * set1(1.f / kUnit), broken, set1(NAN)); }
 };
-// By the largest scores of rows: start stays below 2^24. A row of NaN alone has -inf there.
-static inline bool are_tame(vf largest) {
-  return _mm512_cmp_ps_mask(vabs(largest), set1(1024.f), _CMP_LT_OQ) == 0xffff;
-}
 static inline bool are_tame_factors(vf factor) {
   return _mm512_cmp_ps_mask(factor, set1(kFarFactor), _CMP_LT_OQ) == 0xffff;
 }
