@@ -111,14 +111,14 @@ static inline int32_t sum_lanes_of(vi a) { return _mm512_reduce_add_epi32(a); }
 #endif
 #define TAMIS_WORDS 1
 // Weights e^x in 16 bits, x a score less the largest of its row, for Int8Engine::weigh_block. With u = -x to the base
-// of 2, rounded to 32nds, the whole part of u shifts what a table has for the rest, 32512 2^-rest; 32512 = 128 * 254. That
-// is 1.1% off at most, a third of what 8 bits of query and key do to a weight, and less by up to 1 that the shift cuts
-// off; 1/128 of it, rounded, is the byte. u beyond 16 bits saturates, which gives 0.
+// of 2, rounded to 64ths, the whole part of u shifts what a table has for the rest, 32512 2^-rest; 32512 = 128 * 254. That
+// is .55% off at most, and less by up to 1 that the shift cuts off; 1/128 of it, rounded, is the byte. u beyond 16 bits
+// saturates, which gives 0.
 struct Octave {
-  alignas(64) uint16_t part[32];
+  alignas(64) uint16_t part[64];
   constexpr Octave() : part() {
     double power = 32512;
-    for (int i = 0; i < 32; ++i, power /= 1.0218971486541166) part[i] = (uint16_t)(power + .5);  // 2^(1 / 32)
+    for (int i = 0; i < 64; ++i, power /= 1.0108892860517005) part[i] = (uint16_t)(power + .5);  // 2^(1 / 64)
   }
 };
 static constexpr Octave kOctave;
@@ -130,7 +130,7 @@ enum class Of {
 };
 template <Of kOf>
 struct Words {
-  static constexpr float kUnit = 32512.f, kPerScore = 32 * 1.44269504088896f, kMagic = 8388608.f;  // 2^23
+  static constexpr float kUnit = 32512.f, kPerScore = 64 * 1.44269504088896f, kMagic = 8388608.f;  // 2^23
   vf largest, unit, start;  // start: kMagic + unit * largest, where nothing is subtracted before
   vi total;                 // of pairs of keys, in units of kUnit
   __mmask16 broken, far;
@@ -161,8 +161,8 @@ struct Words {
   vi weights(const float* first, const float* second) {
     const vi pairs = _mm512_broadcast_i32x4(_mm_setr_epi8(0, 1, 8, 9, 2, 3, 10, 11, 4, 5, 12, 13, 6, 7, 14, 15));
     const vi u = _mm512_shuffle_epi8(_mm512_packus_epi32(below(first), below(second)), pairs);
-    const vi part = _mm512_permutexvar_epi16(u, loadi(kOctave.part));  // by the low 5 bits of u
-    const vi w = _mm512_srlv_epi16(part, _mm512_srli_epi16(u, 5));
+    const vi part = _mm512_permutex2var_epi16(loadi(kOctave.part), u, loadi(kOctave.part + 32));  // by u's low 6 bits
+    const vi w = _mm512_srlv_epi16(part, _mm512_srli_epi16(u, 6));
 #ifdef TAMIS_VNNI
     total = _mm512_dpwssd_epi32(total, w, _mm512_set1_epi16(1));
 #else

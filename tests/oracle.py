@@ -310,7 +310,7 @@ def attention_int8(
     Steps: Q one per row, K less its mean one per 64 keys, both of mixed channels, V one per channel and 64 keys,
     P 1/254 of its row's largest in the 64 keys.
 
-    `words`: P, before it is rounded to 1/254, is a multiple of 1/32512 and, but for that, a whole power of 2^(1/32); the
+    `words`: P, before it is rounded to 1/254, is a multiple of 1/32512 and, but for that, a whole power of 2^(1/64); the
     denominator is the sum of these weights.
     """
     scores, shift, values = _int8_scores(query, key, value, **options)
@@ -332,9 +332,9 @@ def attention_int8(
 
 def _in_words(x: Tensor) -> Tensor:
     """32512 e^x for x <= 0, as AVX-512 has it in integers of 16 bits."""
-    below = torch.round(-x * (32 * math.log2(math.e))).clamp(max=65535)
-    whole = torch.floor(below / 32)
-    return torch.floor(torch.round(32512 * torch.exp2(whole - below / 32)) / torch.exp2(whole))
+    below = torch.round(-x * (64 * math.log2(math.e))).clamp(max=65535)
+    whole = torch.floor(below / 64)
+    return torch.floor(torch.round(32512 * torch.exp2(whole - below / 64)) / torch.exp2(whole))
 
 
 @remember

@@ -193,11 +193,11 @@ inline double quantise(double* x, int64_t n, int64_t stride = 1) {
   return step;
 }
 
-// e^x for x <= 0 in steps of 1/32512, by integers: of -x to the base of 2, rounded to 32nds, the whole part shifts the
+// e^x for x <= 0 in steps of 1/32512, by integers: of -x to the base of 2, rounded to 64ths, the whole part shifts the
 // power of the rest.
 inline double in_words(double x) {
-  const int64_t below = (int64_t)fmin(nearbyint(-x * 32 / log(2.)), 65535), whole = below / 32;
-  return whole > 15 ? 0 : (double)((int64_t)nearbyint(32512 * exp2((double)-(below % 32) / 32)) >> whole) / 32512;
+  const int64_t below = (int64_t)fmin(nearbyint(-x * 64 / log(2.)), 65535), whole = below / 64;
+  return whole > 15 ? 0 : (double)((int64_t)nearbyint(32512 * exp2((double)-(below % 64) / 64)) >> whole) / 32512;
 }
 
 // Every n neighbours times D H / sqrt(n), H the Walsh-Hadamard matrix, D the signs of Rudin and Shapiro.
