@@ -150,6 +150,36 @@ def test_packs_of_other_backends(engine: Engine, mixed: int) -> None:
     assert oracle.relative_l1(result.output, formulas.output) <= 1e-3 + value_step(result.stats)
 
 
+@pytest.mark.parametrize("dim", [1, 7, 20, 40, 64, 80, 96, 128, 192, 256, 320])
+def test_packs_are_those_of_the_reference(engine: Engine, dim: int) -> None:
+    """Bit for bit: of rows that are whole vectors, or whole tiles, or neither; the last block is not full."""
+    if engine.backend != "cpu":
+        pytest.skip("compared with the reference")
+    _, k, v = qkv(kv_heads=2, kv_len=150, dim=dim, value_dim=dim)
+    # Sums of whole numbers are the same in any order, and so is the mean of two that are opposite.
+    k = torch.cat([k[:, :, :75], -k[:, :, :75]], 2)
+    v[..., dim // 2] = 0
+    expected = tamis.pack_kv(k, v, backend="reference")
+    for ours, reference in zip(stored(pack(engine, k, v)), stored(expected), strict=True):
+        assert torch.equal(ours, reference)
+
+
+@pytest.mark.parametrize("broken", [math.nan, math.inf, -math.inf])
+def test_what_is_broken_is_packed_as_zeros(engine: Engine, broken: float) -> None:
+    """With a NaN for a scale, and sums that are those of the bytes."""
+    if engine.backend != "cpu":
+        pytest.skip("about the bytes of one backend")
+    _, k, v = qkv(heads=1, kv_heads=1, kv_len=150, dim=40, value_dim=24)
+    k[0, 0, 70, 3] = v[0, 0, 70, 20] = broken
+    key, key_scale, key_sum, value, value_scale, value_sum = stored(pack(engine, k, v))
+    assert key_scale[0, 0].isnan().tolist() == [False, True, False]
+    assert value_scale[0, 0].isnan().nonzero().tolist() == [[1, 20]]
+    assert not key[0, 0, 1].any()
+    assert not value[0, 0, 1, 20].any()
+    assert torch.equal(key.sum(-1, dtype=torch.int32), key_sum)
+    assert torch.equal(value.sum(-1, dtype=torch.int32), value_sum)
+
+
 def test_packed_is_small() -> None:
     """A quarter of fp32 plus scales and sums: what a cache is kept quantised for."""
     _, k, v = qkv(heads=2, kv_len=4096, dim=64)
