@@ -250,8 +250,8 @@ def prediction(sizes: Sizes) -> Iterator[Bar]:
                 partial(pack_kv, k, v),
                 partial(attend, q, packed, None, mask),
             ]
-            interleaved(calls, 1)
-            times = interleaved(calls, max(3, sizes.repeats // 2))
+            interleaved(calls, 3)  # a call's form is known from its third time on
+            times = interleaved(calls, sizes.repeats)
             ratios = [p / (pack + a * factor) for p, pack, a in zip(*times, strict=True)]
             note = f"{min(times[0]) * 1e3:.1f} ms of {(min(times[1]) + min(times[2]) * factor) * 1e3:.0f}"
             note += f"; dense extrapolated from density {_SPARSE:g} by kept blocks" if extrapolated else ""
