@@ -140,21 +140,22 @@ static __attribute__((noinline)) void pv_part(const uint8_t* p, const int8_t* v,
 
 // Mixes and quantises a tile of query rows, `dim` (a multiple of 4 from head_dim on) bytes each, into [dim / 4][32][4].
 // `row_scale` gets each row's scale, the softmax scale included; `shift` its scaled product with the key mean.
-// `columns`: room for [ld][32].
+// `columns`: room for head_dim, rounded up to 4, times W: those of both vectors of rows at once would have half of level
+// 1's sets to themselves at head dims that are powers of two.
 static void quantise_tile(const tamis_attend_args& a, const Item& it, const float* rows, int64_t ld, int64_t dim,
                           float* columns, uint8_t* to, float* row_scale, float* shift) {
   const float* mean = a.packed.key_mean + (it.b * a.kv_heads + it.kv_head) * a.head_dim;
   const int64_t padded = round_up(a.head_dim, 4);
   const vf scale = set1(a.scale * root_of_mixed(a.packed));
-  transpose(rows, ld, kTileRows, (int)a.head_dim, columns, kTileRows);
-  memset(columns + a.head_dim * kTileRows, 0, (padded - a.head_dim) * kTileRows * 4);
   for (int r = 0; r < kTileRows; r += W) {
-    float* x = columns + r;
+    float* x = columns;
+    transpose(rows + r * ld, ld, W, (int)a.head_dim, x, W);
+    memset(x + a.head_dim * W, 0, (padded - a.head_dim) * W * 4);
     vf product[4] = {set1(0.f), set1(0.f), set1(0.f), set1(0.f)};
-    for (int64_t c = 0; c < a.head_dim; ++c) product[c % 4] = fma(load(x + c * kTileRows), set1(mean[c]), product[c % 4]);
+    for (int64_t c = 0; c < a.head_dim; ++c) product[c % 4] = fma(load(x + c * W), set1(mean[c]), product[c % 4]);
     store(shift + r, ((product[0] + product[1]) + (product[2] + product[3])) * set1(a.scale));
 
-    const vf tops = float_of_bits(mix_columns(x, kTileRows, a.head_dim, a.packed.mixed));
+    const vf tops = float_of_bits(mix_columns(x, W, a.head_dim, a.packed.mixed));
     // A NaN or infinite row keeps a broken scale, so that its own output shows it and no other does.
     const uint32_t finite = above_bits(set1(INFINITY), tops);
     const vi whole = bits_of(choose_bits(float_of_bits(set1i(-1)), set1(0.f), finite));
@@ -162,12 +163,12 @@ static void quantise_tile(const tamis_attend_args& a, const Item& it, const floa
     const uint32_t tiny = above_bits(set1(kTinyTop), tops) & above_bits(tops, set1(0.f));
     const vf larger = choose_bits(set1(kEnlarged), set1(1.f), tiny);
     if (tiny)
-      for (int64_t c = 0; c < padded; ++c) store(x + c * kTileRows, load(x + c * kTileRows) * larger);
+      for (int64_t c = 0; c < padded; ++c) store(x + c * W, load(x + c * W) * larger);
     const vf enlarged = tops * larger;
     const vf inverse = choose_bits(set1(127.f) / enlarged, set1(0.f), finite & above_bits(enlarged, set1(kLeastTop)));
     for (int64_t c = 0; c < padded; c += 4) {
       vi q[4];
-      for (int i = 0; i < 4; ++i) q[i] = round_to_int(load(x + (c + i) * kTileRows) * inverse);
+      for (int i = 0; i < 4; ++i) q[i] = round_to_int(load(x + (c + i) * W) * inverse);
       storei(to + (c * kTileRows + r * 4), bytes_in_lanes(q[0], q[1], q[2], q[3]) & whole);
     }
   }
@@ -182,7 +183,7 @@ struct Int8Engine {
   uint8_t* p;        // [16][32][4], with kProbOffset added
   float* row_scale;  // of each row, softmax scale included
   float* shift;      // scale * q . key_mean, natural log
-  float* columns;    // one tile of rows, a channel each
+  float* columns;    // one vector of rows, a channel each
   // Of one of the parts at hand, 64 keys.
   struct Block {
     int64_t keys, kv_block;
@@ -198,17 +199,19 @@ struct Int8Engine {
   vf raw_top[kTileRows / W];
 #endif
 
+  // Of a quantised row: a pack may have room behind its channels.
+  static int64_t query_bytes(const tamis_attend_args& a) { return round_up(greatest(a.head_dim, a.packed.dim4), 16); }
   static int64_t scratch_bytes(const tamis_attend_args& a) {
-    int64_t dim = round_up(a.head_dim, 16), channels = round_up(a.value_dim, 16);
-    return a.geometry.block_q * (dim + 8) + kKeys * kTileRows + kTileRows * dim * 4 +
+    const int64_t dim = query_bytes(a), channels = round_up(a.value_dim, 16);
+    return a.geometry.block_q * (dim + 8) + kKeys * kTileRows + W * dim * 4 +
            kPartsAtOnce * 4 * (kKeys + channels) + 256;
   }
   Int8Engine(const tamis_attend_args& args, const Prepared&, char* scratch) : a(args) {
-    int64_t dim = round_up(a.head_dim, 16), rows = a.geometry.block_q;
+    const int64_t dim = query_bytes(a), rows = a.geometry.block_q;
     q = (uint8_t*)scratch;
     p = q + rows * dim;
     columns = (float*)(p + kKeys * kTileRows);
-    row_scale = columns + kTileRows * dim;
+    row_scale = columns + W * dim;
     shift = row_scale + rows;
     const int64_t channels = round_up(a.value_dim, 16);
     int32_t* rest = (int32_t*)(shift + rows);

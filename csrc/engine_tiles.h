@@ -72,7 +72,7 @@ struct TileEngine {
   char* q;                  // [tiles][key_bytes / 4][32][4]
   char* key_copy;           // the last key block where it is not a whole one
   uint16_t* value_copy;     // a block without what is not finite
-  char* row_bytes;          // of one tile: bf16 rows, or rows in 8 bits while they are made
+  char* row_bytes;          // bf16 rows of one tile; in int8 the columns of quantise_tile
   Rows* state;
   uint32_t seen[kKeys];     // bit i: row i sees the key; where sight is not `all`
   TileScope scope;
@@ -80,7 +80,7 @@ struct TileEngine {
   static int64_t bytes_of_key(const tamis_attend_args& a) { return round_up(a.head_dim * (kInt8 ? 1 : 2), 64); }
   static int64_t scratch_bytes(const tamis_attend_args& a) {
     const int64_t bytes = bytes_of_key(a), wide = round_up(a.value_dim, 16);
-    return kKeys * kTileRows * 6 + kMostRows * bytes + kKeys * (bytes + 2 * wide) + kTileRows * bytes * (kInt8 ? 4 : 1) +
+    return kKeys * kTileRows * 6 + kMostRows * bytes + kKeys * (bytes + 2 * wide) + (kInt8 ? W * 4 : kTileRows) * bytes +
            kMostRows / kTileRows * (int64_t)sizeof(Rows) + 64;
   }
   TileEngine(const tamis_attend_args& args, const Prepared& made, char* scratch)

@@ -36,8 +36,6 @@ static inline vf float_of_bits(vi a) { return _mm256_castsi256_ps(a); }
 static inline vi bits_of(vf a) { return _mm256_castps_si256(a); }
 static inline vi maxi(vi a, vi b) { return _mm256_max_epi32(a, b); }
 static inline vi round_to_int(vf a) { return _mm256_cvtps_epi32(a); }
-static inline vi shift_left(vi a, int n) { return _mm256_slli_epi32(a, n); }
-static inline vi either(vi a, vi b) { return _mm256_or_si256(a, b); }
 static inline vi addi(vi a, vi b) { return _mm256_add_epi32(a, b); }
 static inline uint32_t above_bits(vf a, vf b) {
   return (uint32_t)_mm256_movemask_ps(_mm256_cmp_ps(a, b, _CMP_GT_OQ));

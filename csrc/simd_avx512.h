@@ -112,8 +112,8 @@ static inline int32_t sum_lanes_of(vi a) { return _mm512_reduce_add_epi32(a); }
 #define TAMIS_WORDS 1
 // Weights e^x in 16 bits, x a score less the largest of its row, for Int8Engine::weigh_block. With u = -x to the base
 // of 2, rounded to 64ths, the whole part of u shifts what a table has for the rest, 32512 2^-rest; 32512 = 128 * 254. That
-// is .55% off at most, and less by up to 1 that the shift cuts off; 1/128 of it, rounded, is the byte. u beyond 16 bits
-// saturates, which gives 0.
+// is .55% off at most, where products of one row differ by as much as head_dim 256 allows .8%, and less by up to 1 that
+// the shift cuts off; 1/128 of it, rounded, is the byte. u beyond 16 bits saturates, which gives 0.
 struct Octave {
   alignas(64) uint16_t part[64];
   constexpr Octave() : part() {
@@ -140,7 +140,8 @@ struct Words {
     largest = where_minus_inf_zero(top), unit = factor * set1(kPerScore), start = set1(kMagic);
     if (kOf != Of::scores) {
       // Rounding start would shift a row's u by up to half a unit. Since products are large, a change of `unit` by that
-      // / largest, less than 2^-24, makes up for it; rounded up, so that the largest comes to 0 or less.
+      // / largest, less than 2^-24, makes up for it, nearly so for the smaller ones; rounded up, so that the largest comes
+      // to 0 or less.
       const vf near = fma(largest, unit, start), missing = _mm512_fnmadd_ps(largest, unit, near - start);
       far = _mm512_cmp_ps_mask(factor, set1(kFarFactor), _CMP_GE_OQ);
       unit = _mm512_mask3_fmadd_round_ps(missing, _mm512_rcp14_ps(largest), unit, (__mmask16)~far,

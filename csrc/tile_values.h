@@ -17,7 +17,7 @@ static bool turn_values(const tamis_attend_args& a, int64_t b, int64_t h, int64_
   const int64_t padded = round_up(a.value_dim, 16);
   Ahead next = rows_ahead(a.key, b, h, j0 + 64, least(j0 + 128, a.geometry.kv_len), a.head_dim);
   for (int64_t j = 0; j < n; ++j) {
-    next.some((int)(padded / 16));
+    next.a_row();
     memset(rows + j * padded + a.value_dim, 0, (padded - a.value_dim) * 4);
     load_row(a.value, b, h, j0 + j, a.value_dim, rows + j * padded);
   }
