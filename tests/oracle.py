@@ -310,8 +310,8 @@ def attention_int8(
     Steps: Q one per row, K less its mean one per 64 keys, both of mixed channels, V one per channel and 64 keys,
     P 1/254 of its row's largest in the 64 keys.
 
-    `words`: P, before it is rounded to 1/254, is a multiple of 1/32512 and, but for that, a whole power of 2^(1/64); the
-    denominator is the sum of these weights.
+    `words`: P, before it is rounded to 1/254, is a multiple of 1/32512 and, but for that, a whole power of 2^(1/64);
+    the denominator is the sum of these weights.
     """
     scores, shift, values = _int8_scores(query, key, value, **options)
     value_int, value_step = _quantise(_key_blocks(values), (-2,))

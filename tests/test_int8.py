@@ -24,8 +24,8 @@ import tamis
 # output. Of the query and key entries about 127 * 2 * 1e-7 flip, each worth 1/127 of a largest entry in one of head_dim
 # terms of a score: below 1e-3 of one row.
 FLIPS = 1e-3
-# Of a row alone: one probability that flips moves the mean of 65 values, which is small, by 8e-4 of itself. With AVX-512
-# one that flips between 64ths of an octave is another by 1.1%, which is a 65th of that in the mean.
+# Of a row alone: one probability that flips moves the mean of 65 values, which is small, by 8e-4 of itself. With
+# AVX-512 one may flip between 64ths of an octave, by 1.1%, which moves it by 2.2e-3.
 FLIPS_OF_A_ROW = 3e-3
 
 
