@@ -155,7 +155,7 @@ static void quantise_tile(const tamis_attend_args& a, const Item& it, const floa
     for (int64_t c = 0; c < a.head_dim; ++c) product[c % 4] = fma(load(x + c * W), set1(mean[c]), product[c % 4]);
     store(shift + r, ((product[0] + product[1]) + (product[2] + product[3])) * set1(a.scale));
 
-    const vf tops = float_of_bits(mix_columns(x, W, a.head_dim, a.packed.mixed));
+    const vf tops = float_of_bits(mix_columns(x, a.head_dim, a.packed.mixed));
     // A NaN or infinite row keeps a broken scale, so that its own output shows it and no other does.
     const uint32_t finite = above_bits(set1(INFINITY), tops);
     const vi whole = bits_of(choose_bits(float_of_bits(set1i(-1)), set1(0.f), finite));

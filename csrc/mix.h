@@ -67,16 +67,14 @@ static inline void mix_four(vf (&x)[4]) {
   add_and_subtract(x[0], x[2]), add_and_subtract(x[1], x[3]);
 }
 
-// Every `mixed` neighbours of a row, where kLess less `mean`, times D H / mixed, which overflows nowhere; returns lanes of
-// the bits of its largest entries. All three are `padded` long, a multiple of 16; the row is zero behind its channels, of
-// which `mixed` divides the number. `to` may be the row itself.
-template <bool kLess>
+// Every `mixed` neighbours of a row less `mean`, times D H / mixed, which overflows nowhere; returns lanes of the bits of its
+// largest entries. All three are `padded` long, a multiple of 16; the row is zero behind its channels, of which `mixed`
+// divides the number. `to` may be the row itself.
 static inline vi mix_row(const float* row, const float* mean, float* to, int64_t padded, int64_t mixed) {
   const float* shares = kShares.of[__builtin_ctzll((unsigned long long)mixed)];
   vi tops[4] = {set1i(0), set1i(0), set1i(0), set1i(0)};
   const auto shared = [=](int64_t c) {
-    const vf x = kLess ? load(row + c) - load(mean + c) : load(row + c);
-    return mix_lanes(x * load(shares + c % kMostMixed), mixed);
+    return mix_lanes((load(row + c) - load(mean + c)) * load(shares + c % kMostMixed), mixed);
   };
   int64_t apart = W;
   if (mixed < 4 * W) {
@@ -117,34 +115,34 @@ static inline vi mix_row(const float* row, const float* mean, float* to, int64_t
   return maxi(maxi(tops[0], tops[1]), maxi(tops[2], tops[3]));
 }
 
-// One step, or with four two, of columns that lie `ld` floats apart: each is one channel of W rows. `shares` only before
-// the first step, `top` only in the last: of each row.
+// One step, or with four two, of columns: each is one channel of W rows. `shares` only before the first step, `top` only in
+// the last: of each row.
 template <int kColumns>
-static inline void mix_columns_once(float* x, int64_t ld, int64_t dim, int64_t apart, const float* shares, vi* top) {
+static inline void mix_columns_once(float* x, int64_t dim, int64_t apart, const float* shares, vi* top) {
   for (int64_t from = 0; from < dim; from += kColumns * apart)
     for (int64_t c = from; c < from + apart; ++c) {
       vf y[kColumns];
-      for (int i = 0; i < kColumns; ++i) y[i] = load(x + (c + i * apart) * ld);
+      for (int i = 0; i < kColumns; ++i) y[i] = load(x + (c + i * apart) * W);
       if (shares)
         for (int i = 0; i < kColumns; ++i) y[i] = y[i] * set1(shares[(c + i * apart) % kMostMixed]);
       if constexpr (kColumns == 4) mix_four(y);
       if constexpr (kColumns == 2) add_and_subtract(y[0], y[1]);
-      for (int i = 0; i < kColumns; ++i) store(x + (c + i * apart) * ld, y[i]);
+      for (int i = 0; i < kColumns; ++i) store(x + (c + i * apart) * W, y[i]);
       if (top)
         for (int i = 0; i < kColumns; ++i) top[i] = larger_bits(top[i], y[i]);
     }
 }
-// mix_row of W rows at once, whose channels are columns. Returns the bits of each row's largest entry.
-static inline vi mix_columns(float* x, int64_t ld, int64_t dim, int64_t mixed) {
+// The same of W rows at once, without a mean, whose channels are columns. Returns the bits of each row's largest entry.
+static inline vi mix_columns(float* x, int64_t dim, int64_t mixed) {
   const float* shares = kShares.of[__builtin_ctzll((unsigned long long)mixed)];
   vi tops[4] = {set1i(0), set1i(0), set1i(0), set1i(0)};
-  if (mixed == 1) mix_columns_once<1>(x, ld, dim, 1, nullptr, tops);
+  if (mixed == 1) mix_columns_once<1>(x, dim, 1, nullptr, tops);
   for (int64_t apart = 1; apart < mixed; shares = nullptr) {
     const bool two = apart * 4 <= mixed, last = apart * (two ? 4 : 2) == mixed;
     if (two)
-      mix_columns_once<4>(x, ld, dim, apart, shares, last ? tops : nullptr), apart *= 4;
+      mix_columns_once<4>(x, dim, apart, shares, last ? tops : nullptr), apart *= 4;
     else
-      mix_columns_once<2>(x, ld, dim, apart, shares, last ? tops : nullptr), apart *= 2;
+      mix_columns_once<2>(x, dim, apart, shares, last ? tops : nullptr), apart *= 2;
   }
   return maxi(maxi(tops[0], tops[1]), maxi(tops[2], tops[3]));
 }

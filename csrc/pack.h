@@ -30,7 +30,7 @@ static float load_keys(const tamis_pack_args& a, int64_t b, int64_t h, int64_t j
       continue;
     }
     const float* from = row_in(a.key, b, h, j0 + j, a.head_dim, padded, row);
-    top = maxi(mix_row<true>(from, s.mean, row, padded, a.packed.mixed), top);
+    top = maxi(mix_row(from, s.mean, row, padded, a.packed.mixed), top);
   }
   return largest_of(top);
 }
