@@ -411,7 +411,7 @@ def _quantise(x: Tensor, dims: tuple[int, ...]) -> tuple[Tensor, Tensor]:
     finite = x.isfinite()
     top = torch.where(finite, x, 0.0).abs().amax(dims, keepdim=True)
     enlarged = torch.where(top < 1e-36, 2.0**40, 1.0)
-    inverse = 127 / (top * enlarged)
+    inverse = torch.full_like(top, 127.0) / (top * enlarged)  # `127 / x` would be rounded twice: 127 * (1 / x)
     # All zeros, or so small that 127 / top overflows: 0.
     whole = torch.where(finite & inverse.isfinite(), x * enlarged * inverse, 0.0).round().clamp(-127, 127)
     broken = (~finite).any(dims[0], keepdim=True).any(dims[-1], keepdim=True)
