@@ -19,8 +19,10 @@ struct Ahead {
   void a_row() { some((int)lines_a_row()); }
 };
 
-// Rows i to end, or none. A row that is asked for 64 rows before it is read has come in by then.
+// A row that is asked for so many rows before it is read has come in by then.
 constexpr int64_t kRowsAhead = 64;
+
+// Rows i to end, or none.
 static inline Ahead rows_ahead(const tamis_tensor& t, int64_t b, int64_t h, int64_t i, int64_t end, int64_t dim) {
   const int64_t size = dtype_size(t.dtype);
   if (!t.data || t.stride[3] != 1) return Ahead{};

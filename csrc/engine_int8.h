@@ -40,7 +40,7 @@ static inline void put_scores(const vi (&acc)[N][R], const vf* factor, float* s,
       for (int n = 0; n < N; ++n) top[r] = vmax(x[n], top[r]);
       continue;
     }
-    // By twos: a chain would keep this tile's registers until the next one is under way.
+    // By twos: one after the other took 1.05 times as long.
 #pragma GCC unroll 4
     for (int apart = 1; apart < N; apart *= 2)
 #pragma GCC unroll 16

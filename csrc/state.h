@@ -12,6 +12,7 @@ struct State {
   int lines;         // of either that a visit brings in
   double pv;         // PV products done, one row against one key block counting as 1
 
+  // Of an item with so many visits of tiles: all is to come in within half of them.
   void spread_lines(int64_t visits) {
     const int64_t most = greatest(next.lines(), out.lines()), each = visits ? (2 * most + visits - 1) / visits : 0;
     lines = (int)least(each, kMostLines);

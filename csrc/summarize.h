@@ -41,7 +41,6 @@ static void summarize_block(const tamis_summarize_args& a, int64_t b, int64_t h,
   const int64_t padded = round_up(a.dim, 16), blocks = (a.seq + a.block - 1) / a.block;
   const int64_t end = (block + 1) * a.block < a.seq ? (block + 1) * a.block : a.seq;
   const int64_t at = (b * a.heads + h) * blocks + block;
-  const bool in_place = is_plain(a.x) && a.dim == padded;
   float *sum = rows + kSummed * padded, *unit = sum + padded;
   memset(sum, 0, 2 * padded * 4);
   Ahead ahead = rows_ahead(a.x, b, h, block * a.block + kRowsAhead, a.seq, a.dim);
@@ -55,11 +54,7 @@ static void summarize_block(const tamis_summarize_args& a, int64_t b, int64_t h,
       ahead.a_row();
       if (!counts_row(a.segments, a.segment_stride, b, i)) continue;
       float* row = rows + count * padded;
-      const float* from = row;
-      if (in_place)
-        from = (const float*)row_of(a.x, b, h, i);
-      else
-        load_row(a.x, b, h, i, a.dim, row);
+      const float* from = row_in(a.x, b, h, i, a.dim, padded, row);
       vf square = set1(0.f);
       for (int64_t c = 0; c < padded; c += W) {
         const vf x = load(from + c) - load(mean + c);
@@ -124,11 +119,7 @@ static void sum_part(const tamis_summarize_args& a, KeySums& sums, int64_t n, fl
     for (int64_t i = first; i < end && (!a.used || a.used[n]); ++i) {
       ahead.a_row();
       if (!counts_row(a.segments, a.segment_stride, bh / a.heads, i)) continue;
-      const float* from = row;
-      if (is_plain(a.x) && a.dim == padded)
-        from = (const float*)row_of(a.x, bh / a.heads, bh % a.heads, i);
-      else
-        load_row(a.x, bh / a.heads, bh % a.heads, i, a.dim, row);
+      const float* from = row_in(a.x, bh / a.heads, bh % a.heads, i, a.dim, padded, row);
       if (careful && !all_finite(from, a.dim)) continue;
       ++count;
       for (int64_t c = 0; c < padded; c += W) store(sum + c, fma(load(from + c), set1(1.f / 64), load(sum + c)));

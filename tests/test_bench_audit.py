@@ -42,6 +42,7 @@ def test_layers_have_their_error_and_the_audits_of_apply(monkeypatch: pytest.Mon
         half = sum(audit.high - audit.estimate for audit in whole) / len(whole)
         assert sum(audit.estimate for audit in whole) / len(whole) == pytest.approx(layer["error"], abs=0.8 * half)
         assert half < 0.05 * layer["error"]
+        assert layer["error"] > 0 and layer["all_rows"] == 1600
         assert sum(audit.low <= layer["error"] <= audit.high for audit in whole) >= 6
     json.dumps(found, allow_nan=False)
 
